@@ -1,0 +1,292 @@
+"""The native libraries by way of ctypes: models, contexts and `st3_*` calls, for tests and benchmarks.
+
+The user's way in is the package st3_edge; this is the thinner one that tests and timings want. Libraries come
+from $ST3_LIB_DIR, else from the package's lib folder. `lib_dir` must be decided before llama_cpp is imported.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+KV_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "BF16": 30}
+Value = str | int | float
+
+
+class NativeError(RuntimeError):
+    """A native call failed; the message holds the library's own words."""
+
+
+def lib_dir() -> Path | None:
+    """The folder of the native libraries; None where they are not built."""
+    given = os.environ.get("ST3_LIB_DIR")
+    if given:
+        return Path(given)
+    spec = importlib.util.find_spec("st3_edge")
+    for base in (spec.submodule_search_locations or []) if spec else []:
+        if any((Path(base) / "lib").glob("libllama.*")):
+            return Path(base) / "lib"
+    return None
+
+
+def load(folder: Path):
+    """Import llama_cpp on the libraries of that folder. Raises NativeError if it runs on others already."""
+    want = str(folder)
+    if "llama_cpp" in sys.modules and os.environ.get("LLAMA_CPP_LIB_PATH") != want:
+        raise NativeError("llama_cpp was imported with other libraries")
+    os.environ["LLAMA_CPP_LIB_PATH"] = want
+    os.environ["MTMD_CPP_LIB"] = want
+    import llama_cpp
+
+    return llama_cpp
+
+
+class Piece(C.Structure):
+    """struct st3_piece."""
+
+    _fields_ = [
+        ("tokens", C.POINTER(C.c_int32)),
+        ("embd", C.POINTER(C.c_float)),
+        ("n", C.c_int32),
+        ("nx", C.c_int32),
+        ("ny", C.c_int32),
+    ]
+
+
+@dataclass(frozen=True)
+class Image:
+    """Embeddings float32 [n, width] of an image and its patch grid (0, 0: unknown)."""
+
+    embd: np.ndarray
+    nx: int = 0
+    ny: int = 0
+
+
+class Runtime:
+    """The libraries of one folder. `st3` is False for stock llama.cpp, which has no st3_* functions."""
+
+    def __init__(self, folder: Path, st3: bool = True) -> None:
+        self.llama = L = load(folder)
+        self.log: list[str] = []
+        self._on_log = L.llama_log_callback(self._take_log)
+        L.llama_log_set(self._on_log, C.c_void_p(0))
+        L.llama_backend_init()
+        suffix = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
+        if any(folder.glob(f"*ggml-cpu*.{suffix}")):
+            base = C.CDLL(str(next(folder.glob(f"*ggml.{suffix}"))))
+            base.ggml_backend_load_all_from_path(str(folder).encode())
+        self.lib = L.llama_cpp._lib
+        if st3:
+            f = self.lib
+            f.st3_abi_version.restype = C.c_int32
+            f.st3_last_error.restype = C.c_char_p
+            f.st3_check_model.argtypes = [C.c_void_p]
+            f.st3_prefill.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.POINTER(Piece), C.c_size_t]
+            f.st3_kept.argtypes = [C.c_void_p, C.c_int32, C.POINTER(C.c_int32), C.c_int32]
+            f.st3_report.argtypes = [C.c_void_p, C.c_char_p, C.c_size_t]
+            f.st3_report.restype = C.c_size_t
+
+    def _take_log(self, level: int, text: bytes, _: C.c_void_p) -> None:
+        if level >= 3:
+            self.log.append(text.decode(errors="replace"))
+            del self.log[:-200]
+
+    def last_error(self) -> str:
+        """st3_last_error()."""
+        return self.lib.st3_last_error().decode()
+
+
+class Model:
+    """A loaded GGUF; `overrides` are metadata that the file lacks."""
+
+    def __init__(self, rt: Runtime, path: Path, overrides: dict[str, Value] | None = None, repack: bool = True) -> None:
+        L, self.rt = rt.llama, rt
+        params = L.llama_model_default_params()
+        params.n_gpu_layers = 0
+        params.use_extra_bufts = repack
+        items = list((overrides or {}).items())
+        self._overrides = (L.llama_model_kv_override * (len(items) + 1))()
+        for slot, (key, value) in zip(self._overrides, items, strict=False):
+            slot.key = key.encode()
+            if isinstance(value, str):
+                slot.tag, slot.value.val_str = L.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
+            elif isinstance(value, int):
+                slot.tag, slot.value.val_i64 = L.LLAMA_KV_OVERRIDE_TYPE_INT, value
+            else:
+                slot.tag, slot.value.val_f64 = L.LLAMA_KV_OVERRIDE_TYPE_FLOAT, value
+        if items:
+            params.kv_overrides = self._overrides
+        rt.log.clear()
+        self.ptr = L.llama_model_load_from_file(str(path).encode(), params)
+        if not self.ptr:
+            raise NativeError(f"cannot load {path.name}: {''.join(rt.log)}")
+        self.n_embd = L.llama_model_n_embd(self.ptr)
+        self.vocab = L.llama_model_get_vocab(self.ptr)
+        self.n_vocab = L.llama_vocab_n_tokens(self.vocab)
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model; contexts must be closed before."""
+        if self.ptr:
+            self.rt.llama.llama_model_free(self.ptr)
+            self.ptr = None
+
+    def check(self) -> str | None:
+        """What st3_check_model has against the metadata; None if nothing."""
+        return self.rt.last_error() if self.rt.lib.st3_check_model(self.ptr) else None
+
+    def tokenize(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of a text, without BOS."""
+        raw = text.encode()
+        out = (C.c_int32 * (len(raw) + 8))()
+        n = self.rt.llama.llama_tokenize(self.vocab, raw, len(raw), out, len(out), False, special)
+        return list(out[:n])
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of tokens."""
+        out, raw = C.create_string_buffer(256), b""
+        for t in tokens:
+            n = self.rt.llama.llama_token_to_piece(self.vocab, t, out, len(out), 0, False)
+            raw += out.raw[:n]
+        return raw.decode(errors="replace")
+
+
+class Context:
+    """A context of a model."""
+
+    def __init__(
+        self,
+        model: Model,
+        n_ctx: int = 512,
+        n_ubatch: int | None = None,
+        n_batch: int | None = None,
+        kv: str = "F16",
+        threads: int = 2,
+        flash: bool = True,
+        n_seq: int = 1,
+        unified: bool = False,
+    ) -> None:
+        L, self.model, self.rt = model.rt.llama, model, model.rt
+        params = L.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = n_batch or n_ctx
+        params.n_ubatch = n_ubatch or n_ctx
+        params.n_seq_max = n_seq
+        params.kv_unified = unified
+        params.n_threads = params.n_threads_batch = threads
+        params.type_k = params.type_v = KV_TYPES[kv]
+        params.flash_attn_type = L.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else L.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._keep_alive: object = None
+        self.rt.log.clear()
+        self.ptr = L.llama_init_from_model(model.ptr, params)
+        if not self.ptr:
+            raise NativeError(f"no context: {''.join(self.rt.log)}")
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the context."""
+        if self.ptr:
+            self.rt.llama.llama_free(self.ptr)
+            self.ptr = None
+
+    def prefill(self, pieces: Sequence[Sequence[int] | Image], p0: int = 0, seq: int = 0) -> int:
+        """st3_prefill; returns its code."""
+        array, keep = (Piece * len(pieces))(), []
+        for slot, piece in zip(array, pieces, strict=True):
+            if isinstance(piece, Image):
+                data = np.ascontiguousarray(piece.embd, np.float32)
+                slot.embd = data.ctypes.data_as(C.POINTER(C.c_float))
+                slot.n, slot.nx, slot.ny = len(data), piece.nx, piece.ny
+            else:
+                data = np.ascontiguousarray(piece, np.int32)
+                slot.tokens = data.ctypes.data_as(C.POINTER(C.c_int32))
+                slot.n = len(data)
+            keep.append(data)
+        return self.rt.lib.st3_prefill(self.ptr, seq, p0, array, len(pieces))
+
+    def decode(self, rows: Sequence[int] | np.ndarray, p0: int, outputs: str = "last", seq: int = 0) -> int:
+        """llama_decode of token ids, or of embeddings [n, width], from position p0 on; returns its code."""
+        L = self.rt.llama
+        embd = isinstance(rows, np.ndarray)
+        n = len(rows)
+        batch = L.llama_batch_init(n, self.model.n_embd if embd else 0, 1)
+        try:
+            batch.n_tokens = n
+            if embd:
+                data = np.ascontiguousarray(rows, np.float32)
+                C.memmove(batch.embd, data.ctypes.data, data.nbytes)
+            for i in range(n):
+                if not embd:
+                    batch.token[i] = int(rows[i])
+                batch.pos[i] = p0 + i
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = seq
+                batch.logits[i] = outputs == "all" or (outputs == "last" and i == n - 1)
+            return L.llama_decode(self.ptr, batch)
+        finally:
+            L.llama_batch_free(batch)
+
+    def logits(self, i: int = -1) -> np.ndarray:
+        """A copy of the logits of output i of the last batch."""
+        p = self.rt.llama.llama_get_logits_ith(self.ptr, i)
+        if not p:
+            raise NativeError(f"no logits for output {i}")
+        return np.ctypeslib.as_array(p, (self.model.n_vocab,)).copy()
+
+    def kept(self, n_cuts: int) -> list[np.ndarray]:
+        """st3_kept of cuts 0 to n_cuts - 1."""
+        out = []
+        for i in range(n_cuts):
+            n = self.rt.lib.st3_kept(self.ptr, i, None, 0)
+            if n < 0:
+                raise NativeError(f"nothing kept at cut {i}")
+            row = (C.c_int32 * max(1, n))()
+            self.rt.lib.st3_kept(self.ptr, i, row, n)
+            out.append(np.array(row[:n], dtype=np.int64))
+        return out
+
+    def report(self) -> dict:
+        """st3_report."""
+        n = self.rt.lib.st3_report(self.ptr, None, 0)
+        out = C.create_string_buffer(n + 1)
+        self.rt.lib.st3_report(self.ptr, out, n + 1)
+        return json.loads(out.value)
+
+    def clear(self) -> None:
+        """Empty the cache."""
+        self.rt.llama.llama_memory_clear(self.rt.llama.llama_get_memory(self.ptr), True)
+
+    def positions(self, seq: int = 0) -> tuple[int, int]:
+        """Smallest and largest position in the cache, (-1, -1) where it is empty."""
+        L = self.rt.llama
+        memory = L.llama_get_memory(self.ptr)
+        return L.llama_memory_seq_pos_min(memory, seq), L.llama_memory_seq_pos_max(memory, seq)
+
+    def abort_when(self, stop: Callable[[], bool] | None) -> None:
+        """Set (or, with None, remove) a function that ends the running decode by returning True."""
+        L = self.rt.llama
+        self._keep_alive = L.ggml_abort_callback((lambda _: stop()) if stop else 0)
+        L.llama_set_abort_callback(self.ptr, self._keep_alive, None)

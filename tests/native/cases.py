@@ -1,0 +1,103 @@
+"""Random cases of pruned prefill, the same on every machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from oracle import schedule
+from oracle.llama import Image, Piece
+from random_model import Shape
+
+SEED = 20241220
+SHAPES = {
+    "mha-32": Shape(6, 128, 4, 4, 192, n_vocab=320),
+    "gqa-32": Shape(8, 128, 4, 2, 192, n_vocab=320, tied=True),
+    "mha-64": Shape(8, 128, 2, 2, 192, n_vocab=320),
+    "mqa-64": Shape(5, 256, 4, 1, 256, n_vocab=320, rope_base=1e6),
+    "gqa-128": Shape(4, 512, 4, 2, 256, n_vocab=320),
+}
+SCORES = (
+    "last-mean",
+    "last-max",
+    "last-mean-sum",
+    "last-max-sum",
+    "text-mean",
+    "text-max",
+    "text-mean-sum",
+    "text-max-sum",
+    "last-mean-sum+text-max",
+    "last-max+text-mean-sum",
+    "text-max-sum+last-mean+text-mean",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a cache type, `st3.*` keys and a prompt."""
+
+    number: int
+    model: str
+    kv: str
+    keys: dict[str, str | int | float]
+    pieces: list[Piece]
+
+    @property
+    def schedule(self) -> schedule.Schedule:
+        """The schedule as the oracle resolves it."""
+        return schedule.resolve(SHAPES[self.model].n_layer, **{k.removeprefix("st3."): v for k, v in self.keys.items()})
+
+    @property
+    def length(self) -> int:
+        """Prompt positions."""
+        return sum(len(p.embd) if isinstance(p, Image) else len(p) for p in self.pieces)
+
+
+def prompt(rng: np.random.Generator, shape: Shape, n_images: int, n_text: int) -> list[Piece]:
+    """Images between text runs (some of which are missing), and n_text tokens at the end."""
+
+    def words(n: int) -> list[int]:
+        return [int(t) for t in rng.integers(3, shape.n_vocab, n)]
+
+    pieces: list[Piece] = [[1, *words(int(rng.integers(0, 6)))]] if rng.random() < 0.8 else []
+    for i in range(n_images):
+        nx, ny = (int(x) for x in rng.integers(5, 11, 2))
+        embd = rng.standard_normal((nx * ny, shape.n_embd)).astype(np.float32)
+        pieces.append(Image(embd, 0, 0) if rng.random() < 0.1 else Image(embd, nx, ny))
+        if i < n_images - 1 and rng.random() < 0.7:
+            pieces.append(words(int(rng.integers(1, 5))))
+    return [*pieces, words(n_text)]
+
+
+def make(number: int, seed: int) -> Case:
+    """Case `number`: models, caches and score expressions take turns, the rest is drawn."""
+    rng = np.random.default_rng([seed, number])
+    model = list(SHAPES)[number % len(SHAPES)]
+    shape = SHAPES[model]
+    keys: dict[str, str | int | float] = {"st3.score": SCORES[number % len(SCORES)]}
+    draw = rng.random()
+    if draw < 0.1:
+        keys["st3.preset"] = "pyramiddrop"
+    elif draw < 0.2:
+        keys["st3.preset"] = "fastv"
+        keys["st3.start"] = int(rng.integers(1, shape.n_layer - 1))
+    elif draw < 0.25:
+        keys["st3.preset"] = "vtw"
+    elif draw < 0.3:
+        keys["st3.preset"] = "downsample"
+    else:
+        keys["st3.preset"] = "st3"
+        keys["st3.start"] = start = int(rng.integers(1, max(2, shape.n_layer // 2)))
+        keys["st3.stride"] = stride = int(rng.integers(1, 4))
+        if rng.random() < 0.5:
+            # exact in binary, so that no language rounds a half the other way
+            keys["st3.keep"] = float(rng.integers(8, 60)) / 64
+        else:
+            cuts = schedule.cut_layers(shape.n_layer, start, stride)
+            lowest = schedule.real_budget(shape.n_layer, cuts, 0.0)
+            keys["st3.budget"] = round(float(rng.uniform(lowest + 0.02, 0.95)), 3)
+        keys["st3.coverage"] = float(rng.choice([0.0, 0.0, 0.25, 0.5, 1.0]))
+        keys["st3.min_keep"] = int(rng.integers(0, 6))
+    n_text = int(rng.integers(1, 12)) if rng.random() < 0.25 else int(rng.integers(66, 90))
+    kv = "Q8_0" if number % 3 == 2 else "F16"
+    return Case(number, model, kv, keys, prompt(rng, shape, 1 + number // 2 % 3, n_text))

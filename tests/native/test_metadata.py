@@ -1,0 +1,76 @@
+"""`st3.*` keys that make no sense: refused when the context is made, with a message that names the key."""
+
+from __future__ import annotations
+
+import pytest
+from native_runtime import Context, Model, NativeError
+from random_model import Shape
+
+SHAPE = Shape(8, 32, 1, 1, 32, n_vocab=272)
+BAD = {
+    "preset unknown": ("preset", {"st3.preset": "st4"}),
+    "preset empty": ("preset", {"st3.preset": ""}),
+    "preset number": ("preset", {"st3.preset": 3}),
+    "budget zero": ("budget", {"st3.budget": 0.0}),
+    "budget negative": ("budget", {"st3.budget": -0.3}),
+    "budget above one": ("budget", {"st3.budget": 1.01}),
+    "budget nan": ("budget", {"st3.budget": float("nan")}),
+    "budget infinite": ("budget", {"st3.budget": float("inf")}),
+    "budget text": ("budget", {"st3.budget": "0.3"}),
+    "budget unreachable": ("budget", {"st3.budget": 0.3, "st3.start": 7}),
+    "budget and keep": ("keep", {"st3.budget": 0.3, "st3.keep": 0.5}),
+    "start zero": ("start", {"st3.start": 0}),
+    "start behind the end": ("start", {"st3.start": 8}),
+    "start negative": ("start", {"st3.start": -1}),
+    "start fraction": ("start", {"st3.start": 1.5}),
+    "stride zero": ("stride", {"st3.stride": 0}),
+    "stride negative": ("stride", {"st3.stride": -4}),
+    "keep above one": ("keep", {"st3.keep": 1.5}),
+    "keep nan": ("keep", {"st3.keep": float("nan")}),
+    "keep negative": ("keep", {"st3.keep": -0.5}),
+    "min_keep negative": ("min_keep", {"st3.min_keep": -1}),
+    "score unknown": ("score", {"st3.score": "first-mean"}),
+    "score empty": ("score", {"st3.score": ""}),
+    "score trailing plus": ("score", {"st3.score": "last-mean+"}),
+    "score doubled sum": ("score", {"st3.score": "last-mean-sum-sum"}),
+    "score blank": ("score", {"st3.score": "last-mean + text-max"}),
+    "coverage above one": ("coverage", {"st3.coverage": 1.5}),
+    "coverage negative": ("coverage", {"st3.coverage": -0.5}),
+    "coverage nan": ("coverage", {"st3.coverage": float("nan")}),
+}
+
+
+@pytest.mark.parametrize("from_file", [False, True], ids=["override", "file"])
+@pytest.mark.parametrize("name", list(BAD))
+def test_refused(rt, random_gguf, name: str, from_file: bool) -> None:
+    """Breaks if a malformed key is accepted, crashes, or is refused without saying which."""
+    word, keys = BAD[name]
+    keys = {"st3.preset": "st3", **keys}
+    path = random_gguf(SHAPE, metadata=keys if from_file else None)
+    with Model(rt, path, None if from_file else keys) as model:
+        message = model.check()
+        assert message and f"st3.{word}" in message, message
+        assert "\n" not in message.strip()
+        with pytest.raises(NativeError, match=f"st3.{word}"):
+            Context(model, n_ctx=64)
+
+
+@pytest.mark.parametrize("from_file", [False, True], ids=["override", "file"])
+def test_integers_stand_for_reals(rt, random_gguf, from_file: bool) -> None:
+    """Breaks if `st3.budget = 1` must be spelled 1.0, or a file's own keys are not read."""
+    keys = {"st3.preset": "st3", "st3.budget": 1, "st3.coverage": 0, "st3.start": 2}
+    path = random_gguf(SHAPE, metadata=keys if from_file else None)
+    with Model(rt, path, None if from_file else keys) as model:
+        assert model.check() is None
+        with Context(model, n_ctx=64) as ctx:
+            report = ctx.report()
+    assert (report["keep"], report["start"], report["coverage"]) == (1.0, 2, 0.0)
+
+
+@pytest.mark.parametrize("keys", [{}, {"st3.preset": "off"}, {"st3.preset": "off", "st3.budget": 0.3}])
+def test_off(rt, random_gguf, keys: dict) -> None:
+    """Breaks if a model without keys, or with the preset off, is pruned."""
+    with Model(rt, random_gguf(SHAPE), keys) as model, Context(model, n_ctx=64) as ctx:
+        assert model.check() is None
+        assert ctx.prefill([[1, 2, 3]]) == 0
+        assert ctx.report()["mode"] == "off"
