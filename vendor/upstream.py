@@ -49,7 +49,7 @@ def check(archive: Path) -> Path:
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != PIN["sha256"]:
-        fail(f"{archive} has SHA-256 {digest.hexdigest()}, the pin says {PIN['sha256']}: delete it and try again")
+        fail(f"{archive} has SHA-256 {digest.hexdigest()}, the pin says {PIN['sha256']}: remove it and try again")
     return archive
 
 

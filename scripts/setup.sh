@@ -1,0 +1,42 @@
+# Sourced by demo.sh and test.sh, in the repository's root: makes .venv with all that a build needs, and names its
+# Python $python. CMAKE_ARGS is passed on to our build (-DGGML_CUDA=on, ...); PYTHON names another interpreter.
+
+die() {
+    echo "$0: $*" >&2
+    exit 1
+}
+
+find_python() {
+    for name in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11 python3.10}; do
+        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "$name"
+            return
+        fi
+    done
+    die "no Python 3.10 or newer found: install one, or name it with PYTHON=/path/to/python"
+}
+
+command -v "${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null ||
+    die "no C++ compiler found: install one (Debian, Ubuntu: apt install g++)"
+
+python=.venv/bin/python
+if ! "$python" -c 'import pip' 2>/dev/null; then
+    found=$(find_python)
+    "$found" -m venv --clear .venv || die "$found cannot make a virtual environment (Debian, Ubuntu: apt install python3-venv)"
+fi
+
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+# Builds run without isolation: what they leave behind then fits the next build, which compiles only what changed.
+tools=scikit-build-core
+command -v cmake >/dev/null || tools="$tools cmake"
+command -v ninja >/dev/null || tools="$tools ninja"
+# shellcheck disable=SC2086
+"$python" -m pip install --quiet $tools
+PATH=$PWD/.venv/bin:$PATH
+
+# The bindings alone, from the archive that our libraries are built from: no second llama.cpp is compiled.
+archive=$("$python" vendor/upstream.py)
+if ! "$python" -m pip show --quiet llama-cpp-python 2>/dev/null; then
+    CMAKE_ARGS=-DLLAMA_BUILD=OFF "$python" -m pip install --quiet --no-build-isolation "$archive"
+fi
