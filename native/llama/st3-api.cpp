@@ -1,0 +1,390 @@
+// st3-api.cpp - the functions of st3.h.
+
+#include "st3.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+#include "st3-graph.h"
+#include "st3-memory.h"
+#include "st3-state.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <sstream>
+#include <stdexcept>
+
+namespace {
+
+thread_local std::string last_error;
+
+constexpr int32_t ERR_ARGUMENT = -100;
+
+// Runs fn and turns an exception into st3_last_error() and the given result.
+template <typename T, typename F> T guarded(T on_error, F && fn) {
+    last_error.clear();
+    try {
+        return fn();
+    } catch (const std::exception & e) {
+        last_error = e.what();
+    } catch (...) {
+        last_error = "st3: unknown error";
+    }
+    return on_error;
+}
+
+void require(bool ok, const std::string & what) {
+    if (!ok) {
+        throw std::invalid_argument("st3: " + what);
+    }
+}
+
+st3_memory * pruned_memory(const llama_context * ctx) { return dynamic_cast<st3_memory *>(ctx->get_memory()); }
+
+uint32_t n_rows(const st3_piece * pieces, size_t n_pieces) {
+    uint64_t n = 0;
+    for (size_t i = 0; i < n_pieces; ++i) {
+        n += pieces[i].n;
+    }
+    require(n <= INT32_MAX, "the prompt has too many positions");
+    return (uint32_t) n;
+}
+
+void check_pieces(const llama_context * ctx, const st3_piece * pieces, size_t n_pieces) {
+    const int32_t n_vocab = ctx->get_model().vocab.n_tokens();
+
+    require(pieces && n_pieces > 0, "the prompt is empty");
+    for (size_t i = 0; i < n_pieces; ++i) {
+        const auto & p = pieces[i];
+        require(p.n > 0 && !p.tokens != !p.embd, "a piece needs a positive length and either tokens or embeddings");
+        if (p.embd) {
+            require(p.nx >= 0 && p.ny >= 0 && ((p.nx == 0 && p.ny == 0) || int64_t(p.nx) * p.ny == p.n),
+                    format("an image of %d tokens is no grid of %d x %d", p.n, p.nx, p.ny));
+        } else {
+            for (int32_t j = 0; j < p.n; ++j) {
+                require(p.tokens[j] >= 0 && p.tokens[j] < n_vocab, format("token %d is not in the vocabulary", p.tokens[j]));
+            }
+        }
+    }
+    require(pieces[n_pieces - 1].tokens, "the last piece must be text");
+}
+
+// Rows of token_embd, dequantized as ggml_get_rows does. out F32 [n][n_embd].
+void embed_tokens(const llama_model & model, const llama_token * tokens, int32_t n, float * out) {
+    const ggml_tensor * t      = model.tok_embd;
+    const int64_t       n_embd = t->ne[0];
+    const auto          cast   = ggml_get_type_traits(t->type)->to_float;
+
+    std::vector<uint8_t> row(ggml_row_size(t->type, n_embd));
+    for (int32_t i = 0; i < n; ++i) {
+        ggml_backend_tensor_get(t, row.data(), tokens[i] * t->nb[1], row.size());
+        if (t->type == GGML_TYPE_F32) {
+            memcpy(out + i * n_embd, row.data(), row.size());
+        } else {
+            cast(row.data(), out + i * n_embd, n_embd);
+        }
+    }
+}
+
+// One batch of one sequence: tokens, or embeddings F32 [n][n_embd].
+int32_t decode(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_token * tokens, float * embd, int32_t n, bool last) {
+    std::vector<llama_pos>      pos(n);
+    std::vector<int32_t>        n_seq_id(n, 1);
+    std::vector<llama_seq_id *> seq_ids(n, &seq_id);
+    std::vector<int8_t>         output(n, 0);
+    for (int32_t i = 0; i < n; ++i) {
+        pos[i] = p0 + i;
+    }
+    output[n - 1] = last;
+
+    return llama_decode(ctx, { n, tokens, embd, pos.data(), n_seq_id.data(), seq_ids.data(), output.data() });
+}
+
+// As mtmd decodes a prompt: piece by piece, in batches of n_batch.
+int32_t decode_pieces(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, const st3_piece * pieces, size_t n_pieces) {
+    const int32_t n_batch = (int32_t) ctx->get_cparams().n_batch;
+    const int64_t n_embd  = ctx->get_model().hparams.n_embd_inp();
+
+    for (size_t i = 0; i < n_pieces; ++i) {
+        const auto & p = pieces[i];
+        for (int32_t j = 0; j < p.n; j += n_batch) {
+            const int32_t n    = std::min(n_batch, p.n - j);
+            const bool    last = i + 1 == n_pieces && j + n == p.n;
+            const int32_t res  = decode(
+                    ctx, seq_id, p0, p.tokens ? const_cast<llama_token *>(p.tokens) + j : nullptr,
+                    p.embd ? const_cast<float *>(p.embd) + j * n_embd : nullptr, n, last);
+            if (res != 0) {
+                return res;
+            }
+            p0 += n;
+        }
+    }
+    return 0;
+}
+
+int32_t decode_pruned(
+        llama_context * ctx, st3_memory * mem, llama_seq_id seq_id, llama_pos p0, const st3_piece * pieces, size_t n_pieces) {
+    const auto &  model  = ctx->get_model();
+    const int64_t n_embd = model.hparams.n_embd_inp();
+
+    std::vector<float>     embd(n_rows(pieces, n_pieces) * n_embd);
+    std::vector<st3_image> images;
+
+    uint32_t row = 0;
+    for (size_t i = 0; i < n_pieces; ++i) {
+        const auto & p = pieces[i];
+        if (p.tokens) {
+            embed_tokens(model, p.tokens, p.n, embd.data() + row * n_embd);
+        } else {
+            std::copy_n(p.embd, p.n * n_embd, embd.data() + row * n_embd);
+            const bool grid = p.nx > 0;
+            images.push_back({ row, (uint32_t) p.n, grid ? (uint32_t) p.nx : (uint32_t) p.n, grid ? (uint32_t) p.ny : 1u });
+        }
+        row += p.n;
+    }
+
+    mem->expect(std::move(images));
+    const int32_t res = decode(ctx, seq_id, p0, nullptr, embd.data(), (int32_t) row, true);
+    mem->expect({});
+    return res;
+}
+
+// Why a prompt is decoded without pruning; "" if it can be pruned.
+std::string why_not(const llama_context * ctx, const st3_memory * mem, const std::vector<uint32_t> & images, uint32_t n) {
+    const auto & cparams = ctx->get_cparams();
+
+    if (!mem) {
+        const auto & model = ctx->get_model();
+        return st3_make_schedule(model.gguf_kv, model.hparams.n_layer()).off() ? "" : st3_unsupported(model, nullptr);
+    }
+    if (images.empty()) {
+        return "the prompt has no image";
+    }
+    if (images.size() > ST3_MAX_IMAGES) {
+        return format("the prompt has %zu images, more than %u", images.size(), ST3_MAX_IMAGES);
+    }
+    if (n > std::min(cparams.n_ubatch, cparams.n_batch)) {
+        return format("the prompt of %u positions does not fit one batch of %u (raise n_ubatch and n_batch)", n,
+                      std::min(cparams.n_ubatch, cparams.n_batch));
+    }
+    if (cparams.embeddings) {
+        return "embeddings are asked for";
+    }
+    if (!ctx->get_model().hparams.causal_attn || !cparams.causal_attn) {
+        return "attention is not causal";
+    }
+    return "";
+}
+
+//
+// report
+//
+
+std::string quote(const std::string & s) {
+    std::string res = "\"";
+    for (const char c : s) {
+        if (c == '"' || c == '\\') {
+            res += '\\';
+        }
+        res += (unsigned char) c < 0x20 ? ' ' : c;
+    }
+    return res + "\"";
+}
+
+template <typename T> std::string list(const std::vector<T> & v) {
+    std::ostringstream ss;
+    for (size_t i = 0; i < v.size(); ++i) {
+        ss << (i ? ", " : "[") << v[i];
+    }
+    return v.empty() ? "[]" : ss.str() + "]";
+}
+
+struct kv_bytes {
+    size_t allocated = 0;
+    size_t live      = 0;
+    size_t full      = 0;
+};
+
+size_t cells_used(const llama_kv_cache & kv) {
+    size_t res = 0;
+    for (uint32_t s = 0; s < kv.get_n_stream(); ++s) {
+        res += kv.get_cells((llama_seq_id) s).get_used();  // sequence s lives in stream s, all in one if unified
+    }
+    return res;
+}
+
+size_t cell_bytes(const llama_kv_cache & kv, const llama_hparams & hparams, int32_t il) {
+    return ggml_row_size(kv.type_k(), hparams.n_embd_k_gqa(il)) + ggml_row_size(kv.type_v(), hparams.n_embd_v_gqa(il));
+}
+
+kv_bytes count_kv_bytes(const llama_context * ctx) {
+    const auto & hparams = ctx->get_model().hparams;
+    kv_bytes     res;
+
+    for (const auto & [buft, size] : ctx->get_memory()->memory_breakdown()) {
+        res.allocated += size;
+    }
+    const auto * pruned = pruned_memory(ctx);
+    const auto * stock  = dynamic_cast<const llama_kv_cache *>(ctx->get_memory());
+    if (pruned || stock) {
+        const auto & first = pruned ? pruned->stage(0) : *stock;
+        for (int32_t il = 0; il < (int32_t) hparams.n_layer(); ++il) {
+            const auto & kv = pruned ? pruned->stage(pruned->schedule.stage(il)) : *stock;
+            res.live += cells_used(kv) * cell_bytes(kv, hparams, il);
+            res.full += cells_used(first) * cell_bytes(kv, hparams, il);
+        }
+    }
+    return res;
+}
+
+// Multiplications and additions of the decoder for rows[il] rows a layer that start at position p0, outputs included.
+double count_flops(const llama_model & model, const std::vector<uint32_t> & rows, llama_pos p0) {
+    const auto & hparams = model.hparams;
+
+    double res = 2.0 * hparams.n_embd * model.vocab.n_tokens();  // one output row
+    for (const auto & [name, t] : model.tensors_by_name) {
+        int il = -1;
+        if (sscanf(name.c_str(), "blk.%d.", &il) == 1 && ggml_n_dims(t) >= 2 && il >= 0 && il < (int) rows.size()) {
+            const double used = ggml_n_dims(t) == 3 && hparams.n_expert > 0 ? double(hparams.n_expert_used()) / hparams.n_expert : 1.0;
+            res += 2.0 * ggml_nelements(t) * used * rows[il];
+        }
+    }
+    for (int32_t il = 0; il < (int32_t) rows.size(); ++il) {
+        const double n    = rows[il];
+        const double seen = n * p0 + n * (n + 1) / 2;  // (query, key) pairs of a causal mask
+        res += 2.0 * seen * hparams.n_head(il) * (hparams.n_embd_head_k(il) + hparams.n_embd_head_v(il));
+    }
+    return res;
+}
+
+std::string make_report(const llama_context * ctx) {
+    const auto &   model   = ctx->get_model();
+    const auto *   mem     = pruned_memory(ctx);
+    const uint32_t n_layer = model.hparams.n_layer();
+
+    st3_schedule off;
+    off.n_layer = n_layer;
+
+    const st3_schedule & s     = mem ? mem->schedule : off;
+    const st3_state      none;
+    const st3_state &    state = ctx->st3 ? *ctx->st3 : none;
+    const bool           pruned = state.mode == ST3_MODE_PRUNED_PREFILL;
+
+    std::vector<std::string> counts;
+    std::vector<uint32_t>    per_layer(n_layer, 0);
+    std::vector<uint32_t>    rows(n_layer, state.n_text);
+    uint32_t                 given = 0;
+    for (const uint32_t n : state.images) {
+        given += n;
+        const auto held = s.counts(n);
+        for (uint32_t il = 0; il < n_layer; ++il) {
+            per_layer[il] += pruned ? held[s.stage(il)] : n;
+        }
+    }
+    double budget = 0;
+    for (uint32_t il = 0; il < n_layer; ++il) {
+        rows[il] += per_layer[il];
+        budget += given ? double(per_layer[il]) / given : std::pow(s.keep, s.stage(il));
+    }
+    for (size_t i = 0; i < s.cuts.size(); ++i) {
+        std::vector<uint32_t> kept;
+        for (const uint32_t n : state.images) {
+            kept.push_back(s.counts(n)[i + 1]);
+        }
+        counts.push_back(list(kept));
+    }
+
+    const kv_bytes kv = count_kv_bytes(ctx);
+
+    static const char * const modes[] = { "off", "pruned-prefill", "evict-only" };
+
+    std::ostringstream ss;
+    ss.precision(9);
+    ss << "{\"mode\": \"" << modes[state.mode] << "\", \"reason\": " << (state.reason.empty() ? "null" : quote(state.reason))
+       << ", \"preset\": " << quote(s.preset) << ", \"start\": " << s.start << ", \"stride\": " << s.stride
+       << ", \"keep\": " << s.keep << ", \"min_keep\": " << s.min_keep << ", \"score\": " << quote(s.score)
+       << ", \"coverage\": " << s.coverage << ", \"cuts\": " << list(s.cuts) << ", \"counts\": " << list(counts)
+       << ", \"budget\": " << budget / n_layer << ", \"given\": " << given << ", \"per_layer\": " << list(per_layer)
+       << ", \"kv_bytes\": {\"allocated\": " << kv.allocated << ", \"live\": " << kv.live << ", \"full\": " << kv.full << "}";
+    ss.precision(0);
+    ss << std::fixed << ", \"flops\": {\"prefill\": " << count_flops(model, rows, state.p0) << ", \"prefill_full\": "
+       << count_flops(model, std::vector<uint32_t>(n_layer, state.n_text + given), state.p0) << "}}";
+    return ss.str();
+}
+
+}  // namespace
+
+int32_t st3_abi_version(void) { return ST3_ABI_VERSION; }
+
+const char * st3_last_error(void) { return last_error.c_str(); }
+
+int32_t st3_check_model(const llama_model * model) {
+    return guarded(-1, [&] {
+        require(model, "no model");
+        st3_make_schedule(model->gguf_kv, model->hparams.n_layer());
+        return 0;
+    });
+}
+
+int32_t st3_prefill(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, const st3_piece * pieces, size_t n_pieces) {
+    return guarded(ERR_ARGUMENT, [&] {
+        require(ctx && ctx->get_memory(), "no context with a KV cache");
+        require(seq_id >= 0 && (uint32_t) seq_id < ctx->n_seq_max() && p0 >= 0, "sequence or position out of range");
+        check_pieces(ctx, pieces, n_pieces);
+
+        auto *         mem = pruned_memory(ctx);
+        const uint32_t n   = n_rows(pieces, n_pieces);
+
+        auto state = std::make_shared<st3_state>();
+        state->p0  = p0;
+        for (size_t i = 0; i < n_pieces; ++i) {
+            if (pieces[i].embd) {
+                state->images.push_back((uint32_t) pieces[i].n);
+            } else {
+                state->n_text += pieces[i].n;
+            }
+        }
+        state->reason = why_not(ctx, mem, state->images, n);
+        state->mode   = mem && state->reason.empty() ? ST3_MODE_PRUNED_PREFILL : ST3_MODE_OFF;
+
+        const int32_t res = state->mode == ST3_MODE_PRUNED_PREFILL ? decode_pruned(ctx, mem, seq_id, p0, pieces, n_pieces) :
+                                                                     decode_pieces(ctx, seq_id, p0, pieces, n_pieces);
+        if (res == 0) {
+            ctx->st3 = std::move(state);
+        } else {
+            last_error = format("st3: decoding the prompt failed with code %d", res);
+            ctx->get_memory()->seq_rm(seq_id, p0, -1);
+        }
+        return res;
+    });
+}
+
+int32_t st3_kept(const llama_context * ctx, int32_t i_cut, int32_t * out, int32_t cap) {
+    return guarded(-1, [&] {
+        require(ctx && (out || cap == 0), "no context or no room for the result");
+
+        const auto * mem = pruned_memory(ctx);
+        require(mem && ctx->st3 && ctx->st3->mode == ST3_MODE_PRUNED_PREFILL, "the last prompt was not pruned");
+
+        const auto & kept = mem->last_kept();
+        require(i_cut >= 0 && (size_t) i_cut < kept.size(), format("there is no cut %d", i_cut));
+
+        std::copy_n(kept[i_cut].begin(), std::min<size_t>(kept[i_cut].size(), std::max(0, cap)), out);
+        return (int32_t) kept[i_cut].size();
+    });
+}
+
+size_t st3_report(const llama_context * ctx, char * out, size_t cap) {
+    return guarded(size_t(0), [&] {
+        require(ctx && ctx->get_memory() && (out || cap == 0), "no context or no room for the result");
+
+        const std::string report = make_report(ctx);
+        if (cap > 0) {
+            const size_t n = std::min(report.size(), cap - 1);
+            memcpy(out, report.data(), n);
+            out[n] = '\0';
+        }
+        return report.size();
+    });
+}

@@ -1,0 +1,364 @@
+#include "st3-graph.h"
+
+#include "attn-span.h"
+#include "llama-impl.h"
+#include "st3-memory.h"
+
+#include <algorithm>
+
+static constexpr uint32_t MAX_TEXT_ROW = 512;  // scoring queries of text at most: the newest
+
+// Attention inputs, one set a stage, and what recording and cutting keep between layers.
+class st3_graph_input : public llm_graph_input_attn_kv {
+  public:
+    st3_graph_input(const llm_graph_context & g, const st3_memory_context * ctx);
+
+    void set_input(const llama_ubatch * ubatch) override;
+    bool can_reuse(const llm_graph_params & params) override;
+
+    llm_graph_input_attn_kv * stage(uint32_t i) { return stages[i].get(); }
+
+    const st3_memory_context * ctx;
+
+    // of a term of the score: its sum over the layers so far, F32 [n_visual]; null before the first
+    std::vector<ggml_tensor *> scores;
+    std::vector<uint32_t>      n_layers;  // layers in each sum
+
+    std::vector<ggml_tensor *> ids;    // [image] I32 [1, n]: original indices of the tokens it still has; null before the first cut
+    std::vector<ggml_tensor *> cells;  // [stage] I32 [n_visual]: input, the cells of the visual tokens
+    std::vector<ggml_tensor *> bias;   // [cut]   F32 [n_visual before any cut]: input
+
+  private:
+    std::vector<std::unique_ptr<llm_graph_input_attn_kv>> stages;
+};
+
+static ggml_tensor * new_input(ggml_context * ctx, ggml_type type, int64_t n, const char * name, uint32_t i) {
+    ggml_tensor * t = ggml_new_tensor_1d(ctx, type, n);
+    ggml_set_input(t);
+    ggml_format_name(t, "%s_%u", name, i);
+    return t;
+}
+
+st3_graph_input::st3_graph_input(const llm_graph_context & g, const st3_memory_context * ctx) :
+    llm_graph_input_attn_kv(g.hparams, g.cparams, ctx->stage(0)),
+    ctx(ctx) {
+    const st3_plan * plan = ctx->plan();
+
+    for (uint32_t s = 0; s < ctx->n_stage(); ++s) {
+        const auto * mctx_s = ctx->stage(s);
+        const auto & ubatch = plan ? plan->ubatches[s] : g.ubatch;
+        const auto   n_strm = cparams.kv_unified ? 1 : ubatch.n_seqs_unq;
+
+        // as upstream's build_attn_inp_kv_impl
+        auto inp         = std::make_unique<llm_graph_input_attn_kv>(hparams, cparams, mctx_s);
+        inp->self_k_idxs = mctx_s->build_input_k_idxs(g.ctx0, ubatch);
+        inp->self_v_idxs = mctx_s->build_input_v_idxs(g.ctx0, ubatch);
+
+        inp->self_kq_mask = ggml_new_tensor_4d(
+                g.ctx0, cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, mctx_s->get_n_kv(), ubatch.n_tokens / n_strm, 1, n_strm);
+        ggml_set_input(inp->self_kq_mask);
+        ggml_format_name(inp->self_kq_mask, "attn_inp_kq_mask_%u", s);
+        inp->self_kq_mask_cnv = inp->self_kq_mask;
+
+        inp->self_k_rot = mctx_s->build_input_k_rot(g.ctx0);
+        inp->self_v_rot = mctx_s->build_input_v_rot(g.ctx0);
+
+        stages.push_back(std::move(inp));
+    }
+
+    if (plan) {
+        const size_t n_terms = ctx->schedule().terms.size();
+        scores.assign(n_terms, nullptr);
+        n_layers.assign(n_terms, 0);
+        ids.assign(plan->images.size(), nullptr);
+
+        for (uint32_t s = 0; s + 1 < ctx->n_stage(); ++s) {
+            const bool record = n_terms > 0 && plan->n_visual(s) > 0;
+            cells.push_back(record ? new_input(g.ctx0, GGML_TYPE_I32, plan->n_visual(s), "st3_cells", s) : nullptr);
+            bias.push_back(new_input(g.ctx0, GGML_TYPE_F32, plan->n_visual(0), "st3_bias", s));
+        }
+    }
+}
+
+void st3_graph_input::set_input(const llama_ubatch * ubatch) {
+    const st3_plan * plan = ctx->plan();
+
+    for (uint32_t s = 0; s < stages.size(); ++s) {
+        stages[s]->set_input(plan ? &plan->ubatches[s] : ubatch);
+    }
+    if (!plan) {
+        return;
+    }
+
+    // an input that no node came to use (a cut that drops all or nothing) has no buffer
+    for (uint32_t s = 0; s < cells.size(); ++s) {
+        if (cells[s] && cells[s]->buffer) {
+            std::vector<int32_t> data;
+            for (size_t i = 0; i < plan->images.size(); ++i) {
+                const auto first = ctx->slot(s).idxs[0].begin() + plan->row(s, i);
+                data.insert(data.end(), first, first + plan->counts[s][i]);
+            }
+            ggml_backend_tensor_set(cells[s], data.data(), 0, ggml_nbytes(cells[s]));
+        }
+        if (bias[s]->buffer) {
+            std::vector<float> data;
+            for (size_t i = 0; i < plan->images.size(); ++i) {
+                const auto & image = plan->images[i];
+                const auto   b     = ctx->schedule().bias(image.nx, image.ny, plan->counts[s + 1][i], (uint32_t) i);
+                data.insert(data.end(), b.begin(), b.end());
+            }
+            ggml_backend_tensor_set(bias[s], data.data(), 0, ggml_nbytes(bias[s]));
+        }
+    }
+}
+
+bool st3_graph_input::can_reuse(const llm_graph_params & params) {
+    const auto * next = dynamic_cast<const st3_memory_context *>(params.mctx);
+    if (!next || next->plan() || stages.size() != next->n_stage()) {
+        return false;
+    }
+    // the graph of a pruned prompt is for that prompt alone (ctx is gone by now, so ask what was built for it)
+    if (!bias.empty()) {
+        return false;
+    }
+
+    bool             res = true;
+    llm_graph_params p   = params;
+    for (uint32_t s = 0; s < stages.size(); ++s) {
+        p.mctx = next->stage(s);
+        res    = stages[s]->can_reuse(p) && res;
+    }
+    ctx  = next;
+    mctx = next->stage(0);
+    return res;
+}
+
+llm_graph_input_attn_kv * st3_build_attn_inp(const llm_graph_context & g) {
+    const auto * ctx = dynamic_cast<const st3_memory_context *>(g.mctx);
+    if (!ctx) {
+        return nullptr;
+    }
+    return static_cast<llm_graph_input_attn_kv *>(g.res->add_input(std::make_unique<st3_graph_input>(g, ctx)));
+}
+
+llm_graph_input_attn_kv * st3_stage_inp(llm_graph_input_attn_kv * inp, int il) {
+    auto * st3 = dynamic_cast<st3_graph_input *>(inp);
+
+    return st3 ? st3->stage(st3->ctx->schedule().stage(il)) : inp;
+}
+
+// The inputs of a graph that prunes, or null.
+static st3_graph_input * find_input(const llm_graph_context & g) {
+    for (auto & inp : g.res->inputs) {
+        if (auto * st3 = dynamic_cast<st3_graph_input *>(inp.get())) {
+            return st3->ctx->plan() ? st3 : nullptr;
+        }
+    }
+    return nullptr;
+}
+
+void st3_record(const llm_graph_context & g, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask, float kq_scale, int il) {
+    auto * inp = find_input(g);
+    if (!inp) {
+        return;
+    }
+
+    const auto &   schedule = inp->ctx->schedule();
+    const auto *   plan     = inp->ctx->plan();
+    const uint32_t stage    = schedule.stage(il);
+    if (stage == schedule.cuts.size() || plan->n_visual(stage) == 0) {
+        return;  // no cut follows
+    }
+    const bool at_cut = schedule.cuts[stage] == il;
+
+    k = ggml_permute(g.ctx0, k, 0, 2, 1, 3);  // [d, n_kv, n_head_kv]
+    q = ggml_permute(g.ctx0, q, 0, 2, 1, 3);  // [d, n_rows, n_head]
+
+    for (size_t i = 0; i < schedule.terms.size(); ++i) {
+        const auto & term = schedule.terms[i];
+        if (!term.sum && !at_cut) {
+            continue;
+        }
+        const int64_t n_rows = term.text ? std::clamp(plan->n_text, 1u, MAX_TEXT_ROW) : 1;
+        const int64_t row    = q->ne[1] - n_rows;
+
+        ggml_tensor * cur = ggml_attn_span(
+                g.ctx0, ggml_view_3d(g.ctx0, q, q->ne[0], n_rows, q->ne[2], q->nb[1], q->nb[2], row * q->nb[1]), k,
+                ggml_view_2d(g.ctx0, kq_mask, kq_mask->ne[0], n_rows, kq_mask->nb[1], row * kq_mask->nb[1]), inp->cells[stage],
+                kq_scale, term.max ? GGML_ATTN_SPAN_MAX : GGML_ATTN_SPAN_MEAN);
+        g.cb(cur, "st3_score", il);
+
+        inp->scores[i]   = term.sum && inp->scores[i] ? ggml_add(g.ctx0, inp->scores[i], cur) : cur;
+        inp->n_layers[i] = term.sum ? inp->n_layers[i] + 1 : 1;
+
+        ggml_build_forward_expand(g.gf, inp->scores[i]);
+    }
+}
+
+// Rows [row, row + n) of t, a matrix.
+static ggml_tensor * view_rows(ggml_context * ctx, ggml_tensor * t, int64_t row, int64_t n) {
+    return ggml_view_2d(ctx, t, t->ne[0], n, t->nb[1], row * t->nb[1]);
+}
+
+static ggml_tensor * as_column(ggml_context * ctx, ggml_tensor * t) { return ggml_reshape_2d(ctx, t, 1, ggml_nelements(t)); }
+
+static ggml_tensor * as_vector(ggml_context * ctx, ggml_tensor * t) { return ggml_reshape_1d(ctx, t, ggml_nelements(t)); }
+
+// The k highest of rank F32 [n], ascending: I32 [k].
+static ggml_tensor * top_k_in_order(ggml_context * ctx, ggml_tensor * rank, int64_t k) {
+    ggml_tensor * top   = ggml_top_k(ctx, rank, (int) k);
+    ggml_tensor * order = ggml_argsort(ctx, ggml_cast(ctx, top, GGML_TYPE_F32), GGML_SORT_ORDER_ASC);
+
+    return as_vector(ctx, ggml_get_rows(ctx, as_column(ctx, top), order));
+}
+
+ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& inp_pos, int il) {
+    auto * inp = find_input(g);
+    if (!inp) {
+        return cur;
+    }
+    const auto &   schedule = inp->ctx->schedule();
+    auto *         plan     = inp->ctx->plan();
+    const uint32_t stage    = schedule.stage(il);
+    if (stage == schedule.cuts.size() || schedule.cuts[stage] != il) {
+        return cur;
+    }
+
+    ggml_context * ctx     = g.ctx0;
+    const auto     n_image = plan->images.size();
+
+    if (il == schedule.cuts[0]) {
+        plan->kept.clear();
+        plan->sched = g.sched;
+    }
+
+    // rank of every visual token, but for its bias
+    ggml_tensor * score = nullptr;
+    if (plan->n_visual(stage) > 0) {
+        for (size_t i = 0; i < inp->scores.size(); ++i) {
+            ggml_tensor * term = ggml_scale(ctx, inp->scores[i], 1.0f / float(inp->n_layers[i] * inp->scores.size()));
+            score              = score ? ggml_add(ctx, score, term) : term;
+        }
+    }
+
+    // [image] rows of the image that stay, I32, counted from its first; null where none or all of them do
+    std::vector<ggml_tensor *> stay(n_image, nullptr);
+
+    uint32_t first      = 0;  // of the image among the stage's visual tokens
+    uint32_t first_orig = 0;  // and among all
+    for (size_t i = 0; i < n_image; ++i) {
+        const uint32_t n      = plan->counts[stage][i];
+        const uint32_t n_keep = plan->counts[stage + 1][i];
+
+        if (n_keep > 0 && n_keep < n) {
+            ggml_tensor * rank = ggml_view_1d(
+                    ctx, inp->bias[stage], plan->images[i].n, first_orig * ggml_element_size(inp->bias[stage]));
+            if (inp->ids[i]) {
+                rank = as_vector(ctx, ggml_get_rows(ctx, as_column(ctx, rank), inp->ids[i]));
+            }
+            if (score) {
+                rank = ggml_add(ctx, ggml_view_1d(ctx, score, n, first * ggml_element_size(score)), rank);
+            }
+            stay[i] = top_k_in_order(ctx, rank, n_keep);
+        }
+        first += n;
+        first_orig += plan->images[i].n;
+    }
+
+    // The rows of t that stay; text_rows: t has the text's rows too, else the visual tokens' alone.
+    const auto gather = [&](ggml_tensor * t, bool text_rows) {
+        ggml_tensor * res = nullptr;
+
+        const auto append = [&](ggml_tensor * part) { res = res ? ggml_concat(ctx, res, part, 1) : part; };
+
+        uint32_t row = 0;
+        for (size_t i = 0; i < n_image; ++i) {
+            const uint32_t n      = plan->counts[stage][i];
+            const uint32_t n_keep = plan->counts[stage + 1][i];
+            const uint32_t begin  = text_rows ? plan->row(stage, i) : row;
+
+            if (begin > row) {
+                append(view_rows(ctx, t, row, begin - row));
+            }
+            if (n_keep > 0) {
+                ggml_tensor * part = view_rows(ctx, t, begin, n);
+                append(stay[i] ? ggml_get_rows(ctx, part, stay[i]) : part);
+            }
+            row = begin + n;
+        }
+        if (row < t->ne[1]) {
+            append(view_rows(ctx, t, row, t->ne[1] - row));
+        }
+        return res;
+    };
+
+    plan->kept.emplace_back(n_image, nullptr);
+    for (size_t i = 0; i < n_image; ++i) {
+        if (stay[i]) {
+            inp->ids[i] = inp->ids[i] ? as_vector(ctx, ggml_get_rows(ctx, as_column(ctx, inp->ids[i]), stay[i])) : stay[i];
+            ggml_set_output(inp->ids[i]);
+            ggml_set_output(inp->ids[i]->view_src);  // the memory that must outlive the compute
+            ggml_build_forward_expand(g.gf, inp->ids[i]);
+        }
+        plan->kept.back()[i] = inp->ids[i];
+    }
+
+    for (size_t i = 0; i < inp->scores.size(); ++i) {
+        if (plan->n_visual(stage + 1) == 0 || !schedule.terms[i].sum) {
+            inp->scores[i] = nullptr;
+        } else {
+            inp->scores[i] = as_vector(ctx, gather(as_column(ctx, inp->scores[i]), false));
+        }
+    }
+
+    inp_pos    = as_vector(ctx, gather(as_column(ctx, inp_pos), true));
+    cur        = gather(cur, true);
+    g.n_tokens = cur->ne[1];
+    g.cb(cur, "st3_cut", il);
+    return cur;
+}
+
+// Output rows, numbered as in the last stage.
+class st3_input_out_ids : public llm_graph_input_i {
+  public:
+    st3_input_out_ids(ggml_tensor * out_ids, const st3_plan * plan) : out_ids(out_ids), plan(plan) {}
+
+    void set_input(const llama_ubatch * ubatch) override {
+        std::vector<int32_t> data;
+        for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
+            if (ubatch->output[i]) {
+                data.push_back((int32_t) plan->last_row(i));
+            }
+        }
+        GGML_ASSERT((int64_t) data.size() == out_ids->ne[0]);
+        ggml_backend_tensor_set(out_ids, data.data(), 0, ggml_nbytes(out_ids));
+    }
+
+  private:
+    ggml_tensor *    out_ids;
+    const st3_plan * plan;
+};
+
+ggml_tensor * st3_build_inp_out_ids(const llm_graph_context & g) {
+    const auto * inp = find_input(g);
+    if (!inp) {
+        return nullptr;
+    }
+    ggml_tensor * t = ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I32, g.n_outputs);
+    ggml_set_input(t);
+    ggml_set_name(t, "out_ids");
+
+    g.res->add_input(std::make_unique<st3_input_out_ids>(t, inp->ctx->plan()));
+    return t;
+}
+
+uint32_t st3_graph_extra_nodes(const llama_memory_i * memory) {
+    const auto * mem = dynamic_cast<const st3_memory *>(memory);
+    if (!mem) {
+        return 0;
+    }
+    const uint32_t n_terms = std::max<uint32_t>(1, mem->schedule.terms.size());
+
+    // generous: about 10 nodes a layer and term to record, 20 an image, term and cut to select and gather
+    return 16 * mem->schedule.n_layer * n_terms + 32 * (uint32_t) mem->schedule.cuts.size() * ST3_MAX_IMAGES * (n_terms + 2);
+}

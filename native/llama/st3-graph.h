@@ -1,0 +1,29 @@
+// st3-graph.h - the call sites in llama.cpp's graph building. Each does nothing unless the memory is an st3_memory.
+#pragma once
+
+#include "llama-graph.h"
+
+// Images that a pruned prompt may hold; bounds the graph's size.
+constexpr uint32_t ST3_MAX_IMAGES = 16;
+
+struct llama_memory_i;
+
+// In llm_graph_context::build_attn_inp_kv: the attention inputs of all stages, or null for the stock ones.
+llm_graph_input_attn_kv * st3_build_attn_inp(const llm_graph_context & g);
+
+// In llm_graph_context::build_attn: the inputs of the stage that layer il belongs to.
+llm_graph_input_attn_kv * st3_stage_inp(llm_graph_input_attn_kv * inp, int il);
+
+// In llm_graph_context::build_attn, once the layer's keys are in the cache: records the attention that visual tokens get.
+//   q [d, n_head, n_rows] F32, k [d, n_head_kv, n_kv], kq_mask [n_kv, n_rows]
+void st3_record(const llm_graph_context & g, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask, float kq_scale, int il);
+
+// At the end of a layer: drops visual tokens where the schedule cuts. Returns the rows that go on, of cur F32 [n_embd, n_rows];
+// inp_pos I32 [n_rows] and g.n_tokens follow.
+ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor * & inp_pos, int il);
+
+// In llm_graph_context::build_inp_out_ids: the output rows as the last stage numbers them, or null for the stock ones.
+ggml_tensor * st3_build_inp_out_ids(const llm_graph_context & g);
+
+// In llama_context::graph_max_nodes: nodes that recording and cutting may add.
+uint32_t st3_graph_extra_nodes(const llama_memory_i * memory);

@@ -1,0 +1,282 @@
+#include "st3-schedule.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <map>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+
+namespace {
+
+using meta_map = std::unordered_map<std::string, std::string>;
+
+const char * const KEYS[] = {
+    "st3.preset", "st3.budget", "st3.start", "st3.stride", "st3.keep", "st3.min_keep", "st3.score", "st3.coverage", "st3.seed",
+};
+
+// A preset is a set of defaults. start and stride are fractions of the layers where they are below 1.
+struct preset {
+    const char * name;
+    double       start;
+    double       stride;
+    double       keep;  // < 0: solved from the budget
+    uint32_t     min_keep;
+    const char * score;
+    double       coverage;
+    bool         random;
+};
+
+constexpr double DEFAULT_BUDGET = 0.30;
+constexpr double NO_MORE        = 1.0;  // a stride of all layers: one cut only
+
+const char * const DEFAULT_SCORE = "text-max";
+
+const preset PRESETS[] = {
+    // name          start    stride   keep  min  score            coverage  random
+    { "st3",         0.125,   0.125,   -1.0, 1,   DEFAULT_SCORE,   0.0,      false },
+    { "pvtp",        0.125,   0.125,   -1.0, 1,   DEFAULT_SCORE,   0.0,      false },
+    { "fastv",       3,       NO_MORE,  0.5, 1,   "last-mean",     0.0,      false },
+    { "pyramiddrop", 0.25,    0.25,     0.5, 1,   "last-mean",     0.0,      false },
+    { "vtw",         0.5,     NO_MORE,  0.0, 0,   "last-mean",     0.0,      false },
+    { "random",      0.125,   0.125,   -1.0, 1,   "",              0.0,      true  },
+    { "downsample",  0.125,   0.125,   -1.0, 1,   DEFAULT_SCORE,   1.0,      false },
+};
+
+[[noreturn]] void fail(const std::string & what) { throw std::invalid_argument("st3: " + what); }
+
+bool get_number(const meta_map & meta, const std::string & key, double min, double max, double & out) {
+    const auto it = meta.find(key);
+    if (it == meta.end()) {
+        return false;
+    }
+    const char * begin = it->second.c_str();
+    char *       end   = nullptr;
+    const double x     = std::strtod(begin, &end);
+    if (end == begin || *end != '\0' || !(x >= min && x <= max)) {
+        auto str = [](double v) { return std::to_string(v).substr(0, std::to_string(v).find_last_not_of(".0") + 1); };
+        fail(key + " = " + it->second + " is not a number in [" + (min == 0 ? "0" : str(min)) + ", " + str(max) + "]");
+    }
+    out = x;
+    return true;
+}
+
+bool get_count(const meta_map & meta, const std::string & key, uint32_t min, uint32_t max, uint32_t & out) {
+    double x = 0;
+    if (!get_number(meta, key, min, max, x)) {
+        return false;
+    }
+    if (x != std::floor(x)) {
+        fail(key + " = " + meta.at(key) + " is not a whole number");
+    }
+    out = (uint32_t) x;
+    return true;
+}
+
+std::vector<st3_score_term> parse_score(const std::string & text) {
+    std::vector<st3_score_term> terms;
+
+    for (size_t i = 0; i <= text.size();) {
+        const size_t      end  = std::min(text.find('+', i), text.size());
+        const std::string term = text.substr(i, end - i);
+
+        bool known = false;
+        for (int bits = 0; bits < 8 && !known; ++bits) {
+            const st3_score_term t = { (bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0 };
+            if (term == std::string(t.text ? "text" : "last") + (t.max ? "-max" : "-mean") + (t.sum ? "-sum" : "")) {
+                terms.push_back(t);
+                known = true;
+            }
+        }
+        if (!known) {
+            fail("st3.score: '" + term + "' is not <last|text>-<mean|max>[-sum]");
+        }
+        i = end + 1;
+    }
+    return terms;
+}
+
+std::vector<int32_t> cut_layers(uint32_t start, uint32_t stride, uint32_t n_layer) {
+    std::vector<int32_t> cuts;
+    for (uint64_t il = start - 1; il + 1 < n_layer; il += stride) {
+        cuts.push_back((int32_t) il);
+    }
+    return cuts;
+}
+
+// Mean over layers of the share of tokens left when every cut keeps `keep`, before rounding to whole tokens.
+double mean_share(const st3_schedule & s, double keep) {
+    double sum = 0;
+    for (uint32_t il = 0; il < s.n_layer; ++il) {
+        sum += std::pow(keep, s.stage((int32_t) il));
+    }
+    return sum / s.n_layer;
+}
+
+double solve_keep(const st3_schedule & s, double budget) {
+    const double least = mean_share(s, 0.0);
+    if (budget < least) {
+        fail("st3.budget = " + std::to_string(budget) + " is out of reach: " + std::to_string(s.start) + " of " +
+             std::to_string(s.n_layer) + " layers run before the first cut (lower st3.start)");
+    }
+    double lo = 0.0;
+    double hi = 1.0;
+    for (int i = 0; i < 60; ++i) {
+        const double mid = (lo + hi) / 2;
+        (mean_share(s, mid) < budget ? lo : hi) = mid;
+    }
+    return (lo + hi) / 2;
+}
+
+uint32_t round_half_up(double x) { return (uint32_t) std::floor(x + 0.5); }
+
+}  // namespace
+
+uint32_t st3_schedule::stage(int32_t il) const {
+    return (uint32_t) (std::lower_bound(cuts.begin(), cuts.end(), il) - cuts.begin());
+}
+
+std::vector<uint32_t> st3_schedule::counts(uint32_t n) const {
+    std::vector<uint32_t> res = { n };
+    for (size_t i = 0; i < cuts.size(); ++i) {
+        const uint32_t m = res.back();
+        res.push_back(std::min(m, std::max(min_keep, round_half_up(m * keep))));
+    }
+    return res;
+}
+
+std::vector<float> st3_schedule::bias(uint32_t nx, uint32_t ny, uint32_t n_keep, uint32_t i_image) const {
+    std::vector<float> res(size_t(nx) * ny, 0.0f);
+
+    if (random) {
+        // a permutation, so that no two tokens tie; Fisher-Yates by hand, as std::shuffle differs between libraries
+        std::mt19937          rng(seed + 0x9E3779B9u * (i_image + 1));
+        std::vector<uint32_t> order(res.size());
+        std::iota(order.begin(), order.end(), 0u);
+        for (size_t i = order.size(); i > 1; --i) {
+            std::swap(order[i - 1], order[rng() % i]);
+        }
+        for (size_t i = 0; i < order.size(); ++i) {
+            res[order[i]] = float(i) / float(order.size());
+        }
+    }
+
+    const uint32_t n_even = round_half_up(coverage * n_keep);
+    if (n_even > 0) {
+        const auto & order = st3_spread_order(nx, ny);
+        for (uint32_t i = 0; i < n_even; ++i) {
+            res[order[i]] += 1.0f;
+        }
+    }
+    return res;
+}
+
+st3_schedule st3_make_schedule(const meta_map & meta, uint32_t n_layer) {
+    st3_schedule s;
+    s.n_layer = n_layer;
+
+    bool any = false;
+    for (const auto & [key, value] : meta) {
+        if (key.rfind("st3.", 0) != 0) {
+            continue;
+        }
+        if (std::find(std::begin(KEYS), std::end(KEYS), key) == std::end(KEYS)) {
+            fail("unknown metadata key " + key);
+        }
+        any = true;
+    }
+    if (!any) {
+        return s;
+    }
+
+    const auto it = meta.find("st3.preset");
+    s.preset      = it == meta.end() ? "st3" : it->second;
+    if (s.preset == "off") {
+        return s;
+    }
+    const preset * p = std::find_if(std::begin(PRESETS), std::end(PRESETS), [&](const preset & x) { return s.preset == x.name; });
+    if (p == std::end(PRESETS)) {
+        fail("unknown st3.preset '" + s.preset + "' (off, st3, pvtp, fastv, pyramiddrop, vtw, random, downsample)");
+    }
+
+    const auto layers = [&](double x) { return x <= 1.0 ? std::max(1u, (uint32_t) (x * n_layer)) : (uint32_t) x; };
+
+    s.start    = layers(p->start);
+    s.stride   = layers(p->stride);
+    s.min_keep = p->min_keep;
+    s.score    = p->score;
+    s.coverage = p->coverage;
+    s.random   = p->random;
+
+    get_count(meta, "st3.start", 1, n_layer, s.start);
+    get_count(meta, "st3.stride", 1, std::numeric_limits<int32_t>::max(), s.stride);
+    get_count(meta, "st3.min_keep", 0, std::numeric_limits<int32_t>::max(), s.min_keep);
+    get_count(meta, "st3.seed", 0, std::numeric_limits<int32_t>::max(), s.seed);
+    get_number(meta, "st3.coverage", 0, 1, s.coverage);
+
+    const auto score = meta.find("st3.score");
+    if (score != meta.end()) {
+        s.score = score->second;
+    }
+    if (!s.random) {
+        s.terms = parse_score(s.score);
+    }
+
+    s.cuts = cut_layers(s.start, s.stride, n_layer);
+
+    double     budget     = DEFAULT_BUDGET;
+    const bool has_budget = get_number(meta, "st3.budget", std::numeric_limits<double>::min(), 1, budget);
+    const bool has_keep   = get_number(meta, "st3.keep", 0, 1, s.keep);
+    if (has_budget && has_keep) {
+        fail("st3.budget and st3.keep exclude each other");
+    }
+    if (s.cuts.empty()) {
+        if (has_budget && budget == 1.0) {
+            return s;
+        }
+        fail("no layer follows a cut after layer " + std::to_string(s.start - 1) + " of a model with " +
+             std::to_string(n_layer) + " layers (lower st3.start)");
+    }
+    if (!has_keep) {
+        s.keep = p->keep >= 0 && !has_budget ? p->keep : solve_keep(s, budget);
+    }
+    return s;
+}
+
+const std::vector<uint32_t> & st3_spread_order(uint32_t nx, uint32_t ny) {
+    static std::mutex                                              mutex;
+    static std::map<std::array<uint32_t, 2>, std::vector<uint32_t>> cache;
+
+    const std::lock_guard<std::mutex> lock(mutex);
+
+    auto & order = cache[{ nx, ny }];
+    if (!order.empty()) {
+        return order;
+    }
+
+    const int64_t n = int64_t(nx) * ny;
+    // distance to the nearest chosen patch; before the first, minus the distance to the centre (in half patches)
+    std::vector<int64_t> far(n);
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t dx = 2 * (i % nx) + 1 - nx;
+        const int64_t dy = 2 * (i / nx) + 1 - ny;
+        far[i]           = -(dx * dx + dy * dy);
+    }
+    while ((int64_t) order.size() < n) {
+        const int64_t best = std::max_element(far.begin(), far.end()) - far.begin();
+        const bool    first = order.empty();
+        order.push_back((uint32_t) best);
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t dx = i % nx - best % nx;
+            const int64_t dy = i / nx - best / nx;
+            const int64_t d  = dx * dx + dy * dy;
+            far[i]           = first ? d : std::min(far[i], d);
+        }
+        far[best] = -1;  // chosen
+    }
+    return order;
+}

@@ -1,0 +1,54 @@
+// st3-schedule.h - how many visual tokens every layer keeps, and by which rank: pure arithmetic, no tensors.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+// One term of a score: how the attention that a visual token receives is reduced to a number in [0, 1].
+struct st3_score_term {
+    bool text;  // queries: all prompt text after the last image, else the last prompt token
+    bool max;   // over heads and queries: the maximum, else the mean
+    bool sum;   // averaged over the layers so far, else the layer of the cut alone
+
+    bool operator==(const st3_score_term & o) const { return text == o.text && max == o.max && sum == o.sum; }
+};
+
+// Rank of a visual token at a cut: w * score + bias, the highest survive.
+struct st3_schedule {
+    std::string preset = "off";
+
+    uint32_t n_layer  = 0;
+    uint32_t start    = 0;
+    uint32_t stride   = 0;
+    double   keep     = 1.0;
+    uint32_t min_keep = 0;
+    double   coverage = 0.0;
+    uint32_t seed     = 0;
+    bool     random   = false;  // w = 0 and a random bias
+
+    std::string                 score;  // as written
+    std::vector<st3_score_term> terms;  // as parsed; empty when w = 0
+
+    std::vector<int32_t> cuts;  // layers after which visual tokens leave, ascending
+
+    bool off() const { return cuts.empty(); }
+
+    // Number of cuts before layer il, which is the stage that the layer belongs to.
+    uint32_t stage(int32_t il) const;
+
+    // Tokens that an image of n leaves in each stage: [n, after cut 0, after cut 1, ...].
+    std::vector<uint32_t> counts(uint32_t n) const;
+
+    // Bias of each of an image's nx * ny tokens at a cut that keeps n_keep of them.
+    // i_image tells the images of a prompt apart for the random bias. Returns [nx * ny].
+    std::vector<float> bias(uint32_t nx, uint32_t ny, uint32_t n_keep, uint32_t i_image) const;
+};
+
+// Reads the st3.* keys of a model's metadata (values as strings). Throws std::invalid_argument with a line for the user.
+st3_schedule st3_make_schedule(const std::unordered_map<std::string, std::string> & meta, uint32_t n_layer);
+
+// The nested, evenly spread order of an nx * ny grid: the patch nearest the centre, then always the patch farthest from
+// all before it (squared Euclidean distance; ties to the lower index). Computed once a grid size. Returns [nx * ny].
+const std::vector<uint32_t> & st3_spread_order(uint32_t nx, uint32_t ny);

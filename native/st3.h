@@ -1,0 +1,89 @@
+// st3.h - the public C boundary of st3-edge: visual token pruning (ST3, arXiv 2412.20105) inside libllama.
+//
+// A model runs with ST3 when its GGUF metadata (or llama_model_params.kv_overrides) holds `st3.*` keys, read once
+// when a context is created. Every key is optional; st3.preset = "off", or no st3 key at all, is stock llama.cpp.
+//
+//   st3.preset    str   "off" "st3" "pvtp" "fastv" "pyramiddrop" "vtw" "random" "downsample": defaults of the rest
+//   st3.budget    f32   (0, 1]: mean over layers of visual tokens kept / given; `keep` is solved from it
+//   st3.start     u32   [1, n_layer): the first cut is after layer start - 1
+//   st3.stride    u32   >= 1: one cut every `stride` layers after that, while a layer follows
+//   st3.keep      f32   [0, 1]: share of an image's visual tokens that a cut keeps (excludes st3.budget)
+//   st3.min_keep  u32   >= 0: a cut leaves an image at least this many tokens (or all it has)
+//   st3.score     str   terms joined by '+', each <last|text>-<mean|max>[-sum]; a score is the mean of its terms
+//                       last|text: the scoring queries are the last prompt token | the prompt text after the last image
+//                       mean|max:  how heads and queries are reduced; -sum: averaged over all layers up to the cut
+//   st3.coverage  f32   [0, 1]: share of the kept tokens that is chosen evenly over the picture, whatever their score
+//   st3.seed      u32   seed of the preset "random"
+//
+// Integer keys may be given as any integer GGUF type, real keys as f32 or f64 or integer.
+#pragma once
+
+#include "llama.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define ST3_ABI_VERSION 1
+
+// How the last st3_prefill of a context was run.
+enum st3_mode {
+    ST3_MODE_OFF            = 0, // nothing dropped
+    ST3_MODE_PRUNED_PREFILL = 1, // visual tokens dropped between the layers of the prefill graph
+    ST3_MODE_EVICT_ONLY     = 2, // all layers computed in full, cells removed afterwards
+};
+
+// A run of consecutive prompt positions: text, or one image.
+// Exactly one of tokens and embd is set. For an image, embd is F32 [n][n_embd], and nx * ny == n gives its patch grid,
+// row by row (nx == ny == 0: unknown, the tokens count as one row).
+struct st3_piece {
+    const llama_token * tokens;
+    const float       * embd;
+    int32_t             n;
+    int32_t             nx;
+    int32_t             ny;
+};
+
+// ABI of this header; the Python package refuses any other.
+LLAMA_API int32_t st3_abi_version(void);
+
+// What went wrong in the last st3_* call of this thread that failed; "" if none did.
+LLAMA_API const char * st3_last_error(void);
+
+// Checks the st3.* metadata of a model against its shape, as llama_init_from_model will.
+// Returns 0, or -1 with st3_last_error() set (llama_init_from_model then fails with the same message).
+LLAMA_API int32_t st3_check_model(const struct llama_model * model);
+
+// Prefills pieces into sequence seq_id from position p0 on; logits of the last position are then llama_get_logits_ith(-1).
+// With a schedule, and when everything fits one ubatch, visual tokens are dropped between layers; else the pieces are
+// decoded as stock mtmd decodes them, and the reason is in the report. The last piece must be text.
+// Returns 0, a positive or negative llama_decode() code, or -100 for unusable arguments (nothing decoded,
+// st3_last_error() set). When decoding fails, none of the pieces' positions stay in the cache.
+LLAMA_API int32_t st3_prefill(
+        struct llama_context   * ctx,
+        llama_seq_id             seq_id,
+        llama_pos                p0,
+        const struct st3_piece * pieces,
+        size_t                   n_pieces);
+
+// The visual indices kept after cut i_cut of the last st3_prefill, ascending, over all its images in order (the
+// second image's first token has the index "tokens of the first"). Writes at most cap of them to out, and returns
+// how many there are; -1 if there is no such cut or no image was pruned.
+LLAMA_API int32_t st3_kept(const struct llama_context * ctx, int32_t i_cut, int32_t * out, int32_t cap);
+
+// Writes a JSON object (NUL-terminated, cut at cap bytes) and returns its full length without the NUL:
+// {"mode": "off"|"pruned-prefill"|"evict-only", "reason": str|null,            of the last st3_prefill
+//  "preset": str, "start": int, "stride": int, "keep": float, "min_keep": int, "score": str, "coverage": float,
+//  "cuts": [layer], "counts": [[kept of each image, in order] for each cut],   counts of the last st3_prefill's images
+//  "budget": float,                                    mean over layers of kept / given for them (schedule's own if none)
+//  "given": int, "per_layer": [visual tokens that each layer holds after prefill],
+//  "kv_bytes": {"allocated": int, "live": int, "full": int},   live: cells in use; full: what stock would have in use
+//  "flops": {"prefill": int, "prefill_full": int}}     multiply and add counted as 2; weights and attention of the decoder
+LLAMA_API size_t st3_report(const struct llama_context * ctx, char * out, size_t cap);
+
+#ifdef __cplusplus
+}
+#endif
