@@ -1,0 +1,42 @@
+"""st3-edge: quantized LLaVA on your own machine, with visual tokens pruned between the decoder's layers.
+
+    from st3_edge import Llava, ST3Config
+
+    with Llava.demo(ST3Config(budget=0.4)) as llava:
+        print(llava.ask("picture.png", "What color is the star?"))
+        print(llava.last_report)
+
+Importing this package loads no native library; making a `Llava` does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .config import PRESETS, ST3Config
+from .errors import ConfigError, ImageError, LibraryError, ModelError, PromptError, St3Error
+from .report import Report
+
+if TYPE_CHECKING:
+    from .llava import Llava
+
+__all__ = [
+    "PRESETS",
+    "ConfigError",
+    "ImageError",
+    "LibraryError",
+    "Llava",
+    "ModelError",
+    "PromptError",
+    "Report",
+    "ST3Config",
+    "St3Error",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Llava":
+        from .llava import Llava
+
+        return Llava
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

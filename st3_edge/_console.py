@@ -1,0 +1,113 @@
+"""The command line's side of a terminal: what goes where, progress, and a way out that Ctrl-C always finds."""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+_TICK_S = 0.2
+_SHOW_AFTER_S = 1.0
+INTERRUPTED = 130
+
+
+def _own(stream: TextIO | None, descriptor: int) -> TextIO:
+    """A stream of our own to a standard descriptor: the bindings redirect the original ones while a model loads."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        return os.fdopen(os.dup(descriptor), "w", encoding=encoding, errors="replace")
+    except OSError:  # closed by whoever started us
+        return open(os.devnull, "w", encoding=encoding)  # noqa: PTH123
+
+
+class Console:
+    """`out` carries results, `err` all else. Safe to use from the working thread and the main one."""
+
+    def __init__(self) -> None:
+        self.out, self.err = _own(sys.stdout, 1), _own(sys.stderr, 2)
+        self._stage: tuple[str, float] | None = None
+        self._shown = False
+        self._lock = threading.Lock()
+
+    @property
+    def bar(self) -> str:
+        """What bars are drawn with."""
+        return "█" if "utf" in self.out.encoding.lower() else "#"
+
+    def say(self, text: str = "", end: str = "\n") -> None:
+        """Writes to standard output, at once."""
+        self._write(self.out, text + end)
+
+    def note(self, text: str, end: str = "\n") -> None:
+        """Writes to standard error, at once."""
+        self._write(self.err, text + end)
+
+    def stage(self, name: str | None) -> None:
+        """What is being waited for from now on; None: nothing. It is told where the wait is longer than a second."""
+        with self._lock:
+            self._clear()
+            self._stage = None if name is None else (name, time.monotonic())
+
+    def tick(self) -> None:
+        """Called now and then: tells of the wait."""
+        with self._lock:
+            if self._stage is None:
+                return
+            name, since = self._stage
+            waited = time.monotonic() - since
+            if waited < _SHOW_AFTER_S:
+                return
+            if self.err.isatty():
+                self.err.write(f"\r\x1b[K{name} ... {waited:.0f} s")
+            elif not self._shown:
+                self.err.write(f"{name} ...\n")
+            self.err.flush()
+            self._shown = True
+
+    def _clear(self) -> None:
+        if self._shown and self.err.isatty():
+            self.err.write("\r\x1b[K")
+            self.err.flush()
+        self._shown = False
+
+    def _write(self, stream: TextIO, text: str) -> None:
+        with self._lock:
+            self._clear()
+            stream.write(text)
+            stream.flush()
+
+
+def run(console: Console, work: Callable[[], int]) -> int:
+    """Runs `work` in a thread and returns its exit code; its exceptions are raised here.
+
+    While native code computes, Python's main thread would not see Ctrl-C: so the computing is done beside it. On
+    Ctrl-C the process ends at once, with exit code 130.
+    """
+    result: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
+
+    def target() -> None:
+        try:
+            result.put(work())
+        except BaseException as e:
+            result.put(e)
+
+    threading.Thread(target=target, daemon=True).start()
+    try:
+        while True:
+            try:
+                outcome = result.get(timeout=_TICK_S)
+                break
+            except queue.Empty:
+                console.tick()
+    except KeyboardInterrupt:
+        console.note("\nst3-edge: interrupted")
+        # No clean-up: the working thread may be inside native code, which cannot be stopped.
+        os._exit(INTERRUPTED)
+    console.stage(None)
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome

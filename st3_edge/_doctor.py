@@ -1,0 +1,149 @@
+"""What `st3-edge doctor` finds out about this installation and machine."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import _libs, _log, demo
+from .errors import St3Error
+
+
+def examine() -> dict[str, Any]:
+    """Everything found, as plain values; "problems" lists in one line each what keeps the package from working."""
+    problems: list[str] = []
+    found: dict[str, Any] = {
+        "versions": _versions(),
+        "libraries": _library_files(),
+        "abi": None,
+        "llama_cpp": None,
+        "cpu": _cpu(),
+        "cpu_features": [],
+        "amx": None,
+        "devices": [],
+        "demo_model": _demo_model(problems),
+        "problems": problems,
+    }
+    try:
+        bindings = _libs.load()
+    except St3Error as e:
+        problems.append(str(e))
+        return found
+    _log.install()
+    lib = bindings.lib._lib
+    found["abi"] = lib.st3_abi_version()
+    for name in ("ggml_version", "ggml_commit"):
+        getattr(lib, name).restype = ctypes.c_char_p
+    found["llama_cpp"] = {"ggml": lib.ggml_version().decode(), "commit": lib.ggml_commit().decode()}
+    found["cpu_features"] = _features(bindings.lib.llama_print_system_info().decode())
+    found["amx"] = _amx(found["cpu_features"])
+    found["devices"] = _devices(lib)
+    return found
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The same as text for a person."""
+    libraries, model = found["libraries"], found["demo_model"]
+    lines = [
+        "versions      " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
+        f"libraries     {libraries['folder']}",
+        *(f"              {name}" for name in libraries["files"]),
+        f"st3 ABI       {found['abi']} (this package needs {_libs.ABI_VERSION})",
+        f"CPU           {found['cpu']['model']}, {found['cpu']['usable']} threads usable",
+        f"CPU features  {' '.join(found['cpu_features'])}",
+    ]
+    if found["amx"]:
+        lines.append(f"AMX           {found['amx']}")
+    for device in found["devices"]:
+        lines.append(f"device        {device['name']}: {device['description']} ({device['backend']})")
+    if model:
+        lines.append(f"demo model    {model['model']}")
+        lines.append(f"              {model['mmproj']}")
+        lines.append(f"              {len(model['pictures'])} pictures")
+    lines += [f"PROBLEM       {problem}" for problem in found["problems"]]
+    if not found["problems"]:
+        lines.append("all is well")
+    return "\n".join(lines)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in ("st3-edge", "llama-cpp-python", "numpy", "pillow", "huggingface-hub"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def _library_files() -> dict[str, Any]:
+    folder = _libs.folder()
+    files = sorted(p.name for p in folder.glob("lib*")) if folder.is_dir() else []
+    return {"folder": str(folder), "files": files}
+
+
+def _demo_model(problems: list[str]) -> dict[str, Any] | None:
+    try:
+        model, mmproj = demo.model_paths()
+        pictures = [str(scene.picture) for scene in demo.scenes()]
+    except St3Error as e:
+        problems.append(str(e))
+        return None
+    return {"model": str(model), "mmproj": str(mmproj), "pictures": pictures}
+
+
+def _cpu() -> dict[str, Any]:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"model": _cpuinfo("model name") or platform.processor() or platform.machine(), "usable": usable}
+
+
+def _cpuinfo(key: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+
+
+def _features(system_info: str) -> list[str]:
+    """The features that are on in llama_print_system_info's "CPU : AVX = 1 | AVX2 = 0 | ..."."""
+    features = []
+    for item in system_info.replace(" : ", " | ").split("|"):
+        name, _, value = item.partition("=")
+        if value.strip() == "1":
+            features.append(name.strip())
+    return features
+
+
+def _amx(features: list[str]) -> str | None:
+    if any(name.startswith("AMX") for name in features):
+        return "used"
+    if sys.platform == "linux" and "amx_int8" in _cpuinfo("flags").split():
+        return "this CPU has it; the build left it out, because it does not run here or was not asked for"
+    return None
+
+
+def _devices(lib: ctypes.CDLL) -> list[dict[str, str]]:
+    pointer = ctypes.c_void_p
+    lib.ggml_backend_dev_count.restype = ctypes.c_size_t
+    lib.ggml_backend_dev_get.argtypes, lib.ggml_backend_dev_get.restype = [ctypes.c_size_t], pointer
+    for name in ("ggml_backend_dev_name", "ggml_backend_dev_description", "ggml_backend_reg_name"):
+        getattr(lib, name).argtypes, getattr(lib, name).restype = [pointer], ctypes.c_char_p
+    lib.ggml_backend_dev_backend_reg.argtypes, lib.ggml_backend_dev_backend_reg.restype = [pointer], pointer
+    devices = []
+    for i in range(lib.ggml_backend_dev_count()):
+        device = lib.ggml_backend_dev_get(i)
+        registry = lib.ggml_backend_dev_backend_reg(device)
+        devices.append(
+            {
+                "name": lib.ggml_backend_dev_name(device).decode(),
+                "description": lib.ggml_backend_dev_description(device).decode(),
+                "backend": lib.ggml_backend_reg_name(registry).decode(),
+            }
+        )
+    return devices

@@ -1,0 +1,107 @@
+"""Finds our native libraries and makes the stock bindings (llama-cpp-python) run on them.
+
+The bindings load their libraries when they are imported, from the folders that two environment variables name. So
+nothing of this package imports `llama_cpp` before `load()` has set them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from .errors import LibraryError, one_line
+
+ABI_VERSION = 1
+
+_SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+_ENV = ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB")
+
+
+class Bindings(NamedTuple):
+    """The stock bindings, on our libraries. llama: llama_cpp; lib: llama_cpp.llama_cpp; internals, mtmd, grammar."""
+
+    llama: ModuleType
+    lib: ModuleType
+    internals: ModuleType
+    mtmd: ModuleType
+    grammar: ModuleType
+
+
+def folder() -> Path:
+    """The folder of libllama and libmtmd: the package's own, or for developers the one that ST3_LIB_DIR names."""
+    given = os.environ.get("ST3_LIB_DIR")
+    return Path(given).resolve() if given else Path(__file__).resolve().parent / "lib"
+
+
+def path_of(name: str) -> Path:
+    """Where the library `name` ("llama", "mtmd") is looked for."""
+    return folder() / f"lib{name}{_SUFFIX}"
+
+
+@functools.cache
+def load() -> Bindings:
+    """Imports the bindings on our libraries, once. Raises LibraryError where that cannot be."""
+    ours = path_of("llama")
+    for name in ("llama", "mtmd"):
+        if not path_of(name).is_file():
+            raise LibraryError(f"{path_of(name)} is missing: build the package (pip install .) or set ST3_LIB_DIR")
+    if "llama_cpp" in sys.modules:
+        theirs = Path(str(getattr(sys.modules["llama_cpp.llama_cpp"]._lib, "_name", ""))).resolve()
+        if theirs != ours.resolve():
+            raise LibraryError(
+                f"llama_cpp was imported before st3_edge and runs on {theirs}: import st3_edge and make a Llava "
+                "first, or use a separate process"
+            )
+    try:
+        with _environment(str(folder())):
+            modules = [
+                importlib.import_module(name)
+                for name in (
+                    "llama_cpp",
+                    "llama_cpp.llama_cpp",
+                    "llama_cpp._internals",
+                    "llama_cpp.mtmd_cpp",
+                    "llama_cpp.llama_grammar",
+                )
+            ]
+    except Exception as e:  # a missing symbol, a wrong architecture, a missing dependency: all end here
+        raise LibraryError(f"the libraries in {folder()} cannot be loaded: {one_line(e)}") from e
+    bindings = Bindings(*modules)
+    _check_abi(bindings)
+    native = bindings.lib._lib
+    if native.ggml_backend_dev_count() == 0:
+        # Backends that are separate files: upstream would look for them beside the Python interpreter.
+        native.ggml_backend_load_all_from_path(str(folder()).encode())
+    return bindings
+
+
+@contextmanager
+def _environment(value: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in _ENV}
+    os.environ.update(dict.fromkeys(_ENV, value))
+    try:
+        yield
+    finally:
+        for name, old in before.items():
+            if old is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = old
+
+
+def _check_abi(bindings: Bindings) -> None:
+    try:
+        version = bindings.lib._lib.st3_abi_version()
+    except AttributeError as e:
+        raise LibraryError(f"{path_of('llama')} is a stock llama.cpp without st3: rebuild the package") from e
+    if version != ABI_VERSION:
+        raise LibraryError(
+            f"{path_of('llama')} has st3 ABI {version}, this package needs {ABI_VERSION}: rebuild the package"
+        )

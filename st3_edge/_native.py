@@ -1,0 +1,109 @@
+"""native/st3.h in Python: the pieces of a prompt, prefill, what was kept, and the report."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _libs
+
+
+class _Piece(ctypes.Structure):
+    _fields_ = [
+        ("tokens", ctypes.POINTER(ctypes.c_int32)),
+        ("embd", ctypes.POINTER(ctypes.c_float)),
+        ("n", ctypes.c_int32),
+        ("nx", ctypes.c_int32),
+        ("ny", ctypes.c_int32),
+    ]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A run of text tokens: ids, int32 [n]."""
+
+    tokens: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Visual:
+    """One image as the decoder takes it: embd float32 [n][n_embd]; nx * ny == n is its patch grid, row by row
+    (0, 0: unknown)."""
+
+    embd: npt.NDArray[np.float32]
+    nx: int
+    ny: int
+
+
+Piece = Text | Visual
+
+
+@functools.cache
+def _st3() -> ctypes.CDLL:
+    lib: ctypes.CDLL = _libs.load().lib._lib
+    context, model = ctypes.c_void_p, ctypes.c_void_p
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "st3_last_error": (ctypes.c_char_p, []),
+        "st3_check_model": (ctypes.c_int32, [model]),
+        "st3_prefill": (
+            ctypes.c_int32,
+            [context, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(_Piece), ctypes.c_size_t],
+        ),
+        "st3_kept": (
+            ctypes.c_int32,
+            [context, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32],
+        ),
+        "st3_report": (ctypes.c_size_t, [context, ctypes.c_char_p, ctypes.c_size_t]),
+    }
+    for name, (restype, argtypes) in signatures.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = restype, argtypes
+    return lib
+
+
+def last_error() -> str:
+    """What went wrong in the last st3 call of this thread that failed; "" if none did."""
+    return (_st3().st3_last_error() or b"").decode("utf-8", "replace")
+
+
+def prefill(context: Any, pieces: Sequence[Piece]) -> int:
+    """Prefills `pieces` into the empty sequence 0. Returns 0 or an error code of st3_prefill."""
+    array = (_Piece * len(pieces))()
+    keep_alive = []
+    for slot, piece in zip(array, pieces, strict=True):
+        if isinstance(piece, Text):
+            data: npt.NDArray[Any] = np.ascontiguousarray(piece.tokens, np.int32)
+            slot.tokens = data.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        else:
+            data = np.ascontiguousarray(piece.embd, np.float32)
+            slot.embd = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            slot.nx, slot.ny = piece.nx, piece.ny
+        slot.n = len(data)
+        keep_alive.append(data)
+    return int(_st3().st3_prefill(context, 0, 0, array, len(pieces)))
+
+
+def kept(context: Any, i_cut: int) -> list[int]:
+    """The visual indices kept after cut `i_cut` of the last prefill, ascending; [] if nothing was pruned there."""
+    n = _st3().st3_kept(context, i_cut, None, 0)
+    if n <= 0:
+        return []
+    out = (ctypes.c_int32 * n)()
+    _st3().st3_kept(context, i_cut, out, n)
+    return list(out)
+
+
+def report(context: Any) -> dict[str, Any]:
+    """The object of st3_report."""
+    size = _st3().st3_report(context, None, 0) + 1
+    buffer = ctypes.create_string_buffer(size)
+    _st3().st3_report(context, buffer, size)
+    result: dict[str, Any] = json.loads(buffer.value)
+    return result

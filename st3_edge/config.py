@@ -1,0 +1,85 @@
+"""What a person can set about visual token pruning. Ranges are those of native/st3.h."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, fields
+
+from .errors import ConfigError
+
+Override = bool | int | float | str
+
+PRESETS = ("off", "st3", "pvtp", "fastv", "pyramiddrop", "vtw", "random", "downsample")
+
+_SCORE_TERM = re.compile(r"(last|text)-(mean|max)(-sum)?")
+_U32_MAX = 2**32 - 1
+# A string in llama.cpp's override table is char[128] with its NUL.
+_MAX_STR = 127
+
+
+@dataclass(frozen=True)
+class ST3Config:
+    """How visual tokens are pruned. Each field is a `st3.*` metadata key; None leaves that key to the model file,
+    and what the file lacks to the preset.
+
+    preset    one of PRESETS; "off" is stock llama.cpp; None takes what the model file carries
+    budget    (0, 1]: mean over layers of visual tokens kept / given; `keep` is solved from it
+    start     >= 1: the first cut is after layer start - 1 (layers count from 0)
+    stride    >= 1: one cut every `stride` layers after that
+    keep      [0, 1]: share of an image's visual tokens that each cut keeps; excludes budget
+    min_keep  >= 0: a cut leaves an image at least this many tokens
+    score     terms joined by "+", each <last|text>-<mean|max>[-sum]
+    coverage  [0, 1]: share of the kept tokens chosen evenly over the picture, whatever their score
+    seed      >= 0: of the preset "random"
+
+    Raises ConfigError where a value is of the wrong type or outside its range.
+    """
+
+    preset: str | None = "st3"
+    budget: float | None = None
+    start: int | None = None
+    stride: int | None = None
+    keep: float | None = None
+    min_keep: int | None = None
+    score: str | None = None
+    coverage: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ConfigError(f"unknown preset {self.preset!r}; there are: {', '.join(PRESETS)}")
+        if self.budget is not None and self.keep is not None:
+            raise ConfigError("budget and keep exclude each other: keep is solved from budget")
+        self._real("budget", above=True)
+        self._real("keep")
+        self._real("coverage")
+        self._int("start", 1)
+        self._int("stride", 1)
+        self._int("min_keep", 0)
+        self._int("seed", 0)
+        if self.score is not None:
+            terms = self.score.split("+") if isinstance(self.score, str) else [""]
+            if not all(_SCORE_TERM.fullmatch(t) for t in terms) or len(self.score) > _MAX_STR:
+                raise ConfigError(f"score {self.score!r} is not terms like last-mean, text-max-sum joined by '+'")
+
+    def _real(self, name: str, above: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or not (0 < value <= 1 if above else 0 <= value <= 1):
+            raise ConfigError(f"{name} must be in {'(' if above else '['}0, 1], not {value!r}")
+
+    def _int(self, name: str, low: int) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= _U32_MAX:
+            raise ConfigError(f"{name} must be a whole number from {low} to {_U32_MAX}, not {value!r}")
+
+    def overrides(self) -> dict[str, Override]:
+        """The `kv_overrides` of `llama_cpp.Llama`: only the keys given, of the types that st3.h names."""
+        real = {"budget", "keep", "coverage"}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        return {f"st3.{name}": float(v) if name in real else v for name, v in given.items()}

@@ -1,0 +1,458 @@
+"""`Llava`: a quantized LLaVA in GGUF, answering questions about pictures with pruned visual tokens."""
+
+from __future__ import annotations
+
+import ctypes
+import fnmatch
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _gguf, _libs, _log, _native, demo
+from ._text import TextStream
+from .chat import ChatTemplate, Message, read_messages
+from .config import ST3Config
+from .errors import ConfigError, ModelError, PromptError, St3Error, one_line
+from .images import ImageSource, load
+from .report import Milliseconds, Report, Trace
+from .sampling import Sampling, response_grammar
+from .vision import Tokenized, Vision
+
+Path = str | os.PathLike[str]
+Response = dict[str, Any]
+
+# Types that flash attention reads; a GGUF type id each (ggml.h).
+KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
+
+MAX_CTX = 2**20
+# Pruned prefill needs the whole prompt in one physical batch. Its compute buffers grow with it, so the default holds
+# three LLaVA-1.5 pictures and not the whole of a long context; a longer prompt runs unpruned between its layers.
+_DEFAULT_UBATCH = 2048
+
+_TOP_LOGITS = 10
+_CONTROL_OR_UNKNOWN = 1 << 3 | 1 << 0  # llama_token_attr
+
+
+class Llava:
+    """A text model and its vision half (mmproj), loaded, with one conversation-less context.
+
+        with Llava.demo() as llava:
+            answer = llava.ask("picture.png", "What color is the star?")
+            print(llava.last_report.visual_tokens.per_layer)
+
+    model_path, mmproj_path   two GGUF files that belong together
+    config                    how visual tokens are pruned; None: ST3Config(), preset "off": as stock llama.cpp
+    n_ctx                     tokens of prompt and answer together, at most; 0: what the model was trained on
+    n_ubatch                  tokens of a prompt that can be prefilled at once and so pruned; None: min(n_ctx, 2048)
+    n_threads                 CPU threads; None: by the CPUs that this process may use
+    n_gpu_layers              layers to offload where a GPU backend was built; -1: all
+    type_k, type_v            KV cache types, of KV_TYPES
+    seed                      of sampling, where a call gives none; None: another one each call
+    chat_template             Jinja; None: the model file's own, and where it has none Vicuna's
+    verbose                   llama.cpp's log to standard error
+    on_stage                  called with "encode", "prefill" and "decode" as each of a call begins
+
+    Raises ModelError, ConfigError or LibraryError. Not for several threads at once: a second call waits for a step of
+    the first to end, and then ends the first's answer.
+    """
+
+    def __init__(
+        self,
+        model_path: Path,
+        mmproj_path: Path,
+        config: ST3Config | None = None,
+        *,
+        n_ctx: int = 4096,
+        n_ubatch: int | None = None,
+        n_threads: int | None = None,
+        n_gpu_layers: int = 0,
+        type_k: str = "f16",
+        type_v: str = "f16",
+        seed: int | None = None,
+        chat_template: str | None = None,
+        verbose: bool = False,
+        on_stage: Callable[[str], None] | None = None,
+    ) -> None:
+        started = time.perf_counter()
+        _check_int("n_ctx", n_ctx, 0, MAX_CTX)
+        _check_int("n_ubatch", n_ubatch, 1, MAX_CTX)
+        _check_int("n_threads", n_threads, 1, 1024)
+        _check_int("n_gpu_layers", n_gpu_layers, -1, 2**31 - 1)
+        for name, kv_type in (("type_k", type_k), ("type_v", type_v)):
+            if kv_type not in KV_TYPES:
+                raise ConfigError(f"{name} is one of {', '.join(KV_TYPES)}, not {kv_type!r}")
+        model_name, mmproj_name = os.fspath(model_path), os.fspath(mmproj_path)
+        header = _check_pair(model_name, mmproj_name)
+        bindings = _libs.load()
+        _log.install()
+        if verbose:
+            _log.verbose()
+
+        self.config = config = config or ST3Config()
+        self.model_path = model_name
+        self.last_report: Report | None = None
+        self._seed = seed
+        self._on_stage = on_stage or (lambda _: None)
+        self._lib = bindings.lib
+        self._lock = threading.Lock()
+        self._call = 0
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        # Prefill gains from every hardware thread, decoding waits for memory and loses by the second of a core.
+        threads = n_threads or (usable if usable <= 4 else usable // 2)
+        threads_batch = n_threads or usable
+        if n_ctx == 0:
+            trained = header.metadata.get(f"{header.architecture}.context_length", 0)
+            n_ctx = min(int(trained), MAX_CTX) or 4096
+        n_ubatch = min(n_ctx, n_ubatch or _DEFAULT_UBATCH)
+        self.n_ctx = n_ctx
+
+        _log.forget()
+        try:
+            self._llama = bindings.llama.Llama(
+                model_path=model_name,
+                n_gpu_layers=n_gpu_layers,
+                kv_overrides=config.overrides() or None,
+                n_ctx=n_ctx,
+                n_batch=n_ubatch,
+                n_ubatch=n_ubatch,
+                n_threads=threads,
+                n_threads_batch=threads_batch,
+                flash_attn=True,
+                type_k=KV_TYPES[type_k],
+                type_v=KV_TYPES[type_v],
+                verbose=verbose,
+            )
+        except Exception as e:  # the bindings raise ValueError, and Jinja's errors for the file's template
+            reason = _native.last_error()
+            raise ModelError(
+                f"model {model_name!r} cannot be used" + (f": {reason}" if reason else _log.why() or f": {e}")
+            ) from e
+        try:
+            self._vision = Vision(mmproj_name, self._llama.model, n_threads=threads_batch, use_gpu=n_gpu_layers != 0)
+            self._vocab = self._llama._model.vocab
+            self._n_vocab = self._llama.n_vocab()
+            own = header.metadata.get("tokenizer.chat_template")
+            self._template = ChatTemplate(
+                chat_template if chat_template is not None else str(own) if own else None,
+                bos=self._token_text(self._llama.token_bos()),
+                eos=self._token_text(self._llama.token_eos()),
+                control=self._control_forms(),
+                adds_bos=bool(self._lib.llama_vocab_get_add_bos(self._vocab)),
+            )
+        except BaseException:
+            self.close()
+            raise
+        self._load_ms = _ms_since(started)
+
+    @classmethod
+    def demo(cls, config: ST3Config | None = None, **options: Any) -> Llava:
+        """The embedded model. `options`: as for the class."""
+        return cls(*demo.model_paths(), config, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str,
+        filename: str,
+        mmproj_filename: str,
+        config: ST3Config | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: Path | None = None,
+        local_files_only: bool = False,
+        **options: Any,
+    ) -> Llava:
+        """A pair of files of a Hugging Face repository, downloaded once and then taken from the cache.
+
+        The file names may hold wildcards, if each fits one file. `options`: as for the class. Raises ModelError where
+        the repository or a file is not there, or there is no network and they are not in the cache.
+        """
+        try:
+            import huggingface_hub as hub
+        except ImportError as e:
+            raise ModelError("from_pretrained needs huggingface-hub: pip install huggingface-hub") from e
+        paths = []
+        for pattern in (filename, mmproj_filename):
+            try:
+                name = pattern
+                if any(c in pattern for c in "*?["):
+                    names = fnmatch.filter(hub.HfApi().list_repo_files(repo_id, revision=revision), pattern)
+                    if len(names) != 1:
+                        raise ModelError(f"{len(names)} files of {repo_id} fit {pattern!r}, not one")
+                    name = names[0]
+                paths.append(
+                    hub.hf_hub_download(
+                        repo_id,
+                        name,
+                        revision=revision,
+                        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+                        local_files_only=local_files_only,
+                    )
+                )
+            except St3Error:
+                raise
+            except Exception as e:  # its own errors, and those of the network libraries below it
+                reason = one_line(e)
+                raise ModelError(
+                    f"{pattern!r} of {repo_id!r} cannot be downloaded, and is not in the cache: {reason}"
+                ) from e
+        return cls(paths[0], paths[1], config, **options)
+
+    def ask(self, images: ImageSource | Sequence[ImageSource], question: str, **options: Any) -> str:
+        """The answer to one question about one picture or several. `options`: as for `create_chat_completion`,
+        less stream."""
+        several = isinstance(images, Sequence) and not isinstance(images, (str, bytes))
+        sources: Sequence[Any] = images if several else [images]  # type: ignore[assignment]
+        content = [{"type": "image", "image": source} for source in sources]
+        message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+        response = self.create_chat_completion([message], **options)
+        answer: str = response["choices"][0]["message"]["content"]  # type: ignore[index]
+        return answer
+
+    def create_chat_completion(
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: bool = False,
+        max_tokens: int | None = None,
+        temperature: float = 0.2,
+        top_p: float = 0.95,
+        top_k: int = 40,
+        min_p: float = 0.05,
+        typical_p: float = 1.0,
+        repeat_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        grammar: Any = None,
+        response_format: Mapping[str, Any] | None = None,
+        logit_bias: Mapping[Any, float] | None = None,
+        model: str | None = None,
+        trace: bool = False,
+    ) -> Response | Iterator[Response]:
+        """Answers messages in the OpenAI shape (see `st3_edge.chat.read_messages`), as llama-cpp-python does.
+
+        Returns a chat.completion object, or with stream=True an iterator of chat.completion.chunk objects. The former,
+        and the last of the latter, also hold "st3": the call's report as `Report.to_dict()` gives it; `last_report` is
+        the object. Every call starts from an empty context. max_tokens: None, or below 1: as many as the context
+        holds. Sampling options: see `st3_edge.sampling.Sampling`; penalties look at the answer's last 64 tokens.
+        trace=True fills the report's trace.
+
+        Raises before any work PromptError, ImageError or ConfigError; St3Error where llama.cpp fails.
+        """
+        sampling = Sampling(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            typical_p=typical_p,
+            repeat_penalty=repeat_penalty,
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
+            seed=self._seed if seed is None else seed,
+            grammar=response_grammar(response_format) or grammar,
+            logit_bias=logit_bias or {},
+        )
+        stops = [stop] if isinstance(stop, str) else list(stop or [])
+        if not all(isinstance(s, str) for s in stops):
+            raise ConfigError("stop is a string or a list of strings")
+        self._check_open()
+        prompt = self._template.render(read_messages(messages))
+        tokenized = self._vision.tokenize(prompt.parts, self._llama.token_bos() if prompt.bos else None)
+        n_prompt = tokenized.n_tokens
+        room = self.n_ctx - n_prompt
+        if room < 1:
+            raise PromptError(
+                f"the prompt has {n_prompt} tokens and n_ctx is {self.n_ctx}: "
+                f"set n_ctx to {n_prompt + 1} or more, or ask with less text or fewer pictures"
+            )
+        limit = room if max_tokens is None or max_tokens < 1 else min(max_tokens, room)
+        sampler = sampling.chain(self._llama._model, self._n_vocab)
+        pieces = self._generate(tokenized, sampler, limit, TextStream(stops), trace)
+
+        head: Response = {
+            "id": f"chatcmpl-{uuid.uuid4()}",
+            "object": "chat.completion.chunk" if stream else "chat.completion",
+            "created": int(time.time()),
+            "model": self.model_path if model is None else model,
+        }
+        if stream:
+            return self._chunks(head, pieces)
+        text = "".join(pieces)
+        report = self.last_report
+        assert report is not None
+        return {
+            **head,
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": text},
+                    "logprobs": None,
+                    "finish_reason": report.finish_reason,
+                }
+            ],
+            "usage": {
+                "prompt_tokens": n_prompt,
+                "completion_tokens": report.n_generated,
+                "total_tokens": n_prompt + report.n_generated,
+            },
+            "st3": report.to_dict(),
+        }
+
+    def visual_tokens(self, image: ImageSource) -> npt.NDArray[np.float32]:
+        """What the vision encoder gives the decoder for a picture: float32 [tokens][n_embd], row by row of patches."""
+        self._check_open()
+        tokenized = self._vision.tokenize([load(image)])
+        with self._lock:
+            pieces = tokenized.pieces()
+        return np.concatenate([p.embd for p in pieces if isinstance(p, _native.Visual)])
+
+    def close(self) -> None:
+        """Frees both models. Called again it does nothing."""
+        if hasattr(self, "_vision"):
+            self._vision.close()
+        self._llama.close()
+
+    def __enter__(self) -> Llava:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if not self._vision.close.alive:
+            raise St3Error("this Llava is closed")
+
+    def _chunks(self, head: Response, pieces: Iterator[str]) -> Iterator[Response]:
+        def chunk(delta: dict[str, str], finish_reason: str | None = None) -> Response:
+            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+            return {**head, "choices": [choice]}
+
+        yield chunk({"role": "assistant"})
+        for piece in pieces:
+            if piece:
+                yield chunk({"content": piece})
+        report = self.last_report
+        assert report is not None
+        yield {**chunk({}, report.finish_reason), "st3": report.to_dict()}
+
+    def _generate(self, tokenized: Tokenized, sampler: Any, limit: int, text: TextStream, trace: bool) -> Iterator[str]:
+        """Prefills, then yields the answer piece by piece; `last_report` is kept up to date."""
+        with self._lock:
+            self._call += 1
+            call = self._call
+            report = self._prefill(tokenized, trace)
+            self.last_report = report
+        self._on_stage("decode")
+        position = tokenized.n_tokens
+        token = 0
+        while True:
+            with self._lock:
+                self._check_open()
+                if call != self._call:
+                    raise St3Error("another call on this Llava began before this answer had ended")
+                started = time.perf_counter()
+                if report.n_generated:
+                    self._decode(token, position)
+                    position += 1
+                token = sampler.sample(self._llama._ctx, -1)
+                report.ms.decode += _ms_since(started)
+            if self._lib.llama_vocab_is_eog(self._vocab, token):
+                report.finish_reason = "stop"
+                break
+            piece = text.push(self._token_bytes(token, first=report.n_generated == 0))
+            report.n_generated += 1
+            report.answer += piece
+            yield piece
+            if text.stopped:
+                report.finish_reason = "stop"
+                return
+            if report.n_generated >= limit:
+                break
+        piece = text.finish()
+        report.answer += piece
+        yield piece
+
+    def _prefill(self, tokenized: Tokenized, trace: bool) -> Report:
+        ms = Milliseconds(load=self._load_ms, encode=0.0, prefill=0.0, decode=0.0)
+        self._on_stage("encode")
+        started = time.perf_counter()
+        pieces = tokenized.pieces()
+        ms.encode = _ms_since(started)
+
+        context = self._llama.ctx
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(context), False)
+        _log.forget()
+        self._on_stage("prefill")
+        started = time.perf_counter()
+        code = _native.prefill(context, pieces)
+        ms.prefill = _ms_since(started)
+        if code:
+            reason = _native.last_error()
+            raise St3Error(f"prefill failed ({code})" + (f": {reason}" if reason else _log.why()))
+        native = _native.report(context)
+        if not trace:
+            return Report.from_native(native, ms)
+        kept = [_native.kept(context, i) for i in range(len(native["cuts"]))]
+        return Report.from_native(native, ms, Trace(tokenized.ids, self._top_logits(), kept))
+
+    def _top_logits(self) -> list[list[float]]:
+        logits = np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._llama.ctx, -1), (self._n_vocab,))
+        top = np.argsort(-logits, kind="stable")[:_TOP_LOGITS]
+        return [[int(i), float(logits[i])] for i in top]
+
+    def _decode(self, token: int, position: int) -> None:
+        batch = self._llama._batch
+        batch.set_batch([token], n_past=position, logits_all=False)
+        _log.forget()
+        code = self._lib.llama_decode(self._llama.ctx, batch.batch)
+        if code:
+            raise St3Error(f"decoding failed ({code}){_log.why()}")
+
+    def _token_bytes(self, token: int, first: bool) -> bytes:
+        """The bytes of a token; the space that SentencePiece puts before a word is dropped where the answer begins."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = self._lib.llama_token_to_piece(self._vocab, token, buffer, size, int(first), False)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    def _token_text(self, token: int) -> str:
+        return "" if token < 0 else self._lib.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace")
+
+    def _control_forms(self) -> list[str]:
+        lib, vocab = self._lib, self._vocab
+        ids = [i for i in range(self._n_vocab) if lib.llama_vocab_get_attr(vocab, i) & _CONTROL_OR_UNKNOWN]
+        # A form of one character would be in ordinary text.
+        return [text for i in ids if len(text := self._token_text(i)) > 1]
+
+
+def _check_int(name: str, value: Any, low: int, high: int) -> None:
+    if value is None and name in ("n_ubatch", "n_threads"):
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ConfigError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+
+
+def _check_pair(model: str, mmproj: str) -> _gguf.Header:
+    """Reads both headers; raises ModelError where the two files are not a text model and a vision half."""
+    header = _gguf.read_header(model)
+    if header.architecture == "clip":
+        raise ModelError(f"model {model!r} is a vision half (mmproj); the text model belongs here")
+    other = _gguf.read_header(mmproj, "mmproj")
+    if other.architecture != "clip":
+        raise ModelError(f"mmproj {mmproj!r} is a text model; the vision half (mmproj) belongs here")
+    return header
+
+
+def _ms_since(started: float) -> float:
+    return (time.perf_counter() - started) * 1000

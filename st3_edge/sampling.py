@@ -1,0 +1,121 @@
+"""How the next token is chosen: llama.cpp's own samplers, in the order that llama-cpp-python chains them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import _libs, _log
+from .errors import ConfigError, one_line
+
+_U32 = 2**32
+_RANDOM_SEED = _U32 - 1  # LLAMA_DEFAULT_SEED: a new one each time
+_PENALTY_WINDOW = 64
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling options, with the meaning that llama-cpp-python gives them. temperature 0 takes the likeliest token.
+
+    seed: None, or a negative number, for another one each time. grammar: GBNF text or a
+    llama_cpp.LlamaGrammar. logit_bias: token id -> added to its logit. Raises ConfigError for values out of range.
+    """
+
+    temperature: float = 0.2
+    top_p: float = 0.95
+    top_k: int = 40
+    min_p: float = 0.05
+    typical_p: float = 1.0
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+    grammar: Any = None
+    logit_bias: Mapping[Any, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "typical_p", "repeat_penalty"):
+            self._number(name, low=0.0)
+        for name in ("frequency_penalty", "presence_penalty"):
+            self._number(name)
+        self._number("top_k")
+        if self.repeat_penalty == 0:
+            raise ConfigError("repeat_penalty must be greater than 0")
+
+    def _number(self, name: str, low: float = -math.inf) -> None:
+        value = getattr(self, name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or value < low:
+            at_least = f" of at least {low:g}" if low > -math.inf else ""
+            raise ConfigError(f"{name} must be a finite number{at_least}, not {value!r}")
+
+    def chain(self, model: Any, n_vocab: int) -> Any:
+        """A `llama_cpp._internals.LlamaSampler`. `model`: the LlamaModel that the grammar's tokens are of."""
+        bindings = _libs.load()
+        chain = bindings.internals.LlamaSampler()
+        if self.logit_bias:
+            chain.add_logit_bias(n_vocab, _biases(self.logit_bias, n_vocab))
+        chain.add_penalties(
+            n_vocab=n_vocab,
+            penalty_last_n=_PENALTY_WINDOW,
+            penalty_repeat=self.repeat_penalty,
+            penalty_freq=self.frequency_penalty,
+            penalty_present=self.presence_penalty,
+        )
+        if self.grammar is not None:
+            self._add_grammar(chain, model)
+        if self.temperature == 0:
+            chain.add_greedy()
+        else:
+            chain.add_top_k(int(self.top_k))
+            chain.add_typical(self.typical_p)
+            chain.add_top_p(self.top_p)
+            chain.add_min_p(self.min_p)
+            chain.add_temp(self.temperature)
+            chain.add_dist(_RANDOM_SEED if self.seed is None or self.seed < 0 else self.seed % _U32)
+        return chain
+
+    def _add_grammar(self, chain: Any, model: Any) -> None:
+        lib = _libs.load().lib
+        text, root = getattr(self.grammar, "_grammar", self.grammar), getattr(self.grammar, "_root", "root")
+        if not isinstance(text, str) or not text.strip():
+            raise ConfigError("a grammar is GBNF text or a llama_cpp.LlamaGrammar, and not empty")
+        _log.forget()
+        # Not LlamaSampler.add_grammar: it would put a null sampler into the chain, which crashes later.
+        sampler = lib.llama_sampler_init_grammar(model.vocab, text.encode(), root.encode())
+        if not sampler:
+            raise ConfigError(f"the grammar is not valid GBNF{_log.why()}")
+        lib.llama_sampler_chain_add(chain.sampler, sampler)
+
+
+def _biases(given: Mapping[Any, float], n_vocab: int) -> dict[int, float]:
+    try:
+        biases = {int(token): float(bias) for token, bias in given.items()}
+    except (TypeError, ValueError, AttributeError) as e:
+        raise ConfigError("logit_bias maps token ids to numbers") from e
+    if not all(0 <= token < n_vocab for token in biases):
+        raise ConfigError(f"logit_bias names a token id outside 0 to {n_vocab - 1}")
+    return biases
+
+
+def response_grammar(response_format: Mapping[str, Any] | None) -> Any:
+    """The grammar of an OpenAI response_format: {"type": "text"}, or {"type": "json_object"} with or without
+    "schema". Raises ConfigError for another, or a schema that cannot become a grammar."""
+    if response_format is None:
+        return None
+    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
+    if kind == "text":
+        return None
+    if kind != "json_object":
+        raise ConfigError('response_format is {"type": "text"} or {"type": "json_object"}')
+    grammar = _libs.load().grammar
+    schema = response_format.get("schema")
+    if schema is None:
+        return grammar.LlamaGrammar.from_string(grammar.JSON_GBNF, verbose=False)
+    try:
+        return grammar.LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)
+    except Exception as e:  # the converter asserts and indexes on what it does not know
+        raise ConfigError(f"the JSON schema cannot become a grammar: {one_line(e) or type(e).__name__}") from e
