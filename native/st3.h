@@ -31,9 +31,9 @@ extern "C" {
 
 // How the last st3_prefill of a context was run.
 enum st3_mode {
-    ST3_MODE_OFF            = 0, // nothing dropped
-    ST3_MODE_PRUNED_PREFILL = 1, // visual tokens dropped between the layers of the prefill graph
-    ST3_MODE_EVICT_ONLY     = 2, // all layers computed in full, cells removed afterwards
+    ST3_MODE_OFF            = 0,  // nothing dropped
+    ST3_MODE_PRUNED_PREFILL = 1,  // visual tokens dropped between the layers of the prefill graph
+    ST3_MODE_EVICT_ONLY     = 2,  // all layers computed in full, cells removed afterwards
 };
 
 // A run of consecutive prompt positions: text, or one image.
@@ -41,7 +41,7 @@ enum st3_mode {
 // row by row (nx == ny == 0: unknown, the tokens count as one row).
 struct st3_piece {
     const llama_token * tokens;
-    const float       * embd;
+    const float *       embd;
     int32_t             n;
     int32_t             nx;
     int32_t             ny;
@@ -63,11 +63,8 @@ LLAMA_API int32_t st3_check_model(const struct llama_model * model);
 // Returns 0, a positive or negative llama_decode() code, or -100 for unusable arguments (nothing decoded,
 // st3_last_error() set). When decoding fails, none of the pieces' positions stay in the cache.
 LLAMA_API int32_t st3_prefill(
-        struct llama_context   * ctx,
-        llama_seq_id             seq_id,
-        llama_pos                p0,
-        const struct st3_piece * pieces,
-        size_t                   n_pieces);
+        struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0, const struct st3_piece * pieces,
+        size_t n_pieces);
 
 // The visual indices kept after cut i_cut of the last st3_prefill, ascending, over all its images in order (the
 // second image's first token has the index "tokens of the first"). Writes at most cap of them to out, and returns

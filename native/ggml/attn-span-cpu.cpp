@@ -86,7 +86,8 @@ void ggml_compute_forward_attn_span(const ggml_compute_params * params, ggml_ten
                     }
                 }
 
-                const char * q_row = (const char *) q->data + (r / n_rep) * q->nb[1] + (hk * n_rep + r % n_rep) * q->nb[2];
+                const char * q_row =
+                        (const char *) q->data + (r / n_rep) * q->nb[1] + (hk * n_rep + r % n_rep) * q->nb[2];
 
                 float dot = 0.0f;
                 ggml_vec_dot_f32(d, &dot, 0, (const float *) q_row, 0, row, 0, 1);

@@ -5,9 +5,8 @@
 #include <vector>
 
 void attn_span_ref(
-        const float * q, const float * k, const float * mask, const int32_t * ids, double * out,
-        int64_t d, int64_t n_q, int64_t n_head, int64_t n_kv, int64_t n_head_kv, int64_t n_span,
-        double scale, bool is_max) {
+        const float * q, const float * k, const float * mask, const int32_t * ids, double * out, int64_t d, int64_t n_q,
+        int64_t n_head, int64_t n_kv, int64_t n_head_kv, int64_t n_span, double scale, bool is_max) {
     std::vector<double> p(n_kv);
 
     std::fill(out, out + n_span, 0.0);

@@ -21,13 +21,8 @@ enum ggml_attn_span_reduce {
 //   ids    I32       [n_span]             cells, each in [0, n_kv)
 //   result F32       [n_span]
 GGML_API struct ggml_tensor * ggml_attn_span(
-        struct ggml_context      * ctx,
-        struct ggml_tensor       * q,
-        struct ggml_tensor       * k,
-        struct ggml_tensor       * mask,
-        struct ggml_tensor       * ids,
-        float                      scale,
-        enum ggml_attn_span_reduce reduce);
+        struct ggml_context * ctx, struct ggml_tensor * q, struct ggml_tensor * k, struct ggml_tensor * mask,
+        struct ggml_tensor * ids, float scale, enum ggml_attn_span_reduce reduce);
 
 #ifdef __cplusplus
 }

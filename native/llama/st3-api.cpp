@@ -1,17 +1,17 @@
 // st3-api.cpp - the functions of st3.h.
 
-#include "st3.h"
-
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-model.h"
 #include "st3-graph.h"
 #include "st3-memory.h"
 #include "st3-state.h"
+#include "st3.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <sstream>
 #include <stdexcept>
 
@@ -63,7 +63,8 @@ void check_pieces(const llama_context * ctx, const st3_piece * pieces, size_t n_
                     format("an image of %d tokens is no grid of %d x %d", p.n, p.nx, p.ny));
         } else {
             for (int32_t j = 0; j < p.n; ++j) {
-                require(p.tokens[j] >= 0 && p.tokens[j] < n_vocab, format("token %d is not in the vocabulary", p.tokens[j]));
+                require(p.tokens[j] >= 0 && p.tokens[j] < n_vocab,
+                        format("token %d is not in the vocabulary", p.tokens[j]));
             }
         }
     }
@@ -88,7 +89,9 @@ void embed_tokens(const llama_model & model, const llama_token * tokens, int32_t
 }
 
 // One batch of one sequence: tokens, or embeddings F32 [n][n_embd].
-int32_t decode(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_token * tokens, float * embd, int32_t n, bool last) {
+int32_t
+decode(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_token * tokens, float * embd, int32_t n,
+       bool last) {
     std::vector<llama_pos>      pos(n);
     std::vector<int32_t>        n_seq_id(n, 1);
     std::vector<llama_seq_id *> seq_ids(n, &seq_id);
@@ -102,7 +105,8 @@ int32_t decode(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_tok
 }
 
 // As mtmd decodes a prompt: piece by piece, in batches of n_batch.
-int32_t decode_pieces(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, const st3_piece * pieces, size_t n_pieces) {
+int32_t
+decode_pieces(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, const st3_piece * pieces, size_t n_pieces) {
     const int32_t n_batch = (int32_t) ctx->get_cparams().n_batch;
     const int64_t n_embd  = ctx->get_model().hparams.n_embd_inp();
 
@@ -111,9 +115,9 @@ int32_t decode_pieces(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, co
         for (int32_t j = 0; j < p.n; j += n_batch) {
             const int32_t n    = std::min(n_batch, p.n - j);
             const bool    last = i + 1 == n_pieces && j + n == p.n;
-            const int32_t res  = decode(
-                    ctx, seq_id, p0, p.tokens ? const_cast<llama_token *>(p.tokens) + j : nullptr,
-                    p.embd ? const_cast<float *>(p.embd) + j * n_embd : nullptr, n, last);
+            const int32_t res =
+                    decode(ctx, seq_id, p0, p.tokens ? const_cast<llama_token *>(p.tokens) + j : nullptr,
+                           p.embd ? const_cast<float *>(p.embd) + j * n_embd : nullptr, n, last);
             if (res != 0) {
                 return res;
             }
@@ -124,7 +128,8 @@ int32_t decode_pieces(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, co
 }
 
 int32_t decode_pruned(
-        llama_context * ctx, st3_memory * mem, llama_seq_id seq_id, llama_pos p0, const st3_piece * pieces, size_t n_pieces) {
+        llama_context * ctx, st3_memory * mem, llama_seq_id seq_id, llama_pos p0, const st3_piece * pieces,
+        size_t n_pieces) {
     const auto &  model  = ctx->get_model();
     const int64_t n_embd = model.hparams.n_embd_inp();
 
@@ -139,19 +144,21 @@ int32_t decode_pruned(
         } else {
             std::copy_n(p.embd, p.n * n_embd, embd.data() + row * n_embd);
             const bool grid = p.nx > 0;
-            images.push_back({ row, (uint32_t) p.n, grid ? (uint32_t) p.nx : (uint32_t) p.n, grid ? (uint32_t) p.ny : 1u });
+            images.push_back(
+                    { row, (uint32_t) p.n, grid ? (uint32_t) p.nx : (uint32_t) p.n, grid ? (uint32_t) p.ny : 1u });
         }
         row += p.n;
     }
 
     mem->expect(std::move(images));
-    const int32_t res = decode(ctx, seq_id, p0, nullptr, embd.data(), (int32_t) row, true);
-    mem->expect({});
-    return res;
+    const std::unique_ptr<st3_memory, void (*)(st3_memory *)> done(mem, [](st3_memory * m) { m->expect({}); });
+
+    return decode(ctx, seq_id, p0, nullptr, embd.data(), (int32_t) row, true);
 }
 
 // Why a prompt is decoded without pruning; "" if it can be pruned.
-std::string why_not(const llama_context * ctx, const st3_memory * mem, const std::vector<uint32_t> & images, uint32_t n) {
+std::string
+why_not(const llama_context * ctx, const st3_memory * mem, const std::vector<uint32_t> & images, uint32_t n) {
     const auto & cparams = ctx->get_cparams();
 
     if (!mem) {
@@ -165,8 +172,9 @@ std::string why_not(const llama_context * ctx, const st3_memory * mem, const std
         return format("the prompt has %zu images, more than %u", images.size(), ST3_MAX_IMAGES);
     }
     if (n > std::min(cparams.n_ubatch, cparams.n_batch)) {
-        return format("the prompt of %u positions does not fit one batch of %u (raise n_ubatch and n_batch)", n,
-                      std::min(cparams.n_ubatch, cparams.n_batch));
+        return format(
+                "the prompt of %u positions does not fit one batch of %u (raise n_ubatch and n_batch)", n,
+                std::min(cparams.n_ubatch, cparams.n_batch));
     }
     if (cparams.embeddings) {
         return "embeddings are asked for";
@@ -246,7 +254,9 @@ double count_flops(const llama_model & model, const std::vector<uint32_t> & rows
     for (const auto & [name, t] : model.tensors_by_name) {
         int il = -1;
         if (sscanf(name.c_str(), "blk.%d.", &il) == 1 && ggml_n_dims(t) >= 2 && il >= 0 && il < (int) rows.size()) {
-            const double used = ggml_n_dims(t) == 3 && hparams.n_expert > 0 ? double(hparams.n_expert_used()) / hparams.n_expert : 1.0;
+            const double used = ggml_n_dims(t) == 3 && hparams.n_expert > 0 ?
+                                        double(hparams.n_expert_used()) / hparams.n_expert :
+                                        1.0;
             res += 2.0 * ggml_nelements(t) * used * rows[il];
         }
     }
@@ -266,9 +276,9 @@ std::string make_report(const llama_context * ctx) {
     st3_schedule off;
     off.n_layer = n_layer;
 
-    const st3_schedule & s     = mem ? mem->schedule : off;
+    const st3_schedule & s = mem ? mem->schedule : off;
     const st3_state      none;
-    const st3_state &    state = ctx->st3 ? *ctx->st3 : none;
+    const st3_state &    state  = ctx->st3 ? *ctx->st3 : none;
     const bool           pruned = state.mode == ST3_MODE_PRUNED_PREFILL;
 
     std::vector<std::string> counts;
@@ -301,15 +311,18 @@ std::string make_report(const llama_context * ctx) {
 
     std::ostringstream ss;
     ss.precision(9);
-    ss << "{\"mode\": \"" << modes[state.mode] << "\", \"reason\": " << (state.reason.empty() ? "null" : quote(state.reason))
+    ss << "{\"mode\": \"" << modes[state.mode]
+       << "\", \"reason\": " << (state.reason.empty() ? "null" : quote(state.reason))
        << ", \"preset\": " << quote(s.preset) << ", \"start\": " << s.start << ", \"stride\": " << s.stride
        << ", \"keep\": " << s.keep << ", \"min_keep\": " << s.min_keep << ", \"score\": " << quote(s.score)
        << ", \"coverage\": " << s.coverage << ", \"cuts\": " << list(s.cuts) << ", \"counts\": " << list(counts)
        << ", \"budget\": " << budget / n_layer << ", \"given\": " << given << ", \"per_layer\": " << list(per_layer)
-       << ", \"kv_bytes\": {\"allocated\": " << kv.allocated << ", \"live\": " << kv.live << ", \"full\": " << kv.full << "}";
+       << ", \"kv_bytes\": {\"allocated\": " << kv.allocated << ", \"live\": " << kv.live << ", \"full\": " << kv.full
+       << "}";
     ss.precision(0);
-    ss << std::fixed << ", \"flops\": {\"prefill\": " << count_flops(model, rows, state.p0) << ", \"prefill_full\": "
-       << count_flops(model, std::vector<uint32_t>(n_layer, state.n_text + given), state.p0) << "}}";
+    ss << std::fixed << ", \"flops\": {\"prefill\": " << count_flops(model, rows, state.p0)
+       << ", \"prefill_full\": " << count_flops(model, std::vector<uint32_t>(n_layer, state.n_text + given), state.p0)
+       << "}}";
     return ss.str();
 }
 
@@ -348,8 +361,9 @@ int32_t st3_prefill(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, cons
         state->reason = why_not(ctx, mem, state->images, n);
         state->mode   = mem && state->reason.empty() ? ST3_MODE_PRUNED_PREFILL : ST3_MODE_OFF;
 
-        const int32_t res = state->mode == ST3_MODE_PRUNED_PREFILL ? decode_pruned(ctx, mem, seq_id, p0, pieces, n_pieces) :
-                                                                     decode_pieces(ctx, seq_id, p0, pieces, n_pieces);
+        const int32_t res = state->mode == ST3_MODE_PRUNED_PREFILL ?
+                                    decode_pruned(ctx, mem, seq_id, p0, pieces, n_pieces) :
+                                    decode_pieces(ctx, seq_id, p0, pieces, n_pieces);
         if (res == 0) {
             ctx->st3 = std::move(state);
         } else {

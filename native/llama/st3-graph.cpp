@@ -24,7 +24,8 @@ class st3_graph_input : public llm_graph_input_attn_kv {
     std::vector<ggml_tensor *> scores;
     std::vector<uint32_t>      n_layers;  // layers in each sum
 
-    std::vector<ggml_tensor *> ids;    // [image] I32 [1, n]: original indices of the tokens it still has; null before the first cut
+    std::vector<ggml_tensor *>
+            ids;  // [image] I32 [1, n]: original indices of the tokens it still has; null before the first cut
     std::vector<ggml_tensor *> cells;  // [stage] I32 [n_visual]: input, the cells of the visual tokens
     std::vector<ggml_tensor *> bias;   // [cut]   F32 [n_visual before any cut]: input
 
@@ -55,7 +56,8 @@ st3_graph_input::st3_graph_input(const llm_graph_context & g, const st3_memory_c
         inp->self_v_idxs = mctx_s->build_input_v_idxs(g.ctx0, ubatch);
 
         inp->self_kq_mask = ggml_new_tensor_4d(
-                g.ctx0, cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, mctx_s->get_n_kv(), ubatch.n_tokens / n_strm, 1, n_strm);
+                g.ctx0, cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, mctx_s->get_n_kv(),
+                ubatch.n_tokens / n_strm, 1, n_strm);
         ggml_set_input(inp->self_kq_mask);
         ggml_format_name(inp->self_kq_mask, "attn_inp_kq_mask_%u", s);
         inp->self_kq_mask_cnv = inp->self_kq_mask;
@@ -157,7 +159,8 @@ static st3_graph_input * find_input(const llm_graph_context & g) {
     return nullptr;
 }
 
-void st3_record(const llm_graph_context & g, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask, float kq_scale, int il) {
+void st3_record(
+        const llm_graph_context & g, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask, float kq_scale, int il) {
     auto * inp = find_input(g);
     if (!inp) {
         return;
@@ -184,8 +187,8 @@ void st3_record(const llm_graph_context & g, ggml_tensor * q, ggml_tensor * k, g
 
         ggml_tensor * cur = ggml_attn_span(
                 g.ctx0, ggml_view_3d(g.ctx0, q, q->ne[0], n_rows, q->ne[2], q->nb[1], q->nb[2], row * q->nb[1]), k,
-                ggml_view_2d(g.ctx0, kq_mask, kq_mask->ne[0], n_rows, kq_mask->nb[1], row * kq_mask->nb[1]), inp->cells[stage],
-                kq_scale, term.max ? GGML_ATTN_SPAN_MAX : GGML_ATTN_SPAN_MEAN);
+                ggml_view_2d(g.ctx0, kq_mask, kq_mask->ne[0], n_rows, kq_mask->nb[1], row * kq_mask->nb[1]),
+                inp->cells[stage], kq_scale, term.max ? GGML_ATTN_SPAN_MAX : GGML_ATTN_SPAN_MEAN);
         g.cb(cur, "st3_score", il);
 
         inp->scores[i]   = term.sum && inp->scores[i] ? ggml_add(g.ctx0, inp->scores[i], cur) : cur;
@@ -200,9 +203,13 @@ static ggml_tensor * view_rows(ggml_context * ctx, ggml_tensor * t, int64_t row,
     return ggml_view_2d(ctx, t, t->ne[0], n, t->nb[1], row * t->nb[1]);
 }
 
-static ggml_tensor * as_column(ggml_context * ctx, ggml_tensor * t) { return ggml_reshape_2d(ctx, t, 1, ggml_nelements(t)); }
+static ggml_tensor * as_column(ggml_context * ctx, ggml_tensor * t) {
+    return ggml_reshape_2d(ctx, t, 1, ggml_nelements(t));
+}
 
-static ggml_tensor * as_vector(ggml_context * ctx, ggml_tensor * t) { return ggml_reshape_1d(ctx, t, ggml_nelements(t)); }
+static ggml_tensor * as_vector(ggml_context * ctx, ggml_tensor * t) {
+    return ggml_reshape_1d(ctx, t, ggml_nelements(t));
+}
 
 // The k highest of rank F32 [n], ascending: I32 [k].
 static ggml_tensor * top_k_in_order(ggml_context * ctx, ggml_tensor * rank, int64_t k) {
@@ -295,7 +302,8 @@ ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& i
     plan->kept.emplace_back(n_image, nullptr);
     for (size_t i = 0; i < n_image; ++i) {
         if (stay[i]) {
-            inp->ids[i] = inp->ids[i] ? as_vector(ctx, ggml_get_rows(ctx, as_column(ctx, inp->ids[i]), stay[i])) : stay[i];
+            inp->ids[i] =
+                    inp->ids[i] ? as_vector(ctx, ggml_get_rows(ctx, as_column(ctx, inp->ids[i]), stay[i])) : stay[i];
             ggml_set_output(inp->ids[i]);
             ggml_set_output(inp->ids[i]->view_src);  // the memory that must outlive the compute
             ggml_build_forward_expand(g.gf, inp->ids[i]);
@@ -360,5 +368,6 @@ uint32_t st3_graph_extra_nodes(const llama_memory_i * memory) {
     const uint32_t n_terms = std::max<uint32_t>(1, mem->schedule.terms.size());
 
     // generous: about 10 nodes a layer and term to record, 20 an image, term and cut to select and gather
-    return 16 * mem->schedule.n_layer * n_terms + 32 * (uint32_t) mem->schedule.cuts.size() * ST3_MAX_IMAGES * (n_terms + 2);
+    return 16 * mem->schedule.n_layer * n_terms +
+           32 * (uint32_t) mem->schedule.cuts.size() * ST3_MAX_IMAGES * (n_terms + 2);
 }

@@ -35,7 +35,8 @@ uint32_t st3_plan::last_row(uint32_t row) const {
 
 // The rows of a one-sequence ubatch that remain when image i keeps counts[i] tokens. Which tokens these are is not known
 // yet: cells and mask depend on their number and order only, so the first positions of each image stand in.
-static llama_ubatch shorten(const llama_ubatch & src, const std::vector<st3_image> & images, const std::vector<uint32_t> & counts) {
+static llama_ubatch
+shorten(const llama_ubatch & src, const std::vector<st3_image> & images, const std::vector<uint32_t> & counts) {
     auto data = std::make_shared<llama_ubatch::data_t>();
 
     data->seq_id_data = { src.seq_id[0][0] };
@@ -79,7 +80,8 @@ static llama_ubatch shorten(const llama_ubatch & src, const std::vector<st3_imag
 //
 
 st3_memory::st3_memory(
-        const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams, st3_schedule schedule_) :
+        const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
+        st3_schedule schedule_) :
     schedule(std::move(schedule_)),
     unified(cparams.kv_unified) {
     for (uint32_t i = 0; i <= schedule.cuts.size(); ++i) {
@@ -319,16 +321,16 @@ bool st3_memory_context::apply() {
 
 void st3_merge_overrides(
         const std::unordered_map<std::string, llama_model_kv_override> & overrides,
-        std::unordered_map<std::string, std::string>                   & meta) {
+        std::unordered_map<std::string, std::string> &                   meta) {
     for (const auto & [key, o] : overrides) {
         if (key.rfind("st3.", 0) != 0) {
             continue;
         }
         switch (o.tag) {
-            case LLAMA_KV_OVERRIDE_TYPE_INT:   meta[key] = format("%lld", (long long) o.val_i64); break;
-            case LLAMA_KV_OVERRIDE_TYPE_FLOAT: meta[key] = format("%.17g", o.val_f64);            break;
-            case LLAMA_KV_OVERRIDE_TYPE_BOOL:  meta[key] = o.val_bool ? "true" : "false";         break;
-            case LLAMA_KV_OVERRIDE_TYPE_STR:   meta[key] = o.val_str;                             break;
+            case LLAMA_KV_OVERRIDE_TYPE_INT: meta[key] = format("%lld", (long long) o.val_i64); break;
+            case LLAMA_KV_OVERRIDE_TYPE_FLOAT: meta[key] = format("%.17g", o.val_f64); break;
+            case LLAMA_KV_OVERRIDE_TYPE_BOOL: meta[key] = o.val_bool ? "true" : "false"; break;
+            case LLAMA_KV_OVERRIDE_TYPE_STR: meta[key] = o.val_str; break;
         }
     }
 }
@@ -349,7 +351,8 @@ std::string st3_unsupported(const llama_model & model, const llama_memory_params
     return "";
 }
 
-llama_memory_i * st3_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+llama_memory_i *
+st3_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
     st3_schedule schedule = st3_make_schedule(model.gguf_kv, model.hparams.n_layer());
     if (schedule.off()) {
         return nullptr;
@@ -359,7 +362,9 @@ llama_memory_i * st3_create_memory(const llama_model & model, const llama_memory
         LLAMA_LOG_WARN("%s: ST3 is off: %s\n", __func__, why.c_str());
         return nullptr;
     }
-    LLAMA_LOG_INFO("%s: preset %s, %zu cuts, keep %.3f\n", __func__, schedule.preset.c_str(), schedule.cuts.size(), schedule.keep);
+    LLAMA_LOG_INFO(
+            "%s: preset %s, %zu cuts, keep %.3f\n", __func__, schedule.preset.c_str(), schedule.cuts.size(),
+            schedule.keep);
 
     return new st3_memory(model, params, cparams, std::move(schedule));
 }

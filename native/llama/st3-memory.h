@@ -25,8 +25,8 @@ struct st3_image {
 // What a pruned prefill does, known in full before the compute but for which tokens survive.
 struct st3_plan {
     std::vector<st3_image>             images;
-    std::vector<std::vector<uint32_t>> counts;    // [stage][image] visual tokens held
-    std::vector<llama_ubatch>          ubatches;  // [stage] the rows that the stage computes
+    std::vector<std::vector<uint32_t>> counts;      // [stage][image] visual tokens held
+    std::vector<llama_ubatch>          ubatches;    // [stage] the rows that the stage computes
     uint32_t                           n_text = 0;  // rows after the last image
 
     // Set by the graph, read after compute: [cut][image] original indices kept, I32 [counts[cut + 1][image]]; null: all.
@@ -52,7 +52,9 @@ using st3_kept_t = std::vector<std::vector<int32_t>>;
 
 class st3_memory : public llama_memory_i {
   public:
-    st3_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams, st3_schedule schedule);
+    st3_memory(
+            const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
+            st3_schedule schedule);
 
     llama_memory_context_ptr init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) override;
     llama_memory_context_ptr init_full() override;
@@ -62,11 +64,11 @@ class st3_memory : public llama_memory_i {
 
     void clear(bool data) override;
 
-    bool seq_rm  (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1) override;
-    void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
-    void seq_keep(llama_seq_id seq_id)                                                          override;
-    void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) override;
-    void seq_div (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, int d) override;
+    bool seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) override;
+    void seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
+    void seq_keep(llama_seq_id seq_id) override;
+    void seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) override;
+    void seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) override;
 
     llama_pos seq_pos_min(llama_seq_id seq_id) const override;
     llama_pos seq_pos_max(llama_seq_id seq_id) const override;
@@ -74,7 +76,7 @@ class st3_memory : public llama_memory_i {
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
 
     void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
-    void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
+    void state_read(llama_io_read_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
 
     // The next batch is a prompt with these images, to be pruned; cleared with {} afterwards, whatever came of it.
     void expect(std::vector<st3_image> images) { expected = std::move(images); }
@@ -111,10 +113,8 @@ class st3_memory_context : public llama_memory_context_i {
 
     // a batch; slots[stage][ubatch]; plan, if any, is for the only ubatch
     st3_memory_context(
-            st3_memory                                               * mem,
-            std::vector<llama_kv_cache::slot_info_vec_t>               slots,
-            std::vector<llama_ubatch>                                  ubatches,
-            std::unique_ptr<st3_plan>                                  plan);
+            st3_memory * mem, std::vector<llama_kv_cache::slot_info_vec_t> slots, std::vector<llama_ubatch> ubatches,
+            std::unique_ptr<st3_plan> plan);
 
     bool next() override;
     bool apply() override;
@@ -122,7 +122,9 @@ class st3_memory_context : public llama_memory_context_i {
     llama_memory_status  get_status() const override { return status; }
     const llama_ubatch & get_ubatch() const override { return ubatches[i_cur]; }
 
-    const llama_kv_cache_context * stage(uint32_t i) const { return static_cast<llama_kv_cache_context *>(stages[i].get()); }
+    const llama_kv_cache_context * stage(uint32_t i) const {
+        return static_cast<llama_kv_cache_context *>(stages[i].get());
+    }
 
     uint32_t n_stage() const { return (uint32_t) stages.size(); }
 
@@ -149,11 +151,12 @@ class st3_memory_context : public llama_memory_context_i {
 // Call site in llama_model::load_hparams: st3.* overrides join the metadata, where llama_model_meta_val_str sees them too.
 void st3_merge_overrides(
         const std::unordered_map<std::string, llama_model_kv_override> & overrides,
-        std::unordered_map<std::string, std::string>                   & meta);
+        std::unordered_map<std::string, std::string> &                   meta);
 
 // Call site in llama_model::create_memory: the memory of a model with a schedule, or null for the stock one.
 // Throws std::invalid_argument when the st3.* metadata is unusable.
-llama_memory_i * st3_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
+llama_memory_i *
+st3_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
 
 // Why ST3 cannot run on a model or context although its metadata asks for it; "" if it can.
 std::string st3_unsupported(const llama_model & model, const llama_memory_params * params);

@@ -16,7 +16,8 @@ namespace {
 using meta_map = std::unordered_map<std::string, std::string>;
 
 const char * const KEYS[] = {
-    "st3.preset", "st3.budget", "st3.start", "st3.stride", "st3.keep", "st3.min_keep", "st3.score", "st3.coverage", "st3.seed",
+    "st3.preset",   "st3.budget", "st3.start",    "st3.stride", "st3.keep",
+    "st3.min_keep", "st3.score",  "st3.coverage", "st3.seed",
 };
 
 // A preset is a set of defaults. start and stride are fractions of the layers where they are below 1.
@@ -37,14 +38,14 @@ constexpr double NO_MORE        = 1.0;  // a stride of all layers: one cut only
 const char * const DEFAULT_SCORE = "text-max";
 
 const preset PRESETS[] = {
-    // name          start    stride   keep  min  score            coverage  random
-    { "st3",         0.125,   0.125,   -1.0, 1,   DEFAULT_SCORE,   0.0,      false },
-    { "pvtp",        0.125,   0.125,   -1.0, 1,   DEFAULT_SCORE,   0.0,      false },
-    { "fastv",       3,       NO_MORE,  0.5, 1,   "last-mean",     0.0,      false },
-    { "pyramiddrop", 0.25,    0.25,     0.5, 1,   "last-mean",     0.0,      false },
-    { "vtw",         0.5,     NO_MORE,  0.0, 0,   "last-mean",     0.0,      false },
-    { "random",      0.125,   0.125,   -1.0, 1,   "",              0.0,      true  },
-    { "downsample",  0.125,   0.125,   -1.0, 1,   DEFAULT_SCORE,   1.0,      false },
+  // name          start    stride   keep  min  score            coverage  random
+    {"st3",          0.125, 0.125,   -1.0, 1, DEFAULT_SCORE, 0.0, false},
+    { "pvtp",        0.125, 0.125,   -1.0, 1, DEFAULT_SCORE, 0.0, false},
+    { "fastv",       3,     NO_MORE, 0.5,  1, "last-mean",   0.0, false},
+    { "pyramiddrop", 0.25,  0.25,    0.5,  1, "last-mean",   0.0, false},
+    { "vtw",         0.5,   NO_MORE, 0.0,  0, "last-mean",   0.0, false},
+    { "random",      0.125, 0.125,   -1.0, 1, "",            0.0, true },
+    { "downsample",  0.125, 0.125,   -1.0, 1, DEFAULT_SCORE, 1.0, false},
 };
 
 [[noreturn]] void fail(const std::string & what) { throw std::invalid_argument("st3: " + what); }
@@ -126,7 +127,7 @@ double solve_keep(const st3_schedule & s, double budget) {
     double lo = 0.0;
     double hi = 1.0;
     for (int i = 0; i < 60; ++i) {
-        const double mid = (lo + hi) / 2;
+        const double mid                        = (lo + hi) / 2;
         (mean_share(s, mid) < budget ? lo : hi) = mid;
     }
     return (lo + hi) / 2;
@@ -198,7 +199,8 @@ st3_schedule st3_make_schedule(const meta_map & meta, uint32_t n_layer) {
     if (s.preset == "off") {
         return s;
     }
-    const preset * p = std::find_if(std::begin(PRESETS), std::end(PRESETS), [&](const preset & x) { return s.preset == x.name; });
+    const preset * p =
+            std::find_if(std::begin(PRESETS), std::end(PRESETS), [&](const preset & x) { return s.preset == x.name; });
     if (p == std::end(PRESETS)) {
         fail("unknown st3.preset '" + s.preset + "' (off, st3, pvtp, fastv, pyramiddrop, vtw, random, downsample)");
     }
@@ -213,9 +215,9 @@ st3_schedule st3_make_schedule(const meta_map & meta, uint32_t n_layer) {
     s.random   = p->random;
 
     get_count(meta, "st3.start", 1, n_layer, s.start);
-    get_count(meta, "st3.stride", 1, std::numeric_limits<int32_t>::max(), s.stride);
-    get_count(meta, "st3.min_keep", 0, std::numeric_limits<int32_t>::max(), s.min_keep);
-    get_count(meta, "st3.seed", 0, std::numeric_limits<int32_t>::max(), s.seed);
+    get_count(meta, "st3.stride", 1, std::numeric_limits<uint32_t>::max(), s.stride);
+    get_count(meta, "st3.min_keep", 0, std::numeric_limits<uint32_t>::max(), s.min_keep);
+    get_count(meta, "st3.seed", 0, std::numeric_limits<uint32_t>::max(), s.seed);
     get_number(meta, "st3.coverage", 0, 1, s.coverage);
 
     const auto score = meta.find("st3.score");
@@ -248,7 +250,7 @@ st3_schedule st3_make_schedule(const meta_map & meta, uint32_t n_layer) {
 }
 
 const std::vector<uint32_t> & st3_spread_order(uint32_t nx, uint32_t ny) {
-    static std::mutex                                              mutex;
+    static std::mutex                                               mutex;
     static std::map<std::array<uint32_t, 2>, std::vector<uint32_t>> cache;
 
     const std::lock_guard<std::mutex> lock(mutex);
@@ -258,7 +260,7 @@ const std::vector<uint32_t> & st3_spread_order(uint32_t nx, uint32_t ny) {
         return order;
     }
 
-    const int64_t n = int64_t(nx) * ny;
+    const int64_t        n = int64_t(nx) * ny;
     // distance to the nearest chosen patch; before the first, minus the distance to the centre (in half patches)
     std::vector<int64_t> far(n);
     for (int64_t i = 0; i < n; ++i) {
@@ -267,7 +269,7 @@ const std::vector<uint32_t> & st3_spread_order(uint32_t nx, uint32_t ny) {
         far[i]           = -(dx * dx + dy * dy);
     }
     while ((int64_t) order.size() < n) {
-        const int64_t best = std::max_element(far.begin(), far.end()) - far.begin();
+        const int64_t best  = std::max_element(far.begin(), far.end()) - far.begin();
         const bool    first = order.empty();
         order.push_back((uint32_t) best);
         for (int64_t i = 0; i < n; ++i) {
