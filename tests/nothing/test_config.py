@@ -1,0 +1,86 @@
+"""ST3Config: what it takes, and the metadata keys it becomes."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from st3_edge import PRESETS, ConfigError, ST3Config
+
+SHARES = st.floats(0, 1)
+WHOLE = st.integers(1, 2**32 - 1)
+
+
+def test_nothing_given_overrides_the_preset_only():
+    # broken if a default were written over what the model file carries
+    assert ST3Config().overrides() == {"st3.preset": "st3"}
+    assert ST3Config(preset=None).overrides() == {}
+
+
+@given(
+    preset=st.sampled_from(PRESETS),
+    budget=SHARES.filter(lambda b: b > 0),
+    start=WHOLE,
+    stride=WHOLE,
+    min_keep=WHOLE,
+    coverage=SHARES | st.sampled_from([0, 1]),
+    seed=WHOLE,
+)
+def test_overrides_have_the_types_that_the_bindings_tell_apart(**values):
+    # broken if an int such as budget=1 went out as an integer, or a count as a real: the library refuses those
+    overrides = ST3Config(**values).overrides()
+    assert overrides == {f"st3.{name}": value for name, value in values.items()}
+    for key, value in overrides.items():
+        kind = {"st3.preset": str, "st3.budget": float, "st3.coverage": float}.get(key, int)
+        assert type(value) is kind
+
+
+@given(st.floats().filter(lambda x: not 0 < x <= 1))
+def test_a_budget_outside_its_range_is_refused(value):
+    # broken by a comparison that lets NaN, infinities or 0 pass
+    with pytest.raises(ConfigError, match="budget"):
+        ST3Config(budget=value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("preset", "ST3"),
+        ("preset", ""),
+        ("preset", 1),
+        ("keep", 1.5),
+        ("keep", "0.5"),
+        ("coverage", -0.1),
+        ("coverage", math.nan),
+        ("budget", True),
+        ("start", 0),
+        ("start", 1.0),
+        ("stride", 0),
+        ("stride", 2**32),
+        ("min_keep", -1),
+        ("seed", True),
+        ("score", ""),
+        ("score", "last"),
+        ("score", "last-mean+"),
+        ("score", "first-mean"),
+        ("score", 3),
+        ("score", "+".join(["last-mean"] * 13)),
+    ],
+)
+def test_a_value_of_the_wrong_type_or_range_is_refused(name, value):
+    # broken if any field went unchecked: the value would reach native code
+    with pytest.raises(ConfigError, match=name):
+        ST3Config(**{name: value})
+
+
+def test_budget_and_keep_exclude_each_other():
+    # broken if one of the two silently won
+    with pytest.raises(ConfigError, match="exclude"):
+        ST3Config(budget=0.5, keep=0.5)
+
+
+@pytest.mark.parametrize("score", ["last-mean", "text-max-sum", "last-mean-sum+text-max", "last-max+text-mean-sum"])
+def test_scores_of_the_grammar_are_taken(score):
+    # broken by a pattern that is narrower than native/st3.h's
+    assert ST3Config(score=score).overrides()["st3.score"] == score

@@ -1,0 +1,61 @@
+"""The report: the object of native/st3.h becomes that of `st3-edge ask --json`."""
+
+import json
+
+from st3_edge.report import Milliseconds, Report, Trace
+
+NATIVE = {
+    "mode": "pruned-prefill",
+    "reason": None,
+    "preset": "st3",
+    "start": 1,
+    "stride": 1,
+    "keep": 0.5,
+    "min_keep": 1,
+    "score": "last-mean",
+    "coverage": 0.0,
+    "cuts": [0],
+    "counts": [[2]],
+    "budget": 0.75,
+    "given": 4,
+    "per_layer": [4, 2],
+    "kv_bytes": {"allocated": 100, "live": 60, "full": 80},
+    "flops": {"prefill": 7, "prefill_full": 9},
+}
+KEYS = {
+    "answer": str,
+    "finish_reason": str,
+    "n_generated": int,
+    "mode": str,
+    "reason": type(None),
+    "schedule": {"preset": str, "cuts": list, "counts": list, "budget": float},
+    "visual_tokens": {"given": int, "per_layer": list},
+    "kv_bytes": {"allocated": int, "live": int, "full": int},
+    "flops": {"prefill": int, "prefill_full": int},
+    "ms": {"load": float, "encode": float, "prefill": float, "decode": float},
+}
+
+
+def shape(value, like) -> None:
+    if isinstance(like, dict):
+        assert value.keys() == like.keys()
+        for key in like:
+            shape(value[key], like[key])
+    else:
+        assert isinstance(value, like)
+
+
+def test_the_object_has_the_documented_keys_and_types():
+    # broken if a field were renamed, nested otherwise, or left out
+    report = Report.from_native(NATIVE, Milliseconds(1.0, 2.0, 3.0, 4.0))
+    plain = report.to_dict()
+    shape(plain, KEYS)
+    assert json.loads(json.dumps(plain)) == plain
+
+
+def test_a_trace_adds_its_keys_beside_the_others():
+    # broken if it were nested, or there without being asked for
+    trace = Trace([1, -1, 2], [[2, 0.5]], [[0, 3]])
+    plain = Report.from_native(NATIVE, Milliseconds(1.0, 2.0, 3.0, 4.0), trace).to_dict()
+    assert plain.keys() == {*KEYS, "prompt_tokens", "first_logits_top", "kept"}
+    assert plain["kept"] == [[0, 3]]

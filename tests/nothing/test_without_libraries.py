@@ -1,0 +1,139 @@
+"""The package and its command line where the native libraries are not there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(*arguments: str, lib_dir: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "ST3_LIB_DIR": str(lib_dir), "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=60)
+
+
+def command(*arguments: str, lib_dir: Path) -> subprocess.CompletedProcess[str]:
+    return python("-m", "st3_edge", *arguments, lib_dir=lib_dir)
+
+
+def one_line_error(done: subprocess.CompletedProcess[str], code: int, says: str) -> None:
+    assert done.returncode == code
+    assert done.stdout == ""
+    assert done.stderr.startswith("st3-edge: error: ")
+    assert done.stderr.count("\n") == 1
+    assert says in done.stderr
+
+
+def test_importing_loads_no_library(tmp_path):
+    # broken if the package imported the bindings at its top: a missing library would end in a traceback
+    source = (
+        "import sys, st3_edge, st3_edge.cli, st3_edge.llava\n"
+        "assert not any(name.split('.')[0] == 'llama_cpp' for name in sys.modules)"
+    )
+    done = python("-c", source, lib_dir=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_missing_libraries_are_told_in_one_line(tmp_path):
+    # broken by a traceback, or by the bindings' own libraries being taken instead
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"")
+    one_line_error(command("ask", str(picture), "What?", lib_dir=tmp_path), 1, "libllama.so is missing")
+
+
+def test_libraries_that_do_not_load_are_told_in_one_line(tmp_path):
+    # broken by a traceback of ctypes'
+    for name in ("libllama.so", "libmtmd.so"):
+        (tmp_path / name).write_bytes(b"not a library")
+    one_line_error(command("ask", "a.png", "What?", lib_dir=tmp_path), 1, "cannot be loaded")
+
+
+def test_bindings_that_were_imported_first_are_refused(tmp_path):
+    # broken if we ran on stock libraries: nothing would be pruned, or symbols be missing
+    for name in ("libllama.so", "libmtmd.so"):
+        (tmp_path / name).write_bytes(b"")
+    source = (
+        "import sys, types\n"
+        "lib = types.SimpleNamespace(_name='/usr/lib/libllama.so')\n"
+        "sys.modules['llama_cpp'] = types.ModuleType('llama_cpp')\n"
+        "sys.modules['llama_cpp.llama_cpp'] = types.SimpleNamespace(_lib=lib)\n"
+        "from st3_edge import LibraryError, _libs\n"
+        "try: _libs.load()\n"
+        "except LibraryError as e: print(e)"
+    )
+    done = python("-c", source, lib_dir=tmp_path)
+    assert "imported before st3_edge and runs on /usr/lib/libllama.so" in done.stdout
+
+
+def test_doctor_tells_what_is_missing(tmp_path):
+    # broken if doctor itself needed what it looks for
+    done = command("doctor", lib_dir=tmp_path)
+    assert done.returncode == 1
+    assert "libllama.so is missing" in done.stdout
+    assert done.stderr == ""
+    found = json.loads(command("doctor", "--json", lib_dir=tmp_path).stdout)
+    assert any("libllama.so is missing" in problem for problem in found["problems"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "demo, ask or doctor"),
+        (["fly"], "fly"),
+        (["ask"], "required"),
+        (["ask", "What?"], "at least one picture"),
+        (["ask", "a.png", "What?", "--budget", "much"], "--budget"),
+        (["ask", "a.png", "What?", "--nonsense"], "--nonsense"),
+        (["demo", "a.png"], "a.png"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path, arguments, says):
+    # broken if argparse printed its usage before the line
+    one_line_error(command(*arguments, lib_dir=tmp_path), 2, says)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--budget", "0"], "budget must be in (0, 1]"),
+        (["--budget", "1.01"], "budget must be in (0, 1]"),
+        (["--budget", "nan"], "budget must be in (0, 1]"),
+        (["--budget", "-1"], "budget must be in (0, 1]"),
+        (["--budget", "0.5", "--keep", "0.5"], "exclude"),
+        (["--preset", "best"], "unknown preset 'best'"),
+        (["--start", "0"], "start"),
+        (["--score", "best"], "score"),
+        (["--model", "a.gguf"], "--mmproj"),
+        (["--mmproj", "a.gguf"], "--model"),
+        (["--n-ctx", "-5"], "n_ctx"),
+        (["--threads", "0"], "n_threads"),
+        (["--model", "none.gguf", "--mmproj", "none.gguf"], "No such file"),
+    ],
+)
+def test_settings_out_of_range_are_told_before_anything_is_loaded(tmp_path, arguments, says):
+    # broken if a setting were looked at only by native code
+    one_line_error(command("ask", "a.png", "What?", *arguments, lib_dir=tmp_path), 1, says)
+
+
+def test_an_empty_question_is_refused(tmp_path):
+    # broken if a blank question were sent to the model
+    for question in ("", "  ", "\n"):
+        one_line_error(command("ask", "a.png", question, lib_dir=tmp_path), 1, "the question is empty")
+
+
+def test_options_may_stand_between_the_pictures_and_the_question(tmp_path):
+    # broken by argparse, which takes positionals in one run only
+    done = command("ask", "a.png", "--preset", "best", "What?", lib_dir=tmp_path)
+    one_line_error(done, 1, "unknown preset")
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["ask", "-h"], ["demo", "-h"], ["doctor", "-h"], ["--version"]])
+def test_help_and_version_go_to_standard_output(tmp_path, arguments):
+    # broken by a '%' in a help text, or help that needs libraries
+    done = command(*arguments, lib_dir=tmp_path)
+    assert done.returncode == 0
+    assert done.stdout and not done.stderr
