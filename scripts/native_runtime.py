@@ -290,3 +290,56 @@ class Context:
         L = self.rt.llama
         self._keep_alive = L.ggml_abort_callback((lambda _: stop()) if stop else 0)
         L.llama_set_abort_callback(self.ptr, self._keep_alive, None)
+
+
+class Vision:
+    """The vision tower and projector of an mmproj file, by way of libmtmd."""
+
+    def __init__(self, model: Model, mmproj: Path, threads: int = 2) -> None:
+        import llama_cpp.mtmd_cpp as mtmd
+
+        self.m, self.n_embd = mtmd, model.n_embd
+        params = mtmd.mtmd_context_params_default()
+        params.use_gpu, params.print_timings, params.warmup, params.n_threads = False, False, False, threads
+        self._quiet = model.rt.llama.llama_log_callback(lambda level, text, data: None)
+        mtmd.mtmd_log_set(self._quiet, None)
+        mtmd.mtmd_helper_log_set(self._quiet, None)
+        self.ctx = mtmd.mtmd_init_from_file(str(mmproj).encode(), model.ptr, params)
+        if not self.ctx:
+            raise NativeError(f"cannot load {mmproj.name}")
+
+    def encode(self, rgb: np.ndarray) -> Image:
+        """Embeddings of a picture, uint8 [height, width, 3]. Raises NativeError."""
+        m = self.m
+        raw = np.ascontiguousarray(rgb, np.uint8)
+        bitmap = m.mtmd_bitmap_init(raw.shape[1], raw.shape[0], raw.ctypes.data_as(C.POINTER(C.c_uint8)))
+        chunks = m.mtmd_input_chunks_init()
+        try:
+            marker = m.mtmd_default_marker()
+            text = m.mtmd_input_text(marker, len(marker), False, True)
+            if m.mtmd_tokenize(self.ctx, chunks, C.byref(text), (C.c_void_p * 1)(bitmap), 1):
+                raise NativeError("the picture was refused")
+            for i in range(m.mtmd_input_chunks_size(chunks)):
+                chunk = m.mtmd_input_chunks_get(chunks, i)
+                if m.mtmd_input_chunk_get_type(chunk) != m.MTMD_INPUT_CHUNK_TYPE_IMAGE:
+                    continue
+                if m.mtmd_encode_chunk(self.ctx, chunk):
+                    raise NativeError("the picture was not encoded")
+                tokens = m.mtmd_input_chunk_get_tokens_image(chunk)
+                n = m.mtmd_image_tokens_get_n_tokens(tokens)
+                nx, ny = m.mtmd_image_tokens_get_nx(tokens), m.mtmd_image_tokens_get_ny(tokens)
+                out = np.ctypeslib.as_array(m.mtmd_get_output_embd(self.ctx), (n, self.n_embd)).copy()
+                side = int(n**0.5)
+                if ny == 1 and side * side == n:  # mtmd tells the grid of LLaVA as one row
+                    nx = ny = side
+                return Image(out, nx, ny) if nx * ny == n else Image(out)
+            raise NativeError("no image in the prompt")
+        finally:
+            m.mtmd_input_chunks_free(chunks)
+            m.mtmd_bitmap_free(bitmap)
+
+    def close(self) -> None:
+        """Free the tower."""
+        if self.ctx:
+            self.m.mtmd_free(self.ctx)
+            self.ctx = None

@@ -170,7 +170,7 @@ def write(
     w.add_unk_token_id(0)
     for key, value in (metadata or {}).items():
         if isinstance(value, str):
-            w.add_string(key, value)
+            w.add_key_value(key, value, gguf.GGUFValueType.STRING)  # add_string leaves empty ones out
         elif isinstance(value, int):
             (w.add_uint32 if value >= 0 else w.add_int32)(key, value)
         else:

@@ -16,7 +16,7 @@ BAD = {
     "budget above one": ("budget", {"st3.budget": 1.01}),
     "budget nan": ("budget", {"st3.budget": float("nan")}),
     "budget infinite": ("budget", {"st3.budget": float("inf")}),
-    "budget text": ("budget", {"st3.budget": "0.3"}),
+    "budget text": ("budget", {"st3.budget": "much"}),
     "budget unreachable": ("budget", {"st3.budget": 0.3, "st3.start": 7}),
     "budget and keep": ("keep", {"st3.budget": 0.3, "st3.keep": 0.5}),
     "start zero": ("start", {"st3.start": 0}),
