@@ -32,11 +32,11 @@ tools=scikit-build-core
 command -v cmake >/dev/null || tools="$tools cmake"
 command -v ninja >/dev/null || tools="$tools ninja"
 # shellcheck disable=SC2086
-"$python" -m pip install --quiet $tools
+"$python" -m pip install -qq $tools
 PATH=$PWD/.venv/bin:$PATH
 
 # The bindings alone, from the archive that our libraries are built from: no second llama.cpp is compiled.
 archive=$("$python" vendor/upstream.py)
 if ! "$python" -m pip show --quiet llama-cpp-python 2>/dev/null; then
-    CMAKE_ARGS=-DLLAMA_BUILD=OFF "$python" -m pip install --quiet --no-build-isolation "$archive"
+    CMAKE_ARGS=-DLLAMA_BUILD=OFF "$python" -m pip install -qq --no-build-isolation "$archive"
 fi
