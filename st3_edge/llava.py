@@ -308,17 +308,18 @@ class Llava:
 
     def visual_tokens(self, image: ImageSource) -> npt.NDArray[np.float32]:
         """What the vision encoder gives the decoder for a picture: float32 [tokens][n_embd], row by row of patches."""
-        self._check_open()
-        tokenized = self._vision.tokenize([load(image)])
+        picture = load(image)
         with self._lock:
-            pieces = tokenized.pieces()
+            self._check_open()
+            pieces = self._vision.tokenize([picture]).pieces()
         return np.concatenate([p.embd for p in pieces if isinstance(p, _native.Visual)])
 
     def close(self) -> None:
         """Frees both models. Called again it does nothing."""
-        if hasattr(self, "_vision"):
-            self._vision.close()
-        self._llama.close()
+        with self._lock:
+            if hasattr(self, "_vision"):
+                self._vision.close()
+            self._llama.close()
 
     def __enter__(self) -> Llava:
         return self
@@ -346,6 +347,7 @@ class Llava:
     def _generate(self, tokenized: Tokenized, sampler: Any, limit: int, text: TextStream, trace: bool) -> Iterator[str]:
         """Prefills, then yields the answer piece by piece; `last_report` is kept up to date."""
         with self._lock:
+            self._check_open()
             self._call += 1
             call = self._call
             report = self._prefill(tokenized, trace)

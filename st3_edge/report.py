@@ -89,7 +89,7 @@ class Report:
             n_generated=0,
             mode=native["mode"],
             reason=native["reason"],
-            schedule=Schedule(native["preset"], native["cuts"], native["counts"], native["budget"]),
+            schedule=Schedule(native["preset"], native["cuts"], native["counts"], float(native["budget"])),
             visual_tokens=VisualTokens(native["given"], native["per_layer"]),
             kv_bytes=KVBytes(**native["kv_bytes"]),
             flops=Flops(**native["flops"]),

@@ -80,6 +80,7 @@ def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     if shipped is None:
         pytest.fail("the embedded model is missing")
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # small matrices: more threads only wait for each other
     weights = {k: v.float().contiguous() for k, v in export.read_weights(DEMO).items()}
     n_layer = 1 + max(int(k.split(".layers.")[1].split(".")[0]) for k in weights if "language_model.model.layers" in k)
     config = export.hf_config(modeling.Shape(layers=n_layer))

@@ -1,5 +1,7 @@
 """TextStream: characters whole, stop strings never shown."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +16,7 @@ def pushed(data: bytes, cuts: list[int], stop: list[str]) -> tuple[list[str], bo
     stream = TextStream(stop)
     edges = [0, *sorted(min(c, len(data)) for c in cuts), len(data)]
     shown = []
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in itertools.pairwise(edges):
         shown.append(stream.push(data[a:b]))
         if stream.stopped:
             break

@@ -1,0 +1,120 @@
+"""Fixtures of the tests that run the embedded model on the built libraries."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from st3_edge import Llava, ST3Config, _libs, demo
+from st3_edge.errors import St3Error
+
+ROOT = Path(__file__).parents[2]
+# One thread: where a machine is busy, several wait for each other longer than they compute on so small a model.
+THREADS = 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips this folder's tests where libraries or model are not there; CI has both."""
+    try:
+        demo.model_paths()
+        missing = None if _libs.path_of("llama").is_file() else f"no libraries in {_libs.folder()}"
+    except St3Error as e:
+        missing = str(e)
+    for item in items:
+        if missing and Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason=missing))
+
+
+@pytest.fixture(scope="session")
+def load(files: tuple[str, str]) -> Callable[..., Llava]:
+    """Loads the embedded model: load(config=None, **options)."""
+
+    def make(config: ST3Config | None = None, **options: Any) -> Llava:
+        return Llava(*files, config, **{"n_threads": THREADS, **options})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llava(load: Callable[..., Llava]) -> Iterator[Llava]:
+    with load() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def scenes() -> list[demo.Scene]:
+    return demo.scenes()
+
+
+@pytest.fixture(scope="session")
+def picture(scenes: list[demo.Scene]) -> str:
+    return str(scenes[0].picture)
+
+
+@pytest.fixture(scope="session")
+def files() -> tuple[str, str]:
+    model, mmproj = demo.model_paths()
+    return str(model), str(mmproj)
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+
+
+@pytest.fixture(scope="session")
+def command(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `st3-edge` as a person would."""
+
+    def run(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "st3_edge", *arguments],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=timeout,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def ask(command: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`st3-edge ask` with a short answer."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return command("ask", "--threads", str(THREADS), "--max-tokens", "6", *arguments)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def foreign_mmproj(files: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The embedded vision half with a projector that is 32 wide: another model's."""
+    gguf = pytest.importorskip("gguf")
+    reader = gguf.GGUFReader(files[1])
+    path = tmp_path_factory.mktemp("foreign") / "mmproj.gguf"
+    writer = gguf.GGUFWriter(path, "clip")
+    for name, field in reader.fields.items():
+        if name.startswith("clip."):
+            kind = field.types[0]
+            sub_type = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), kind, sub_type=sub_type)
+    for tensor in reader.tensors:
+        data = np.array(tensor.data)
+        writer.add_tensor(
+            tensor.name, data[:32] if tensor.name.startswith("mm.2.") else data, raw_dtype=tensor.tensor_type
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)

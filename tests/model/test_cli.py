@@ -1,0 +1,228 @@
+"""`st3-edge` as a person runs it, on the embedded model."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+QUESTION = "What color is the star?"
+KEYS = [
+    "answer",
+    "finish_reason",
+    "n_generated",
+    "mode",
+    "reason",
+    "schedule",
+    "visual_tokens",
+    "kv_bytes",
+    "flops",
+    "ms",
+]
+
+
+def answered(done) -> dict:
+    """The object that --json printed, and nothing else on standard output."""
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    return json.loads(done.stdout)
+
+
+def refused(done, says: str) -> None:
+    assert done.returncode == 1, (done.returncode, done.stderr)
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("st3-edge: error: ")
+    assert says in done.stderr
+    # Only what tells of a long wait may stand before the one line.
+    assert all(line.endswith(" ...") for line in done.stderr.splitlines()[:-1])
+
+
+def test_json_is_one_object_of_the_documented_shape(ask, picture):
+    # broken if a key were renamed, or a log line or the streamed answer came on standard output
+    got = answered(ask(picture, QUESTION, "--json"))
+    assert list(got) == KEYS
+    assert got["mode"] == "pruned-prefill" and got["reason"] is None
+    assert got["n_generated"] <= 6
+    assert got["visual_tokens"]["given"] == 576
+    layers = got["visual_tokens"]["per_layer"]
+    assert layers == sorted(layers, reverse=True) and layers[-1] < layers[0] == 576
+    assert got["schedule"]["budget"] == pytest.approx(sum(layers) / len(layers) / 576, abs=1e-4)
+    assert got["kv_bytes"]["live"] < got["kv_bytes"]["full"] <= got["kv_bytes"]["allocated"]
+    assert got["flops"]["prefill"] < got["flops"]["prefill_full"]
+    assert all(value > 0 for value in got["ms"].values())
+
+
+def test_the_answer_streams_to_standard_output_and_all_else_goes_to_standard_error(ask, picture):
+    # broken if the summary were mixed into the answer, or the answer differed from --json's
+    done = ask(picture, QUESTION)
+    assert done.returncode == 0
+    assert done.stdout == answered(ask(picture, QUESTION, "--json"))["answer"] + "\n"
+    assert "pruned-prefill: 576 visual tokens" in done.stderr
+
+
+def test_a_trace_tells_what_was_read_and_kept(ask, picture, scenes):
+    # broken if images were counted wrong, or kept indices were not those of the counts
+    got = answered(ask(picture, str(scenes[1].picture), QUESTION, "--json", "--trace"))
+    assert got["prompt_tokens"].count(-1) == 2
+    top = got["first_logits_top"]
+    assert len(top) == 10 and [logit for _, logit in top] == sorted((logit for _, logit in top), reverse=True)
+    counts = got["schedule"]["counts"]
+    assert [len(kept) for kept in got["kept"]] == [sum(images) for images in counts]
+    for kept, images in zip(got["kept"], counts, strict=True):
+        assert kept == sorted(set(kept))
+        assert [sum(i < 576 for i in kept), sum(i >= 576 for i in kept)] == images
+    for before, after in pairwise(got["kept"]):
+        assert set(after) <= set(before)
+
+
+def test_the_schedule_is_the_one_asked_for(ask, picture):
+    # broken if an option did not reach its key
+    got = answered(
+        ask(picture, QUESTION, "--json", "--keep", "0.5", "--start", "3", "--stride", "5", "--min-keep", "99")
+    )
+    assert got["schedule"]["cuts"] == [2, 7, 12]
+    assert got["schedule"]["counts"] == [[288], [144], [99]]
+    assert answered(ask(picture, QUESTION, "--json", "--budget", "0.5"))["schedule"]["budget"] == pytest.approx(
+        0.5, abs=0.01
+    )
+
+
+def test_score_and_coverage_change_what_is_kept(ask, picture):
+    # broken if either did not reach its key
+    def kept(*options):
+        return answered(ask(picture, QUESTION, "--json", "--trace", *options))["kept"][0]
+
+    default = kept("--score", "last-mean", "--coverage", "0")
+    assert kept("--score", "text-max-sum", "--coverage", "0") != default
+    assert kept("--score", "last-mean", "--coverage", "0.5") != default
+
+
+def test_off_drops_nothing(ask, picture):
+    # broken if off were a schedule that keeps all, with its costs, or kept fewer
+    got = answered(ask(picture, QUESTION, "--json", "--preset", "off"))
+    assert got["mode"] == "off"
+    assert set(got["visual_tokens"]["per_layer"]) == {576}
+    assert got["schedule"]["cuts"] == [] and got["schedule"]["budget"] == 1
+    assert got["kv_bytes"]["live"] == got["kv_bytes"]["full"]
+
+
+@pytest.mark.parametrize("preset", ["pvtp", "fastv", "pyramiddrop", "vtw", "random", "downsample"])
+def test_every_preset_answers(ask, picture, preset):
+    # broken if a name that the command line takes were unknown to the library
+    got = answered(ask(picture, QUESTION, "--json", "--preset", preset))
+    assert got["schedule"]["preset"] == preset
+    assert got["mode"] == "pruned-prefill" and got["schedule"]["budget"] < 1
+
+
+def test_doctor_finds_everything(command):
+    # broken if a library, the ABI or the embedded model were not where the package looks
+    done = command("doctor", "--json")
+    assert done.returncode == 0, done.stdout
+    found = json.loads(done.stdout)
+    assert found["problems"] == [] and found["abi"] == 1 and found["devices"]
+    assert found["demo_model"].keys() == {"model", "mmproj", "pictures"}
+    assert "all is well" in command("doctor").stdout
+
+
+def test_the_demo_shows_answers_layers_and_times(command):
+    # broken if the first thing that a newcomer runs failed
+    done = command("demo")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n  layer ") == 16
+    assert "KV cache in use" in done.stdout and "x as fast" in done.stdout
+
+
+@pytest.mark.parametrize("part", [0, 3, 100, 5_000, 2_000_000])
+@pytest.mark.parametrize("half", [0, 1])
+def test_truncated_model_files_are_refused(ask, picture, files, tmp_path, half, part):
+    # broken if a cut file were loaded: upstream's vision reader takes what is missing for zeros
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(Path(files[half]).read_bytes()[:part])
+    pair = list(files)
+    pair[half] = str(cut)
+    done = ask(picture, QUESTION, "--model", pair[0], "--mmproj", pair[1])
+    refused(done, "truncated")
+
+
+def test_files_of_the_wrong_kind_are_refused(ask, picture, files, foreign_mmproj, tmp_path):
+    # broken if a half were loaded in the other's place, or embeddings of the wrong width reached the decoder
+    model, mmproj = files
+    refused(ask(picture, QUESTION, "--model", model), "belong together")
+    refused(ask(picture, QUESTION, "--model", model, "--mmproj", model), "is a text model")
+    refused(ask(picture, QUESTION, "--model", mmproj, "--mmproj", mmproj), "is a vision half")
+    refused(ask(picture, QUESTION, "--model", str(tmp_path / "none"), "--mmproj", mmproj), "No such file")
+    refused(ask(picture, QUESTION, "--model", model, "--mmproj", picture), "does not begin as a GGUF file")
+    refused(ask(picture, QUESTION, "--model", model, "--mmproj", foreign_mmproj), "mismatch between text model")
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (30_000, 30_000), (10_000, 3)])
+def test_pictures_out_of_bounds_are_refused(ask, tmp_path, width, height):
+    # broken if a bomb were decoded, or a sliver resized to nothing
+    path = tmp_path / "picture.png"
+    Image.new("1", (width, height)).save(path)
+    refused(ask(str(path), QUESTION), "pixels")
+
+
+def test_files_that_are_no_pictures_are_refused(ask, picture, tmp_path):
+    # broken by an exception of Pillow's that is let through
+    text = tmp_path / "notes.txt"
+    text.write_text("no picture")
+    refused(ask(str(text), QUESTION), "is no PNG")
+    refused(ask(str(tmp_path), QUESTION), "is not a file")
+    refused(ask("none.png", QUESTION), "No such file")
+    refused(ask("https://example.org/a.png", QUESTION), "not fetched")
+    refused(ask(picture, "data:,", QUESTION), "is empty")
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(ask, picture):
+    # broken if it were cut, or the cache overran
+    refused(ask(picture, QUESTION, "--n-ctx", "300"), "n_ctx is 300")
+    refused(ask(picture, "word " * 5000, "--n-ctx", "1024"), "n_ctx is 1024")
+
+
+@pytest.mark.parametrize("options", [("--start", "16"), ("--preset", "st3", "--start", "4000000000")])
+def test_a_schedule_that_does_not_fit_the_model_is_refused(ask, picture, options):
+    # broken if the library's reason were lost on the way
+    refused(ask(picture, QUESTION, *options), "start")
+
+
+def test_ctrl_c_leaves_at_once_with_130(environment, picture):
+    # broken by a traceback, or if native code had to end first
+    process = subprocess.Popen(
+        [sys.executable, "-m", "st3_edge", "ask", picture, "Describe the image.", "--max-tokens", "3000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    if process.returncode != 0:  # 0: the model had said all that it had to say
+        assert process.returncode == 130
+        assert time.monotonic() - started < 30
+        assert err.splitlines()[-1] == "st3-edge: interrupted"
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_leaves_early_is_no_error_to_tell(environment, picture):
+    # broken by a traceback of BrokenPipeError, as in `st3-edge ask ... | head`
+    process = subprocess.Popen(
+        [sys.executable, "-m", "st3_edge", "ask", picture, "Describe the image.", "--threads", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    err = process.stderr.read()
+    process.wait(timeout=300)
+    assert "Traceback" not in err and "Exception" not in err

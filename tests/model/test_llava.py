@@ -1,0 +1,291 @@
+"""`Llava` in Python, on the embedded model."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from st3_edge import ConfigError, Llava, ModelError, PromptError, ST3Config, St3Error
+
+QUESTION = "What color is the star?"
+
+
+def messages(text: str, *pictures) -> list:
+    parts = [{"type": "image_url", "image_url": {"url": p}} for p in pictures]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def complete(llava: Llava, text: str, *pictures, **options) -> dict:
+    options = {"temperature": 0, "max_tokens": 8, **options}
+    return llava.create_chat_completion(messages(text, *pictures), **options)
+
+
+def answer(response: dict) -> str:
+    return response["choices"][0]["message"]["content"]
+
+
+def test_a_completion_has_the_openai_shape(llava, picture):
+    # broken if a client of llama-cpp-python's responses met another key or type
+    got = complete(llava, QUESTION, picture)
+    assert list(got) == ["id", "object", "created", "model", "choices", "usage", "st3"]
+    assert got["object"] == "chat.completion" and got["id"].startswith("chatcmpl-")
+    (choice,) = got["choices"]
+    assert choice["index"] == 0 and choice["message"]["role"] == "assistant"
+    assert choice["finish_reason"] in ("stop", "length")
+    usage = got["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] > 576
+    assert got["st3"] == llava.last_report.to_dict()
+    assert got["st3"]["answer"] == answer(got)
+
+
+def test_a_stream_says_what_the_whole_answer_says(llava, picture):
+    # broken if a piece were lost, doubled, or the chunks were shaped otherwise
+    whole = complete(llava, "Describe the image.", picture, max_tokens=40)
+    chunks = list(complete(llava, "Describe the image.", picture, max_tokens=40, stream=True))
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[0] == {"role": "assistant"} and deltas[-1] == {}
+    assert "".join(d["content"] for d in deltas[1:-1]) == answer(whole)
+    finish = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+    assert finish == [None] * (len(chunks) - 1) + [whole["choices"][0]["finish_reason"]]
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert chunks[-1]["st3"]["answer"] == answer(whole)
+
+
+def test_calls_do_not_depend_on_those_before(llava, picture, scenes):
+    # broken if the context kept cells of another call
+    first = complete(llava, QUESTION, picture, trace=True)["st3"]
+    complete(llava, "How many shapes are there?", str(scenes[2].picture), picture)
+    again = complete(llava, QUESTION, picture, trace=True)["st3"]
+    for key in ("answer", "first_logits_top", "kept", "kv_bytes"):
+        assert first[key] == again[key]
+
+
+def test_a_stop_string_ends_the_answer_before_it(llava, picture):
+    # broken if it were shown, or generation went on
+    whole = answer(complete(llava, "Describe the image.", picture, max_tokens=30))
+    stop = whole[len(whole) // 2 :][:2]
+    got = complete(llava, "Describe the image.", picture, max_tokens=30, stop=stop)
+    assert answer(got) == whole[: whole.index(stop)]
+    assert got["choices"][0]["finish_reason"] == "stop"
+    pieces = complete(llava, "Describe the image.", picture, max_tokens=30, stop=[stop], stream=True)
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in pieces)
+    assert text == answer(got)
+
+
+def test_max_tokens_ends_the_answer(llava, picture):
+    # broken by an answer one token longer or shorter
+    got = complete(llava, "Describe the image.", picture, max_tokens=3, logit_bias={llava._llama.token_eos(): -1e9})
+    assert got["usage"]["completion_tokens"] == 3
+    assert got["choices"][0]["finish_reason"] == "length"
+
+
+def test_the_context_ends_the_answer(load, picture):
+    # broken if decoding ran over n_ctx
+    with load(n_ctx=600) as llava:
+        eos = llava._llama.token_eos()
+        got = complete(llava, QUESTION, picture, max_tokens=None, logit_bias={eos: -1e9})
+        assert got["usage"]["total_tokens"] == 600
+        assert got["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_seed_makes_sampling_repeatable(llava, picture):
+    # broken if the seed did not reach the sampler, or temperature did nothing
+    def sampled(seed):
+        return answer(complete(llava, QUESTION, picture, temperature=3.0, top_p=1.0, min_p=0.0, top_k=0, seed=seed))
+
+    assert sampled(1) == sampled(1)
+    assert len({sampled(seed) for seed in range(6)}) > 1
+
+
+def test_a_grammar_shapes_the_answer(llava, picture):
+    # broken if the grammar were ignored
+    got = answer(complete(llava, QUESTION, picture, grammar='root ::= "yes" | "no"'))
+    assert got in ("yes", "no")
+
+
+def test_a_json_schema_shapes_the_answer(llava, picture):
+    # broken if response_format were ignored
+    schema = {"type": "object", "properties": {"color": {"enum": ["red", "blue"]}}, "required": ["color"]}
+    form = {"type": "json_object", "schema": schema}
+    got = answer(complete(llava, QUESTION, picture, response_format=form, max_tokens=60))
+    assert json.loads(got)["color"] in ("red", "blue")
+
+
+def test_a_bias_chooses_the_token(llava, picture):
+    # broken if logit_bias were ignored or applied to another token
+    token = llava._llama.tokenize(b"7", add_bos=False)[-1]
+    assert answer(complete(llava, QUESTION, picture, logit_bias={str(token): 1e6}, max_tokens=3)) == "777"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": "much"},
+        {"repeat_penalty": 0},
+        {"grammar": "root ::= ("},
+        {"grammar": ""},
+        {"grammar": 'root ::= "x" nothing'},
+        {"response_format": {"type": "xml"}},
+        {"response_format": {"type": "json_object", "schema": {"$ref": "#/nowhere"}}},
+        {"logit_bias": {10**6: 1}},
+        {"logit_bias": {"red": 1}},
+        {"stop": [1]},
+    ],
+)
+def test_options_out_of_range_are_refused(llava, picture, options):
+    # broken if one reached native code: a null grammar there crashes the process
+    with pytest.raises(ConfigError):
+        complete(llava, QUESTION, picture, **options)
+
+
+def test_every_way_to_give_a_picture_is_the_same_picture(llava, picture):
+    # broken if bytes, an image object or a data URL were decoded otherwise than a path
+    import base64
+    from pathlib import Path
+
+    data = Path(picture).read_bytes()
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    expected = complete(llava, QUESTION, picture, trace=True)["st3"]["first_logits_top"]
+    for source in (Path(picture), data, url, Image.open(picture)):
+        assert complete(llava, QUESTION, source, trace=True)["st3"]["first_logits_top"] == expected
+
+
+def test_bos_is_there_once_and_text_becomes_no_picture(llava, picture):
+    # broken if a template's BOS came on top of the tokenizer's, or written forms of tokens were taken for tokens
+    text = "Is <image> or <__media__> or <s> or </s> here?"
+    trace = complete(llava, text, picture, trace=True)["st3"]["prompt_tokens"]
+    assert trace.count(llava._llama.token_bos()) == 1 and trace[0] == llava._llama.token_bos()
+    assert trace.count(-1) == 1
+    assert llava._llama.token_eos() not in trace
+
+
+def test_a_prompt_without_a_picture_works(llava):
+    # broken if a schedule needed visual tokens
+    got = complete(llava, "Hello?", trace=True)["st3"]
+    assert got["visual_tokens"]["given"] == 0
+    assert got["n_generated"] > 0
+
+
+def test_a_conversation_with_pictures_in_two_turns_works(llava, picture, scenes):
+    # broken if only the last message's pictures were seen
+    turns = [*messages(QUESTION, picture), {"role": "assistant", "content": "white"}]
+    turns += messages("And here?", str(scenes[1].picture))
+    got = llava.create_chat_completion(turns, temperature=0, max_tokens=4, trace=True)["st3"]
+    assert got["prompt_tokens"].count(-1) == 2
+    assert got["visual_tokens"]["given"] == 2 * 576
+
+
+def test_pictures_keep_their_order(llava, picture, scenes):
+    # broken if they were sorted, or one were taken twice
+    def logits(*pictures):
+        return complete(llava, QUESTION, *pictures, trace=True)["st3"]["first_logits_top"]
+
+    other = str(scenes[1].picture)
+    assert len({json.dumps(logits(*p)) for p in [(picture, other), (other, picture), (other, other)]}) == 3
+
+
+def test_a_prompt_that_fits_no_single_batch_runs_unpruned_between_layers(load, picture):
+    # broken if it failed, or claimed to be pruned prefill
+    with load(n_ctx=1024, n_ubatch=128) as llava:
+        got = complete(llava, QUESTION, picture)["st3"]
+        assert got["mode"] != "pruned-prefill"
+        assert got["reason"]
+
+
+def test_a_quantized_cache_takes_less(load, picture, llava):
+    # broken if the KV types did not reach the context
+    plain = complete(llava, QUESTION, picture)["st3"]["kv_bytes"]
+    with load(type_k="q8_0", type_v="q8_0") as quantized:
+        small = complete(quantized, QUESTION, picture)["st3"]["kv_bytes"]
+    assert small["live"] < 0.6 * plain["live"] and small["allocated"] < 0.6 * plain["allocated"]
+
+
+def test_without_a_preset_the_file_decides(load, picture):
+    # broken if the default preset were written over what the file carries: this one carries none, so nothing is pruned
+    with load(ST3Config(preset=None)) as llava:
+        assert complete(llava, QUESTION, picture)["st3"]["mode"] == "off"
+
+
+def test_a_second_call_ends_a_stream(llava, picture):
+    # broken if two answers were mixed in one context
+    stream = complete(llava, QUESTION, picture, stream=True, logit_bias={llava._llama.token_eos(): -1e9})
+    next(stream)
+    next(stream)
+    complete(llava, QUESTION, picture)
+    with pytest.raises(St3Error, match="another call"):
+        list(stream)
+
+
+def test_a_closed_llava_says_so(load, picture):
+    # broken if freed memory were used
+    llava = load()
+    stream = complete(llava, QUESTION, picture, stream=True)
+    next(stream)
+    llava.close()
+    llava.close()
+    for use in (lambda: list(stream), lambda: complete(llava, QUESTION, picture), lambda: llava.visual_tokens(picture)):
+        with pytest.raises(St3Error, match="closed"):
+            use()
+
+
+def test_visual_tokens_are_one_row_a_patch(llava, picture):
+    # broken by a wrong shape, or values that were read past their buffer
+    embd = llava.visual_tokens(picture)
+    assert embd.shape == (576, llava._llama.n_embd()) and embd.dtype == np.float32
+    assert np.isfinite(embd).all() and embd.std() > 0
+    assert np.array_equal(embd, llava.visual_tokens(picture))
+
+
+def test_an_own_chat_template_is_used(load, picture):
+    # broken if the file's own were rendered all the same
+    template = "{% for m in messages %}{{ m.content }}{% endfor %} =>"
+    with load(chat_template=template) as llava:
+        plain = llava._llama.tokenize(b"\nHi =>", add_bos=False)
+        assert complete(llava, "Hi", picture, trace=True)["st3"]["prompt_tokens"][2:] == plain
+    with pytest.raises(PromptError, match="template"):
+        load(chat_template="{% for %}")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"n_ctx": -1}, {"n_ctx": 2**40}, {"n_ctx": 1.5}, {"n_threads": 0}, {"type_k": "q9"}, {"n_gpu_layers": -2}],
+)
+def test_loading_options_out_of_range_are_refused(load, options):
+    # broken if one reached native code
+    with pytest.raises(ConfigError):
+        load(**options)
+
+
+def test_a_prompt_longer_than_the_context_is_refused(llava):
+    # broken if it were cut silently
+    with pytest.raises(PromptError, match="n_ctx is 4096"):
+        complete(llava, "word " * 20_000)
+
+
+def test_from_pretrained_without_network_or_cache_says_so(tmp_path):
+    # broken by a traceback of huggingface-hub's
+    with pytest.raises(ModelError, match="cannot be downloaded") as caught:
+        Llava.from_pretrained("a/b", "m.gguf", "p.gguf", cache_dir=tmp_path, local_files_only=True)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError):
+        Llava.from_pretrained("not a repository", "m.gguf", "p.gguf", cache_dir=tmp_path, local_files_only=True)
+
+
+def test_from_pretrained_takes_a_pair_from_the_cache(tmp_path, files, picture):
+    # broken if the two files were swapped, or looked for elsewhere
+    import shutil
+
+    commit = "0" * 40
+    repository = tmp_path / "models--a--b"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copy(files[0], snapshot / "m.gguf")
+    shutil.copy(files[1], snapshot / "p.gguf")
+    options = {"cache_dir": tmp_path, "local_files_only": True, "n_threads": 1}
+    with Llava.from_pretrained("a/b", "m.gguf", "p.gguf", **options) as llava:
+        assert complete(llava, QUESTION, picture)["st3"]["mode"] == "pruned-prefill"
