@@ -21,7 +21,7 @@ def examine() -> dict[str, Any]:
         "versions": _versions(),
         "libraries": _library_files(),
         "abi": None,
-        "llama_cpp": None,
+        "ggml": None,
         "cpu": _cpu(),
         "cpu_features": [],
         "amx": None,
@@ -37,9 +37,8 @@ def examine() -> dict[str, Any]:
     _log.install()
     lib = bindings.lib._lib
     found["abi"] = lib.st3_abi_version()
-    for name in ("ggml_version", "ggml_commit"):
-        getattr(lib, name).restype = ctypes.c_char_p
-    found["llama_cpp"] = {"ggml": lib.ggml_version().decode(), "commit": lib.ggml_commit().decode()}
+    lib.ggml_version.restype = ctypes.c_char_p
+    found["ggml"] = lib.ggml_version().decode()
     found["cpu_features"] = _features(bindings.lib.llama_print_system_info().decode())
     found["amx"] = _amx(found["cpu_features"])
     found["devices"] = _devices(lib)
@@ -54,6 +53,7 @@ def describe(found: dict[str, Any]) -> str:
         f"libraries     {libraries['folder']}",
         *(f"              {name}" for name in libraries["files"]),
         f"st3 ABI       {found['abi']} (this package needs {_libs.ABI_VERSION})",
+        f"ggml          {found['ggml']}",
         f"CPU           {found['cpu']['model']}, {found['cpu']['usable']} threads usable",
         f"CPU features  {' '.join(found['cpu_features'])}",
     ]

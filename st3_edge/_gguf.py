@@ -40,9 +40,11 @@ class _Damaged(Exception):
 
 @dataclass(frozen=True)
 class Header:
-    """`metadata`: the scalars and strings (arrays are skipped); `need`: bytes that the file must have."""
+    """`metadata`: the scalars and strings (arrays are skipped); `tensors`: their names; `need`: bytes that the file
+    must have."""
 
     metadata: dict[str, int | float | bool | str]
+    tensors: frozenset[str]
     need: int
 
     @property
@@ -141,8 +143,9 @@ def _parse(reader: _Reader) -> Header:
             metadata[key] = value
 
     end = 0
+    names = set()
     for _ in range(n_tensors):
-        reader.string()
+        names.add(reader.string())
         n_dims = int(reader.scalar("I"))
         if n_dims > 4:
             raise _Damaged("its header gives an impossible number of dimensions")
@@ -159,4 +162,4 @@ def _parse(reader: _Reader) -> Header:
     if not isinstance(alignment, int) or not 0 < alignment <= 2**20:
         raise _Damaged("its header gives an impossible alignment")
     start = -(-reader.file.tell() // alignment) * alignment
-    return Header(metadata, start + end if n_tensors else 0)
+    return Header(metadata, frozenset(names), start + end if n_tensors else 0)

@@ -48,10 +48,9 @@ Piece = Text | Visual
 @functools.cache
 def _st3() -> ctypes.CDLL:
     lib: ctypes.CDLL = _libs.load().lib._lib
-    context, model = ctypes.c_void_p, ctypes.c_void_p
+    context = ctypes.c_void_p
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "st3_last_error": (ctypes.c_char_p, []),
-        "st3_check_model": (ctypes.c_int32, [model]),
         "st3_prefill": (
             ctypes.c_int32,
             [context, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(_Piece), ctypes.c_size_t],

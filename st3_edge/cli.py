@@ -174,6 +174,8 @@ def _doctor(console: Console, arguments: argparse.Namespace) -> int:
 
 
 def _ask(console: Console, arguments: argparse.Namespace) -> int:
+    from . import images
+
     *pictures, question = arguments.inputs
     if not question.strip():
         raise PromptError("the question is empty")
@@ -190,7 +192,8 @@ def _ask(console: Console, arguments: argparse.Namespace) -> int:
     if (arguments.model is None) != (arguments.mmproj is None):
         raise ModelError("--model and --mmproj belong together: the text model and the vision half of one LLaVA")
 
-    content = [{"type": "image_url", "image_url": {"url": picture}} for picture in pictures]
+    # Before the model: loading a large one takes long, and a bad picture would be told of only then.
+    content = [{"type": "image", "image": images.load(picture)} for picture in pictures]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
     console.stage("loading the model")
     with _load(console, arguments, config) as llava:

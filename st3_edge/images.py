@@ -26,8 +26,6 @@ MIN_SIDE = 2
 # Raster formats only: others of Pillow's run helper programs or hold more than a picture.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
-ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image
-
 
 @dataclass(frozen=True)
 class RGB:
@@ -38,13 +36,18 @@ class RGB:
     data: bytes
 
 
+ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | RGB
+
+
 def load(source: ImageSource) -> RGB:
-    """Decodes a path, bytes of a picture file, a `data:` URL, or a PIL image.
+    """Decodes a path, bytes of a picture file, a `data:` URL, or a PIL image; what is decoded already is returned.
 
     EXIF rotation is applied, transparency is laid on white, and of an animation the first frame is taken. Nothing is
     fetched from a network. Raises ImageError for what is no picture, is damaged, or is outside the bounds: at most
     MAX_BYTES and MAX_PIXELS, sides of at least MIN_SIDE, one side at most MAX_ASPECT times the other.
     """
+    if isinstance(source, RGB):
+        return source
     if isinstance(source, Image.Image):
         return _decode(source, "picture")
     if isinstance(source, (bytes, bytearray, memoryview)):

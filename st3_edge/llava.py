@@ -35,6 +35,12 @@ MAX_CTX = 2**20
 # three LLaVA-1.5 pictures and not the whole of a long context; a longer prompt runs unpruned between its layers.
 _DEFAULT_UBATCH = 2048
 
+# What upstream's LLaVA graph uses without asking whether it was in the file: it would crash.
+_MMPROJ_TENSORS = (
+    *("v.patch_embd.weight", "v.position_embd.weight"),
+    *("mm.0.weight", "mm.0.bias", "mm.2.weight", "mm.2.bias"),
+)
+
 _TOP_LOGITS = 10
 _CONTROL_OR_UNKNOWN = 1 << 3 | 1 << 0  # llama_token_attr
 
@@ -453,6 +459,10 @@ def _check_pair(model: str, mmproj: str) -> _gguf.Header:
     other = _gguf.read_header(mmproj, "mmproj")
     if other.architecture != "clip":
         raise ModelError(f"mmproj {mmproj!r} is a text model; the vision half (mmproj) belongs here")
+    if other.metadata.get("clip.projector_type") == "mlp":
+        for tensor in _MMPROJ_TENSORS:
+            if tensor not in other.tensors:
+                raise ModelError(f"mmproj {mmproj!r} lacks the tensor {tensor}: it is damaged, or no LLaVA's")
     return header
 
 

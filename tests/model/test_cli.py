@@ -160,6 +160,14 @@ def test_files_of_the_wrong_kind_are_refused(ask, picture, files, foreign_mmproj
     refused(ask(picture, QUESTION, "--model", model, "--mmproj", foreign_mmproj), "mismatch between text model")
 
 
+@pytest.mark.parametrize("tensor", ["v.patch_embd.weight", "mm.0.weight", "mm.2.bias"])
+def test_a_vision_half_that_lacks_a_tensor_is_refused(ask, picture, files, tmp_path, tensor):
+    # broken if it were loaded: upstream's graph would use a null pointer
+    damaged = tmp_path / "mmproj.gguf"
+    damaged.write_bytes(Path(files[1]).read_bytes().replace(tensor.encode(), tensor.upper().encode()))
+    refused(ask(picture, QUESTION, "--model", files[0], "--mmproj", str(damaged)), f"lacks the tensor {tensor}")
+
+
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (30_000, 30_000), (10_000, 3)])
 def test_pictures_out_of_bounds_are_refused(ask, tmp_path, width, height):
     # broken if a bomb were decoded, or a sliver resized to nothing

@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from st3_edge import ConfigError, Llava, ModelError, PromptError, ST3Config, St3Error
@@ -160,6 +162,16 @@ def test_bos_is_there_once_and_text_becomes_no_picture(llava, picture):
     assert trace.count(llava._llama.token_bos()) == 1 and trace[0] == llava._llama.token_bos()
     assert trace.count(-1) == 1
     assert llava._llama.token_eos() not in trace
+
+
+@settings(max_examples=25, deadline=None)
+@given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40))
+def test_any_text_can_be_asked(llava, picture, text):
+    # broken by a character that templates, the tokenizer or C strings take for something else
+    if not text.strip():
+        return
+    trace = complete(llava, text, picture, trace=True, max_tokens=1)["st3"]["prompt_tokens"]
+    assert trace.count(-1) == 1 and trace.count(llava._llama.token_bos()) == 1
 
 
 def test_a_prompt_without_a_picture_works(llava):

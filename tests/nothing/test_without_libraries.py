@@ -7,8 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def picture(tmp_path) -> str:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(path)
+    return str(path)
 
 
 def python(*arguments: str, lib_dir: Path) -> subprocess.CompletedProcess[str]:
@@ -38,18 +46,16 @@ def test_importing_loads_no_library(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_missing_libraries_are_told_in_one_line(tmp_path):
+def test_missing_libraries_are_told_in_one_line(tmp_path, picture):
     # broken by a traceback, or by the bindings' own libraries being taken instead
-    picture = tmp_path / "a.png"
-    picture.write_bytes(b"")
-    one_line_error(command("ask", str(picture), "What?", lib_dir=tmp_path), 1, "libllama.so is missing")
+    one_line_error(command("ask", picture, "What?", lib_dir=tmp_path), 1, "libllama.so is missing")
 
 
-def test_libraries_that_do_not_load_are_told_in_one_line(tmp_path):
+def test_libraries_that_do_not_load_are_told_in_one_line(tmp_path, picture):
     # broken by a traceback of ctypes'
     for name in ("libllama.so", "libmtmd.so"):
         (tmp_path / name).write_bytes(b"not a library")
-    one_line_error(command("ask", "a.png", "What?", lib_dir=tmp_path), 1, "cannot be loaded")
+    one_line_error(command("ask", picture, "What?", lib_dir=tmp_path), 1, "cannot be loaded")
 
 
 def test_bindings_that_were_imported_first_are_refused(tmp_path):
@@ -114,9 +120,14 @@ def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path, arguments, says):
         (["--model", "none.gguf", "--mmproj", "none.gguf"], "No such file"),
     ],
 )
-def test_settings_out_of_range_are_told_before_anything_is_loaded(tmp_path, arguments, says):
+def test_settings_out_of_range_are_told_before_anything_is_loaded(tmp_path, picture, arguments, says):
     # broken if a setting were looked at only by native code
-    one_line_error(command("ask", "a.png", "What?", *arguments, lib_dir=tmp_path), 1, says)
+    one_line_error(command("ask", picture, "What?", *arguments, lib_dir=tmp_path), 1, says)
+
+
+def test_a_bad_picture_is_told_before_anything_is_loaded(tmp_path):
+    # broken if a person waited for a large model to load first
+    one_line_error(command("ask", "a.png", "What?", lib_dir=tmp_path), 1, "No such file")
 
 
 def test_an_empty_question_is_refused(tmp_path):

@@ -1,0 +1,27 @@
+"""The embedded model answers what it was trained for. The large measurement is scripts/quality.py."""
+
+import pytest
+
+from st3_edge import ST3Config
+
+
+@pytest.mark.parametrize(("config", "share"), [(ST3Config(preset="off"), 0.9), (ST3Config(), 0.8)], ids=["off", "st3"])
+def test_questions_about_the_shipped_pictures_are_answered_right(load, scenes, config, share):
+    # broken if the vision encoder, the prompt's layout or the tokenizer differed from what the model was trained with
+    answers = []
+    with load(config) as llava:
+        for scene in scenes:
+            for question, expected in scene.questions:
+                got = llava.ask(scene.picture, question, temperature=0, max_tokens=8)
+                answers.append((question, expected, got))
+    wrong = [a for a in answers if a[1] != a[2]]
+    assert len(wrong) <= (1 - share) * len(answers), wrong
+
+
+def test_a_shipped_picture_is_described_right(load, scenes):
+    # broken if long answers went astray where short ones do not: positions or the cache of later tokens
+    with load(ST3Config(preset="off")) as llava:
+        got = llava.ask(scenes[0].picture, "Describe the image.", temperature=0, max_tokens=160)
+    words = set(got.split())
+    expected = set(scenes[0].caption.split())
+    assert len(words & expected) >= 0.7 * len(expected), got
