@@ -13,7 +13,10 @@ fi
 
 # Stock llama.cpp with the same flags, on the CPU: ST3 off must match it bit for bit.
 # shellcheck disable=SC2086
-cmake -S . -B build/stock -G Ninja ${CMAKE_ARGS:-} -DST3_STOCK=ON -DGGML_CUDA=OFF -DPython_EXECUTABLE="$PWD/$python" >build/stock.log
-cmake --build build/stock --target llama >>build/stock.log || die "the stock build failed: see build/stock.log"
+{
+    cmake -S . -B build/stock -G Ninja ${CMAKE_ARGS:-} -DST3_STOCK=ON -DGGML_CUDA=OFF \
+        -DPython_EXECUTABLE="$PWD/$python" &&
+        cmake --build build/stock --target llama
+} >build/stock.log 2>&1 || die "the stock build failed: see build/stock.log"
 
 ST3_STOCK_LIB_DIR=$PWD/build/stock/lib exec "$python" -m pytest "$@"

@@ -28,8 +28,8 @@ HERE = Path(__file__).resolve().parent
 PIN = json.loads((HERE / "upstream.json").read_text())
 REQUIREMENT = f"{PIN['package']}=={PIN['version']}"
 STAMP = ".st3-upstream"
-# Two thirds of the bytes, and nothing that is compiled.
-UNUSED = ("docs/", "models/", "media/", "benches/")
+# Two thirds of the bytes, and nothing that is compiled. (.git points outside of the archive.)
+UNUSED = (".git", "docs/", "models/", "media/", "benches/")
 HUNK = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+\d+(?:,(\d+))? @@")
 
 
