@@ -22,7 +22,7 @@ int main(void) {
         return 1;
     }
 
-    _Alignas(64) struct tile_config config = {.palette_id = 1};
+    _Alignas(64) struct tile_config config = { .palette_id = 1 };
     for (int i = 0; i < 8; i++) {
         config.rows[i]  = 16;
         config.colsb[i] = 64;
