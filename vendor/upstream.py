@@ -96,7 +96,7 @@ def read(archive: Path) -> dict[str, bytes]:
 def apply(patch: Path, tree: dict[str, bytes]) -> None:
     """Apply a unified diff exactly: no fuzz, and a moved hunk only where one place fits."""
     lines = iter(patch.read_bytes().splitlines(keepends=True))
-    path, source, shift = "", list[bytes](), 0
+    path, source, shift, hunks = "", list[bytes](), 0, 0
     for line in lines:
         if line.startswith(b"--- "):
             path = line[4:].decode().strip().removeprefix("a/")
@@ -123,6 +123,9 @@ def apply(patch: Path, tree: dict[str, bytes]) -> None:
             source[at : at + n_old] = new
             shift = at - (start - 1) + len(new) - n_old
             tree[path] = b"".join(source)
+            hunks += 1
+    if not hunks:
+        fail(f"{patch.name} changes nothing")
 
 
 def write(tree: dict[str, bytes], dest: Path) -> None:
