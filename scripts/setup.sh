@@ -37,6 +37,8 @@ PATH=$PWD/.venv/bin:$PATH
 
 # The bindings alone, from the archive that our libraries are built from: no second llama.cpp is compiled.
 archive=$("$python" vendor/upstream.py)
-if ! "$python" -m pip show --quiet llama-cpp-python 2>/dev/null; then
+pinned='import importlib.metadata, json, sys
+sys.exit(importlib.metadata.version("llama-cpp-python") != json.load(open("vendor/upstream.json"))["version"])'
+if ! "$python" -c "$pinned" 2>/dev/null; then
     CMAKE_ARGS=-DLLAMA_BUILD=OFF "$python" -m pip install -qq --no-build-isolation "$archive"
 fi
