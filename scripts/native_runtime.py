@@ -7,16 +7,18 @@ from $ST3_LIB_DIR, else from the package's lib folder. `lib_dir` must be decided
 from __future__ import annotations
 
 import ctypes as C
-import importlib.util
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 
 import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from st3_edge import _libs
 
 KV_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "BF16": 30}
 Value = str | int | float
@@ -27,26 +29,20 @@ class NativeError(RuntimeError):
 
 
 def lib_dir() -> Path | None:
-    """The folder of the native libraries; None where they are not built."""
-    given = os.environ.get("ST3_LIB_DIR")
-    if given:
-        return Path(given)
-    spec = importlib.util.find_spec("st3_edge")
-    for base in (spec.submodule_search_locations or []) if spec else []:
-        if any((Path(base) / "lib").glob("libllama.*")):
-            return Path(base) / "lib"
-    return None
+    """The folder of the native libraries, as the package finds it; None where they are not built."""
+    folder = _libs.folder()
+    return folder if any(folder.glob("libllama.*")) else None
 
 
-def load(folder: Path):
+def load(folder: Path) -> ModuleType:
     """Import llama_cpp on the libraries of that folder. Raises NativeError if it runs on others already."""
-    want = str(folder)
-    if "llama_cpp" in sys.modules and os.environ.get("LLAMA_CPP_LIB_PATH") != want:
-        raise NativeError("llama_cpp was imported with other libraries")
-    os.environ["LLAMA_CPP_LIB_PATH"] = want
-    os.environ["MTMD_CPP_LIB"] = want
+    if "llama_cpp" not in sys.modules:
+        os.environ["LLAMA_CPP_LIB_PATH"] = os.environ["MTMD_CPP_LIB"] = str(folder)
     import llama_cpp
 
+    runs_on = Path(llama_cpp.llama_cpp._lib._name).resolve().parent
+    if runs_on != folder.resolve():
+        raise NativeError(f"llama_cpp was imported before, on {runs_on}")
     return llama_cpp
 
 
@@ -78,13 +74,16 @@ class Runtime:
         self.llama = L = load(folder)
         self.log: list[str] = []
         self._on_log = L.llama_log_callback(self._take_log)
+        self._old_log = C.c_void_p(), C.c_void_p()
+        self.lib = L.llama_cpp._lib
+        get_log = C.CFUNCTYPE(None, C.c_void_p, C.c_void_p)(("llama_log_get", self.lib))
+        get_log(*(C.addressof(p) for p in self._old_log))
         L.llama_log_set(self._on_log, C.c_void_p(0))
         L.llama_backend_init()
         suffix = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
         if any(folder.glob(f"*ggml-cpu*.{suffix}")):
             base = C.CDLL(str(next(folder.glob(f"*ggml.{suffix}"))))
             base.ggml_backend_load_all_from_path(str(folder).encode())
-        self.lib = L.llama_cpp._lib
         if st3:
             f = self.lib
             f.st3_abi_version.restype = C.c_int32
@@ -94,6 +93,11 @@ class Runtime:
             f.st3_kept.argtypes = [C.c_void_p, C.c_int32, C.POINTER(C.c_int32), C.c_int32]
             f.st3_report.argtypes = [C.c_void_p, C.c_char_p, C.c_size_t]
             f.st3_report.restype = C.c_size_t
+
+    def close(self) -> None:
+        """Give the log back to whom it went before."""
+        set_log = C.CFUNCTYPE(None, C.c_void_p, C.c_void_p)(("llama_log_set", self.lib))
+        set_log(*self._old_log)
 
     def _take_log(self, level: int, text: bytes, _: C.c_void_p) -> None:
         if level >= 3:
@@ -301,9 +305,10 @@ class Vision:
         self.m, self.n_embd = mtmd, model.n_embd
         params = mtmd.mtmd_context_params_default()
         params.use_gpu, params.print_timings, params.warmup, params.n_threads = False, False, False, threads
-        self._quiet = model.rt.llama.llama_log_callback(lambda level, text, data: None)
-        mtmd.mtmd_log_set(self._quiet, None)
-        mtmd.mtmd_helper_log_set(self._quiet, None)
+        if "st3_edge._log" not in sys.modules:  # which has the log, and keeps errors to quote
+            self._quiet = model.rt.llama.llama_log_callback(lambda level, text, data: None)
+            mtmd.mtmd_log_set(self._quiet, None)
+            mtmd.mtmd_helper_log_set(self._quiet, None)
         self.ctx = mtmd.mtmd_init_from_file(str(mmproj).encode(), model.ptr, params)
         if not self.ctx:
             raise NativeError(f"cannot load {mmproj.name}")

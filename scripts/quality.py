@@ -1,6 +1,6 @@
 """Answers on held-out scenes with ST3 on, off, and with the baselines that cost the same.
 
-python scripts/quality.py [--scenes 1000] [--captions 200] [--grid full|issue|small] [--jobs 2] [--work DIR]
+python scripts/quality.py [--scenes 1000] [--questions 6] [--captions 200] [--grid full|issue|small] [--work DIR]
 
 Runs the embedded model: every picture is encoded once and shared by all configurations. Single facts count as
 right on exact match, caption objects when colour, shape and place are named. Results go line by line to --work,
@@ -11,6 +11,7 @@ and to `random` are paired by scene, with bootstrap 95 % intervals.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing as mp
 import os
@@ -68,6 +69,7 @@ class Job:
     threads: int
     style: str
     captions: int
+    questions: int
 
 
 def config(name: str, **keys: native_runtime.Value) -> Config:
@@ -153,10 +155,9 @@ def run(task: tuple[str, dict[str, native_runtime.Value], range]) -> tuple[str, 
     out = []
     for i in indices:
         image = native_runtime.Image(np.array(table[i]), 24, 24)
-        facts = [
-            [q.kind, scenes.answer_right(reader.answer(image, q.text, FACT_TOKENS), q.answer)]
-            for q in scenes.held_out_questions(i, job.style)
-        ]
+        asked = scenes.held_out_questions(i, job.style)
+        asked = [asked[(i + k) % len(asked)] for k in range(min(job.questions, len(asked)))]
+        facts = [[q.kind, scenes.answer_right(reader.answer(image, q.text, FACT_TOKENS), q.answer)] for q in asked]
         caption = None
         if i < job.captions:
             said = reader.answer(image, scenes.CAPTION_QUESTION, CAPTION_TOKENS)
@@ -297,6 +298,7 @@ def main() -> None:
     parser.add_argument("--mmproj", type=Path, default=demo / "mmproj-st3-demo-q8_0.gguf")
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--captions", type=int, default=200, help="describe the first so many scenes as well")
+    parser.add_argument("--questions", type=int, default=6, help="at most so many of a scene's, in turns by kind")
     parser.add_argument("--style", choices=sorted(scenes.STYLES), default="known")
     parser.add_argument("--grid", choices=("small", "issue", "full"), default="issue")
     parser.add_argument("--budgets", default=",".join(f"{b:g}" for b in BUDGETS))
@@ -314,15 +316,15 @@ def main() -> None:
     configs = grid(args.grid, shape, tuple(float(b) for b in args.budgets.split(",")))
     wanted = [w for w in args.only.split(",") if w]
     configs = [c for c in configs if not wanted or c.name == "off" or any(w in c.name for w in wanted)]
-    work = args.work / f"{args.model.stem}-{args.model.stat().st_size}-{args.style}"
-    if shape:
-        work = work.with_name(work.name + "".join(f"-{k}{v}" for k, v in shape.items()))
+    digest = hashlib.sha256(args.model.read_bytes() + args.mmproj.read_bytes()).hexdigest()[:12]
+    base = args.work / f"{digest}-{args.style}"
+    work = base / "-".join([f"questions{args.questions}", *(f"{k}{v}" for k, v in shape.items())])
     work.mkdir(parents=True, exist_ok=True)
-    embeddings = work / "embeddings.f32"
+    embeddings = base / "embeddings.f32"
     width = encode(native_runtime.Runtime(folder), args, args.scenes, embeddings)
     done = {c.name: lines_of(file_of(work, c.name)) for c in configs}
     left = list(tasks(configs, done, args.scenes, args.captions))
-    job = Job(args.model, embeddings, width, 1, args.style, args.captions)
+    job = Job(args.model, embeddings, width, 1, args.style, args.captions, args.questions)
     print(f"{len(configs)} configurations, {len(left)} chunks of {CHUNK} scenes to run", file=sys.stderr)
     begin = time.monotonic()
     with mp.get_context("spawn").Pool(args.jobs, start_worker, (job,)) as pool:
@@ -337,11 +339,13 @@ def main() -> None:
             )
     print(file=sys.stderr)
     rows, n = table(configs, done)
-    command = "python scripts/quality.py " + " ".join(a for a in sys.argv[1:] if not Path(a).is_absolute())
+    told = {k: getattr(args, k) for k in ("scenes", "questions", "captions", "style", "grid", "budgets")}
+    command = "python scripts/quality.py " + " ".join(f"--{k} {v}" for k, v in told.items())
+    command += "".join(f" --{k} {v}" for k, v in shape.items()) + (f" --only {args.only}" if args.only else "")
     about = {
         "scenes": n,
         "style": args.style,
-        "command": command.strip(),
+        "command": command,
         "commit": commit(),
         "processor": processor(),
         "model": args.model.name,

@@ -104,10 +104,15 @@ def ours(rebuilt: SimpleNamespace) -> SimpleNamespace:
     folder = native_runtime.lib_dir()
     if folder is None:
         pytest.fail("no native libraries: build the package (pip install .) or set ST3_LIB_DIR", pytrace=False)
-    model = native_runtime.Model(native_runtime.Runtime(folder), rebuilt.text)
-    vision = native_runtime.Vision(model, rebuilt.mmproj)
-    yield SimpleNamespace(model=model, vision=vision, ctx=native_runtime.Context(model, n_ctx=1024, kv="F32"))
+    rt = native_runtime.Runtime(folder)
+    model = native_runtime.Model(rt, rebuilt.text)
+    vision = native_runtime.Vision(model, rebuilt.mmproj, threads=1)
+    ctx = native_runtime.Context(model, n_ctx=1024, kv="F32", threads=1)
+    yield SimpleNamespace(model=model, vision=vision, ctx=ctx)
+    ctx.close()
     vision.close()
+    model.close()
+    rt.close()
 
 
 def pixels(rebuilt: SimpleNamespace, picture: np.ndarray) -> torch.Tensor:
@@ -143,7 +148,7 @@ def test_next_token(rebuilt: SimpleNamespace, ours: SimpleNamespace) -> None:
     """Breaks if picture, prompt, positions or weights differ anywhere on the way to the logits."""
     image_token = rebuilt.hf.config.image_token_id
     before = [1, *ours.model.tokenize("USER: ")]
-    prompts = ((i, q) for i in range(N_PROMPTS) for q in scenes.held_out_questions(i)[i % 3 : i % 3 + 2])
+    prompts = ((i, q) for i in range(N_PROMPTS) for q in scenes.held_out_questions(i))
     done, worst = 0, 0.0
     seen: tuple[int, native_runtime.Image | None, torch.Tensor | None] = (-1, None, None)
     for i, question in prompts:

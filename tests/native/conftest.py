@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,12 +21,14 @@ TALLY: dict[str, int] = {}
 
 
 @pytest.fixture(scope="session")
-def rt() -> native_runtime.Runtime:
+def rt() -> Iterator[native_runtime.Runtime]:
     """The libraries. Their absence is a failure, not a reason to skip: this folder is about them."""
     folder = native_runtime.lib_dir()
     if folder is None:
         pytest.fail("no native libraries: build the package (pip install .) or set ST3_LIB_DIR", pytrace=False)
-    return native_runtime.Runtime(folder)
+    made = native_runtime.Runtime(folder)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from cases import SEED
 from native_runtime import Context, Image, Model
+from oracle import llama as oracle
 
 SHAPE = cases.SHAPES["mha-32"]
 KEYS = {"st3.preset": "st3", "st3.keep": 0.5, "st3.start": 1, "st3.stride": 2}
@@ -80,13 +81,17 @@ def test_unusable_positions(rt, ctx) -> None:
         assert rt.last_error()
 
 
-def test_too_small_ubatch_says_so(model) -> None:
+def test_too_small_ubatch_says_so(model, random_gguf) -> None:
     """Breaks if a prompt that exceeds the ubatch is pruned wrongly, or falls back without a reason."""
+    full = oracle.Decoder(random_gguf(SHAPE)).prefill(
+        [oracle.Image(p.embd, p.nx, p.ny) if isinstance(p, Image) else p for p in GOOD], None, "F16"
+    )
     with Context(model, n_ctx=256, n_ubatch=32, n_batch=256) as ctx:
         assert ctx.prefill(GOOD) == 0
         report = ctx.report()
         assert report["mode"] != "pruned-prefill"
         assert report["reason"]
+        assert oracle.nmse(ctx.logits(), full.logits) < 1e-3
 
 
 def test_text_only_prompt(model) -> None:
