@@ -181,7 +181,7 @@ class Context:
         n_ubatch: int | None = None,
         n_batch: int | None = None,
         kv: str = "F16",
-        threads: int = 2,
+        threads: int = 1,
         flash: bool = True,
         n_seq: int = 1,
         unified: bool = False,

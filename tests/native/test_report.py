@@ -26,7 +26,7 @@ def keys(draw) -> dict[str, str | int | float]:
         "st3.preset": draw(st.sampled_from([p for p in schedule.PRESETS if p != "off"]))
     }
     ranges = {
-        "st3.start": st.integers(1, 34),
+        "st3.start": st.integers(1, 9),
         "st3.stride": st.integers(1, 34),
         "st3.min_keep": st.integers(0, 20),
         "st3.coverage": st.integers(0, 16).map(lambda n: n / 16),
@@ -42,7 +42,7 @@ def keys(draw) -> dict[str, str | int | float]:
 
 @seed(SEED)
 @settings(
-    max_examples=250,
+    max_examples=500,
     deadline=None,
     derandomize=False,
     database=None,
