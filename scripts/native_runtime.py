@@ -73,9 +73,11 @@ class Runtime:
     def __init__(self, folder: Path, st3: bool = True) -> None:
         self.llama = L = load(folder)
         self.log: list[str] = []
+        if "st3_edge._log" in sys.modules:  # the package is used in this process too: it has the log by turns
+            sys.modules["st3_edge._log"].install()
         self._on_log = L.llama_log_callback(self._take_log)
         self._old_log = C.c_void_p(), C.c_void_p()
-        self.lib = L.llama_cpp._lib
+        self.lib = C.CDLL(L.llama_cpp._lib._name)  # the same library; argtypes of our own, the package sets others
         get_log = C.CFUNCTYPE(None, C.c_void_p, C.c_void_p)(("llama_log_get", self.lib))
         get_log(*(C.addressof(p) for p in self._old_log))
         L.llama_log_set(self._on_log, C.c_void_p(0))
@@ -305,7 +307,7 @@ class Vision:
         self.m, self.n_embd = mtmd, model.n_embd
         params = mtmd.mtmd_context_params_default()
         params.use_gpu, params.print_timings, params.warmup, params.n_threads = False, False, False, threads
-        if "st3_edge._log" not in sys.modules:  # which has the log, and keeps errors to quote
+        if "st3_edge._log" not in sys.modules:
             self._quiet = model.rt.llama.llama_log_callback(lambda level, text, data: None)
             mtmd.mtmd_log_set(self._quiet, None)
             mtmd.mtmd_helper_log_set(self._quiet, None)

@@ -123,6 +123,34 @@ def test_pruning_changes_the_answer(rt, random_gguf) -> None:
     assert oracle.nmse(pruned.logits, full.logits) > 1e-2
 
 
+@pytest.mark.parametrize("score", ["text-mean", "text-max-sum"])
+def test_long_text_scores_with_its_last_rows(rt, random_gguf, tally, score: str) -> None:
+    """Breaks if more, fewer or other than the last 512 text rows score."""
+    shape = cases.SHAPES["mha-32"]
+    pieces = cases.prompt(np.random.default_rng([SEED, 3]), shape, 1, 560)
+    keys = {"st3.preset": "st3", "st3.keep": 0.5, "st3.start": 1, "st3.stride": 2, "st3.score": score}
+    case = cases.Case(0, "mha-32", "F16", keys, pieces)
+    path = random_gguf(shape)
+    with Model(rt, path, keys) as model, Context(model, n_ctx=1024) as ctx:
+        assert ctx.prefill(native(pieces)) == 0
+        kept, logits = ctx.kept(3), ctx.logits()
+    assert oracle.nmse(logits, check_kept(path, case, kept, tally).logits) <= 1e-3
+
+
+def test_keeping_everything_is_the_full_model(rt, random_gguf) -> None:
+    """Breaks if a cut that drops nothing changes rows, positions or cells."""
+    case = cases.make(3, SEED)
+    path = random_gguf(cases.SHAPES[case.model])
+    got = []
+    for keys in ({"st3.preset": "st3", "st3.keep": 1.0}, {"st3.preset": "off"}):
+        with Model(rt, path, keys) as model, Context(model, n_ctx=512) as ctx:
+            assert ctx.prefill(native(case.pieces)) == 0
+            report = ctx.report()
+            got.append(ctx.logits())
+            assert set(report["per_layer"]) == {report["given"]}
+    assert oracle.nmse(got[0], got[1]) < 1e-6
+
+
 def test_second_prompt_starts_afresh(rt, random_gguf) -> None:
     """Breaks if scores, kept tokens or cells of one prompt leak into the next prompt of the same context."""
     one, two = cases.make(0, SEED), cases.make(5, SEED)
