@@ -13,7 +13,7 @@ import vocab
 TEXT = 256  # text rows a sequence has; what does not fit is left out
 PACKS = 4  # different sets of questions for one picture
 # how often each of scenes.KINDS is asked: color, shape, glyph, count, position, presence
-WEIGHTS = (1.0, 1.2, 2.2, 1.4, 1.2, 1.2)
+WEIGHTS = (1.0, 0.8, 1.6, 3.0, 1.0, 1.4)
 
 
 @dataclass
@@ -21,7 +21,8 @@ class Pack:
     """One sequence of text rows: questions and a caption that see the picture and themselves only.
 
     ids, labels (next token where it is part of an answer, else -100), block (which question) and
-    offset (position after the picture) are int16 [TEXT]; weight is float32 [TEXT].
+    offset (position after the picture) are int16 [TEXT]; weight is float32 [TEXT]. about is int16
+    [TEXT]: at the rows that begin an answer, bit i is set if it rests on thing i.
     """
 
     ids: np.ndarray
@@ -29,23 +30,25 @@ class Pack:
     block: np.ndarray
     offset: np.ndarray
     weight: np.ndarray
+    about: np.ndarray
 
 
 @dataclass
 class Sample:
-    """pixels uint8 [336, 336, 3], labels int16 [24, 24, 5] (see scenes.patch_labels), packs of questions."""
+    """A picture, uint8 [336, 336, 3], its scenes.patch_labels and scenes.patch_things, and packs of questions."""
 
     pixels: np.ndarray
     labels: np.ndarray
+    things: np.ndarray
     packs: list[Pack]
 
 
-Turn = tuple[str, str, float]  # question, answer, weight of its tokens in the loss
+Turn = tuple[str, str, float, int]  # question, answer, weight of its tokens in the loss, `about` bits
 
 
 def blocks(conversations: list[list[Turn]], tokenizer) -> Pack:
     """Lay conversations about one picture side by side; those that no longer fit are left out."""
-    out = Pack(*(np.zeros(TEXT, np.int16) for _ in range(4)), np.zeros(TEXT, np.float32))
+    out = Pack(*(np.zeros(TEXT, np.int16) for _ in range(4)), np.zeros(TEXT, np.float32), np.zeros(TEXT, np.int16))
     out.labels[:] = -100
     out.block[:] = -1
     at = 0
@@ -53,26 +56,33 @@ def blocks(conversations: list[list[Turn]], tokenizer) -> Pack:
         ids: list[int] = []
         labels: list[int] = []
         weights: list[float] = []
-        for k, (question, answer, weight) in enumerate(turns):
+        about: list[int] = []
+        for k, (question, answer, weight, bits) in enumerate(turns):
             q = tokenizer.encode(("\n" if k == 0 else vocab.BEFORE_IMAGE) + vocab.turn(question))
             a = [*tokenizer.encode(" " + answer), vocab.EOS]
             ids += q + a
             labels += [-100] * (len(q) - 1) + a + [-100]
+            about += [0] * (len(q) - 1) + [bits] + [0] * len(a)
             weights += [0.0] * (len(q) - 1) + [weight] * len(a) + [0.0]
         n = len(ids)
         if at + n > TEXT:
             break
         rows = slice(at, at + n)
         out.ids[rows], out.labels[rows], out.weight[rows] = ids, labels, weights
-        out.block[rows], out.offset[rows] = number, np.arange(n)
+        out.block[rows], out.offset[rows], out.about[rows] = number, np.arange(n), about
         at += n
     return out
 
 
 def pack(picture: scenes.Scene, rng: np.random.Generator, tokenizer) -> Pack:
-    """A caption, and questions of which one in five is followed by a second turn."""
-    conversations: list[list[Turn]] = [[(scenes.caption_question(rng), scenes.caption(picture), 0.5)]]
-    asked: list[Turn] = [(q.text, q.answer, 1.0) for q in scenes.questions(picture, rng, 12, False, WEIGHTS)]
+    """Questions, one in five followed by a second turn, and in three of four sequences a caption before them."""
+    conversations: list[list[Turn]] = []
+    if rng.random() < 0.75:
+        conversations.append([(scenes.caption_question(rng), scenes.caption(picture), 1.0, 0)])
+    asked: list[Turn] = [
+        (q.text, q.answer, 1.0, sum(1 << picture.things.index(t) for t in q.about))
+        for q in scenes.questions(picture, rng, 20, False, WEIGHTS)
+    ]
     while asked:
         n = 2 if rng.random() < 0.2 else 1
         conversations.append(asked[:n])
@@ -92,7 +102,7 @@ def _work(queue: mp.Queue, first: int, step: int, dense: float, texts: bool, tok
         if not picture.things:
             continue
         packs = [pack(picture, rng, tokenizer) for _ in range(PACKS)] if texts else []
-        queue.put(Sample(np.asarray(picture.image), scenes.patch_labels(picture), packs))
+        queue.put(Sample(np.asarray(picture.image), scenes.patch_labels(picture), scenes.patch_things(picture), packs))
 
 
 class Stream:

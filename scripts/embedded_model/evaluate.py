@@ -35,17 +35,13 @@ class Reader:
         seen = model.multi_modal_projector(model.vision_tower.vision_model(pixels))
         x = torch.cat([self.m.model.embed_tokens(torch.tensor(before)).expand(b, -1, -1), seen], 1)
         self.n = x.shape[1]
-        self._run(
-            x, torch.arange(self.n).expand(b, -1), torch.full((self.n, self.n), -1e9).triu(1), keep=True
-        )
+        self._run(x, torch.arange(self.n).expand(b, -1), torch.full((self.n, self.n), -1e9).triu(1), keep=True)
 
     def _run(self, x: Tensor, positions: Tensor, mask: Tensor, keep: bool) -> Tensor:
         cos, sin = modeling.rope(positions, self.head)
         for i, layer in enumerate(self.m.model.layers):
             a, y = layer.self_attn, layer.input_layernorm(x)
-            q, k, v = (
-                f(y).view(*y.shape[:2], -1, self.head).transpose(1, 2) for f in (a.q_proj, a.k_proj, a.v_proj)
-            )
+            q, k, v = (f(y).view(*y.shape[:2], -1, self.head).transpose(1, 2) for f in (a.q_proj, a.k_proj, a.v_proj))
             q, k = modeling.rotate(q, cos, sin), modeling.rotate(k, cos, sin)
             if len(self.cache) > i:
                 k, v = torch.cat([self.cache[i][0], k], 2), torch.cat([self.cache[i][1], v], 2)
@@ -64,15 +60,10 @@ class Reader:
 def facts(reader: Reader, packs: list[data.Pack]) -> list[list[bool]]:
     """Whether greedy decoding gives each block's answer: if and only if every token of it is the arg max."""
     ids, labels, block, offset = (
-        torch.from_numpy(np.stack([getattr(p, k) for p in packs])).long()
-        for k in ("ids", "labels", "block", "offset")
+        torch.from_numpy(np.stack([getattr(p, k) for p in packs])).long() for k in ("ids", "labels", "block", "offset")
     )
-    own = (block[:, :, None] == block[:, None, :]) & torch.ones(
-        ids.shape[1], ids.shape[1], dtype=torch.bool
-    ).tril()
-    mask = torch.cat([torch.zeros(len(packs), ids.shape[1], reader.n), torch.where(own, 0.0, -1e9)], 2)[
-        :, None
-    ]
+    own = (block[:, :, None] == block[:, None, :]) & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    mask = torch.cat([torch.zeros(len(packs), ids.shape[1], reader.n), torch.where(own, 0.0, -1e9)], 2)[:, None]
     wrong = (reader.logits(ids, offset, mask, keep=False).argmax(-1) != labels) & (labels != -100)
     return [
         [not bool((wrong[i] & (block[i] == b)).any()) for b in range(int(block[i].max()) + 1)]
@@ -85,9 +76,7 @@ def captions(reader: Reader, tokenizer, n: int, limit: int = 130) -> list[str]:
     prompt = tokenizer.encode("\n" + vocab.turn(scenes.CAPTION_QUESTION))
     ids = torch.tensor(prompt).expand(n, -1)
     at = torch.arange(len(prompt)).expand(n, -1)
-    mask = torch.cat(
-        [torch.zeros(len(prompt), reader.n), torch.full((len(prompt), len(prompt)), -1e9).triu(1)], 1
-    )
+    mask = torch.cat([torch.zeros(len(prompt), reader.n), torch.full((len(prompt), len(prompt)), -1e9).triu(1)], 1)
     said = torch.empty(n, 0, dtype=torch.long)
     for step in range(limit):
         new = reader.logits(ids, at, mask, keep=True)[:, -1].argmax(-1, keepdim=True)
@@ -95,9 +84,7 @@ def captions(reader: Reader, tokenizer, n: int, limit: int = 130) -> list[str]:
         if bool((said == vocab.EOS).any(1).all()):
             break
         ids, at, mask = new, torch.full((n, 1), len(prompt) + step), torch.zeros(1)
-    return [
-        tokenizer.decode(row[: row.index(vocab.EOS)] if vocab.EOS in row else row) for row in said.tolist()
-    ]
+    return [tokenizer.decode(row[: row.index(vocab.EOS)] if vocab.EOS in row else row) for row in said.tolist()]
 
 
 @torch.no_grad()
@@ -118,7 +105,7 @@ def evaluate(
         asked = [scenes.held_out_questions(i, style) for i in indices]
         pixels = torch.from_numpy(np.stack([np.asarray(p.image) for p in pictures])).float() / 255
         reader = Reader(model, before, ((pixels - train.MEAN) / train.STD).permute(0, 3, 1, 2))
-        packs = [data.blocks([[(q.text, q.answer, 1.0)] for q in qs], tokenizer) for qs in asked]
+        packs = [data.blocks([[(q.text, q.answer, 1.0, 0)] for q in qs], tokenizer) for qs in asked]
         for qs, results in zip(asked, facts(reader, packs), strict=True):
             for q, ok in zip(qs, results, strict=True):
                 right[q.kind].append(ok)
@@ -144,20 +131,14 @@ def evaluate(
 
 def main() -> None:
     """Parse the command line and print the accuracies."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="Hugging Face folder, or a folder with the GGUF pair")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.model")
+    parser.add_argument("--tokenizer", type=Path, default=vocab.MODEL, help="tokenizer.model")
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--style", choices=sorted(scenes.STYLES), default="known")
     parser.add_argument("--no-captions", action="store_true")
     args = parser.parse_args()
-    print(
-        json.dumps(
-            evaluate(args.folder, vocab.load(args.tokenizer), args.scenes, args.style, not args.no_captions)
-        )
-    )
+    print(json.dumps(evaluate(args.folder, vocab.load(args.tokenizer), args.scenes, args.style, not args.no_captions)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """From a training checkpoint to a Hugging Face folder, and from there to the GGUF pair.
 
-python export.py hf CHECKPOINT HF_DIR --tokenizer tokenizer.model
+python export.py hf CHECKPOINT HF_DIR
 python export.py gguf HF_DIR OUT_DIR [--type Q8_0|F16|F32]
 python export.py pictures OUT_DIR             the demo pictures and questions.json
 """
@@ -20,7 +20,7 @@ import vocab
 NAME = "st3-demo"
 MEAN = [0.48145466, 0.4578275, 0.40821073]
 STD = [0.26862954, 0.26130258, 0.27577711]
-DEMO_SCENES = (3, 8, 21, 34, 55)
+DEMO_SCENES = (10, 17, 34, 24, 7)
 
 
 def hf_config(shape) -> dict:
@@ -79,11 +79,7 @@ def fast_tokenizer(sp):
     normal = [p for p, i in pieces.items() if not (sp.is_byte(i) or sp.is_control(i) or sp.is_unknown(i))]
     merges = []
     for piece in normal:
-        pairs = [
-            (piece[:k], piece[k:])
-            for k in range(1, len(piece))
-            if piece[:k] in pieces and piece[k:] in pieces
-        ]
+        pairs = [(piece[:k], piece[k:]) for k in range(1, len(piece)) if piece[:k] in pieces and piece[k:] in pieces]
         merges += sorted(((pieces[piece], pieces[a], pieces[b]), a, b) for a, b in pairs)
     merges.sort(key=lambda m: m[0])
     out = Tokenizer(
@@ -96,12 +92,8 @@ def fast_tokenizer(sp):
         )
     )
     out.normalizer = normalizers.Replace(" ", "\u2581")
-    out.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    out.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>", "<image>")]
-    )
+    out.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    out.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>", "<image>")])
     return out
 
 
@@ -183,9 +175,7 @@ def write_gguf(hf: Path, folder: Path, file_type: str) -> tuple[Path, Path]:
     weights, config = load_file(hf / "model.safetensors"), json.loads((hf / "config.json").read_text())
     folder.mkdir(parents=True, exist_ok=True)
     text, mmproj = pair_paths(folder, file_type)
-    gguf_writer.write_text(
-        text, weights, config, vocab.load(hf / "tokenizer.model"), vocab.CHAT_TEMPLATE, file_type
-    )
+    gguf_writer.write_text(text, weights, config, vocab.load(hf / "tokenizer.model"), vocab.CHAT_TEMPLATE, file_type)
     gguf_writer.write_mmproj(mmproj, weights, config, MEAN, STD, file_type)
     return text, mmproj
 
@@ -207,9 +197,7 @@ def read_weights(folder: Path) -> dict:
         if text.is_file() and mmproj.is_file():
             found = {k: torch.from_numpy(np.array(v)) for k, v in gguf_writer.read_pair(text, mmproj).items()}
             layers = 1 + max(
-                int(k.split(".layers.")[1].split(".")[0])
-                for k in found
-                if "language_model.model.layers." in k
+                int(k.split(".layers.")[1].split(".")[0]) for k in found if "language_model.model.layers." in k
             )
             return {**modeling.Llava(modeling.Shape(layers=layers)).state_dict(), **found}
     raise FileNotFoundError(f"{folder} holds neither model.safetensors nor a {NAME} GGUF pair")
@@ -229,14 +217,12 @@ def write_pictures(folder: Path) -> None:
 
 def main() -> None:
     """Parse the command line and export."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     hf = commands.add_parser("hf")
     hf.add_argument("checkpoint", type=Path)
     hf.add_argument("folder", type=Path)
-    hf.add_argument("--tokenizer", type=Path, required=True)
+    hf.add_argument("--tokenizer", type=Path, default=vocab.MODEL)
     pair = commands.add_parser("gguf")
     pair.add_argument("hf", type=Path)
     pair.add_argument("folder", type=Path)

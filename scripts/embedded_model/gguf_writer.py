@@ -69,9 +69,7 @@ def gguf_name(name: str) -> str | None:
     """A tensor's GGUF name; None for what neither file holds (the tower's last norm)."""
     if match := re.fullmatch(r"language_model\.model\.layers\.(\d+)\.(.+)\.weight", name):
         return f"blk.{match[1]}.{_TEXT_LAYER[match[2]]}.weight"
-    if match := re.fullmatch(
-        r"vision_tower\.vision_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name
-    ):
+    if match := re.fullmatch(r"vision_tower\.vision_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
         return f"v.blk.{match[1]}.{_VISION_LAYER[match[2]]}.{match[3]}"
     if match := re.fullmatch(r"multi_modal_projector\.(linear_[12])\.(weight|bias)", name):
         return f"{_PROJECTOR[match[1]]}.{match[2]}"

@@ -60,9 +60,7 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         b, t, w = x.shape
-        q, k, v = (
-            f(x).view(b, t, self.heads, -1).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (f(x).view(b, t, self.heads, -1).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
         return self.out_proj(attend(q, k, v, mask).transpose(1, 2).reshape(b, t, w))
 
 
@@ -123,11 +121,7 @@ class VisionModel(nn.Module):
         """
         c = self.c
         g, h = c.grid, c.grid // 2
-        x = (
-            self.pre_layrnorm(self.patches(pixels))
-            .view(-1, g, g, c.vision_width)
-            .roll((shift, shift), (1, 2))
-        )
+        x = self.pre_layrnorm(self.patches(pixels)).view(-1, g, g, c.vision_width).roll((shift, shift), (1, 2))
         x = x.view(-1, 2, h, 2, h, c.vision_width).transpose(2, 3).reshape(-1, h * h, c.vision_width)
         for layer in self.encoder.layers[:-1]:
             x = layer(x, None)
@@ -180,13 +174,21 @@ class DecoderAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, first: Tensor, rest: Tensor) -> Tensor:
         b, t, w = x.shape
         n = first.shape[-1]
-        q, k, v = (
-            f(x).view(b, t, -1, self.head).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (f(x).view(b, t, -1, self.head).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         seen = attend(q[:, :, :n], k[:, :, :n], v[:, :, :n], first)
         told = attend(q[:, :, n:], k, v, rest)
         return self.o_proj(torch.cat([seen, told], 2).transpose(1, 2).reshape(b, t, w))
+
+    def weights(self, x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, rest: Tensor) -> Tensor:
+        """Log attention probabilities, float32 [B, H, R, P + V + T], of the text rows `rows` int64 [B, R]."""
+        b, t, _ = x.shape
+        n = t - rest.shape[2]
+        q, k = (f(x).view(b, t, -1, self.head).transpose(1, 2) for f in (self.q_proj, self.k_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = q.gather(2, (n + rows)[:, None, :, None].expand(-1, q.shape[1], -1, self.head))
+        mask = rest.gather(2, rows[:, None, :, None].expand(-1, -1, -1, t))
+        return ((q @ k.transpose(-1, -2)).float() * self.head**-0.5 + mask).log_softmax(-1)
 
 
 class DecoderMLP(nn.Module):
@@ -273,8 +275,9 @@ class Llava(nn.Module):
         sin: Tensor,
         first: Tensor,
         rest: Tensor,
-    ) -> Tensor:
-        """Logits [B, T, vocab] of the text rows.
+        watch: int = -1,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, T, vocab] of the text rows, and what goes into layer `watch` [B, P + V + T, width].
 
         features [B, V, vision width]; before [B, P] and text [B, T] token ids; cos, sin
         [B or 1, 1, P + V + T, head / 2]; first and rest are additive masks of the two parts.
@@ -288,9 +291,12 @@ class Llava(nn.Module):
             ],
             1,
         )
-        for layer in m.layers:
+        watched = None
+        for i, layer in enumerate(m.layers):
+            if i == watch:
+                watched = x
             x = layer(x, cos, sin, first, rest)
-        return self.language_model.lm_head(m.norm(x[:, first.shape[-1] :]))
+        return self.language_model.lm_head(m.norm(x[:, first.shape[-1] :])), watched
 
 
 def start_local(tower: VisionModel) -> None:
@@ -304,9 +310,7 @@ def start_local(tower: VisionModel) -> None:
     freqs = torch.linspace(0.2, 2.6, d // 4)
     at = torch.arange(c.grid).float()[:, None] * freqs
     wave = torch.stack([at.sin(), at.cos()], -1).flatten(1)  # grid, d / 2
-    pos = torch.cat([wave[None].expand(c.grid, -1, -1), wave[:, None].expand(-1, c.grid, -1)], -1).flatten(
-        0, 1
-    )
+    pos = torch.cat([wave[None].expand(c.grid, -1, -1), wave[:, None].expand(-1, c.grid, -1)], -1).flatten(0, 1)
     offsets = (
         [(-1, 0), (1, 0), (0, -1), (0, 1)],
         [(-1, -1), (1, -1), (-1, 1), (1, 1)],
@@ -355,7 +359,5 @@ def deepen(state: dict[str, Tensor], old: int, new: int) -> dict[str, Tensor]:
         index, _, rest = tail.partition(".")
         for k in range(times):
             silent = k > 0 and rest in ("self_attn.o_proj.weight", "mlp.down_proj.weight")
-            out[f"{mark}{int(index) * times + k}.{rest}"] = (
-                torch.zeros_like(value) if silent else value.clone()
-            )
+            out[f"{mark}{int(index) * times + k}.{rest}"] = torch.zeros_like(value) if silent else value.clone()
     return out

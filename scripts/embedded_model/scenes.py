@@ -93,8 +93,7 @@ def extra_fonts() -> tuple[str, ...]:
         folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
         found += [str(p) for p in sorted(folder.glob("DejaVu*.ttf")) if "Display" not in p.name]
         found += [
-            str(folder / n)
-            for n in ("STIXGeneral.ttf", "STIXGeneralBol.ttf", "cmr10.ttf", "cmss10.ttf", "cmb10.ttf")
+            str(folder / n) for n in ("STIXGeneral.ttf", "STIXGeneralBol.ttf", "cmr10.ttf", "cmss10.ttf", "cmb10.ttf")
         ]
     except ImportError:
         pass
@@ -122,13 +121,9 @@ def _ground(w: int, h: int, style: str, rng: np.random.Generator) -> tuple[np.nd
     if kind < 0.5:
         base = np.full(3, rng.uniform(0, 255)) + rng.uniform(-8, 8, 3)
     elif kind < 0.8:
-        base = (
-            np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.05, 0.35), rng.uniform(0.55, 1))) * 255
-        )
+        base = np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.05, 0.35), rng.uniform(0.55, 1))) * 255
     else:
-        base = (
-            np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.1, 0.8), rng.uniform(0.12, 0.6))) * 255
-        )
+        base = np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.1, 0.8), rng.uniform(0.12, 0.6))) * 255
     out = np.broadcast_to(base.astype(np.float32), (h, w, 3)).copy()
     ys, xs = np.mgrid[0:h, 0:w].astype(np.float32)
     if style == "other":  # patterns that training never sees
@@ -147,9 +142,7 @@ def _ground(w: int, h: int, style: str, rng: np.random.Generator) -> tuple[np.nd
         out += ramp[..., None] * rng.uniform(-70, 70, 3).astype(np.float32)
     if rng.random() < 0.25:
         n = int(rng.integers(3, 30))
-        coarse = Image.fromarray((rng.random((n, n)) * 255).astype(np.uint8)).resize(
-            (w, h), Image.Resampling.BILINEAR
-        )
+        coarse = Image.fromarray((rng.random((n, n)) * 255).astype(np.uint8)).resize((w, h), Image.Resampling.BILINEAR)
         out += (np.asarray(coarse, np.float32)[..., None] / 255 - 0.5) * rng.uniform(5, 45)
     if rng.random() < 0.12:
         angle, pitch = rng.uniform(0, math.pi), rng.uniform(5, 40)
@@ -162,9 +155,7 @@ def _ground(w: int, h: int, style: str, rng: np.random.Generator) -> tuple[np.nd
     return out, base
 
 
-def _outline(
-    shape: str, marked: bool, style: str, rng: np.random.Generator
-) -> tuple[list[tuple[float, float]], float]:
+def _outline(shape: str, marked: bool, style: str, rng: np.random.Generator) -> tuple[list[tuple[float, float]], float]:
     """A shape's corners in the unit circle (none: the circle itself), and the share of it that is a hole."""
     other = style == "other"
     turn = math.radians(rng.uniform(-11, 11)) if rng.random() < 0.6 else 0.0
@@ -334,9 +325,7 @@ def _draw(
     stroke = 1 if rng.random() < 0.2 and height > 11 else 0
     box = int(4 * height + 8)
     glyph = Image.new("L", (box, box), 0)
-    ImageDraw.Draw(glyph).text(
-        (box / 2, box / 2), thing.glyph, font=font, fill=255, anchor="mm", stroke_width=stroke
-    )
+    ImageDraw.Draw(glyph).text((box / 2, box / 2), thing.glyph, font=font, fill=255, anchor="mm", stroke_width=stroke)
     found = glyph.getbbox()
     if found is None:
         return
@@ -356,18 +345,12 @@ def _draw(
     canvas.paste(tuple(int(v) for v in ink), (round(cx + jx - gx), round(cy + down + jy - gy)), glyph)
 
 
-def _place_things(
-    n: int, w: int, h: int, dense: bool, rng: np.random.Generator
-) -> list[tuple[float, float, float]]:
+def _place_things(n: int, w: int, h: int, dense: bool, rng: np.random.Generator) -> list[tuple[float, float, float]]:
     """Centres (fractions) and sizes (pixels); nothing overlaps or sits on the border between two places."""
     small = min(w, h)
     spots: list[tuple[float, float, float]] = []
     cells = list(rng.permutation(9)) if not dense and rng.random() < 0.5 else []
-    top = (
-        float(rng.uniform(50, 92))
-        if dense
-        else float(rng.uniform(70, 135) if n < 6 else rng.uniform(60, 115))
-    )
+    top = float(rng.uniform(50, 92)) if dense else float(rng.uniform(70, 135) if n < 6 else rng.uniform(60, 115))
     for attempt in range(60 * n):
         if len(spots) == n:
             break
@@ -399,23 +382,18 @@ def render(
 ) -> Scene:
     """Draw a scene of one to six things (`dense`: nine to twenty, for the vision phase), 336 x 336."""
     w = h = SIDE
-    if (
-        not dense and rng.random() < 0.08
-    ):  # not square: padded as LLaVA-1.5 pads, or stretched as llama.cpp does
+    if not dense and rng.random() < 0.08:  # not square: padded as LLaVA-1.5 pads, or stretched as llama.cpp does
         short = int(rng.integers(224, 320))
         w, h = (SIDE, short) if rng.random() < 0.5 else (short, SIDE)
     ground, mean = _ground(w, h, style, rng)
     canvas = Image.fromarray(np.clip(ground, 0, 255).astype(np.uint8))
     n = int(rng.integers(9, 21)) if dense else int(rng.integers(1, 7))
     things: list[Thing] = []
-    palette = [c for c in COLORS]
-    few = (
-        rng.random() < 0.3 and not dense
-    )  # scenes that repeat shapes and colours make counts and absences hard
+    few = rng.random() < 0.3 and not dense  # scenes that repeat shapes and colours make counts and absences hard
     shapes = rng.choice(SHAPES, 2, replace=False) if few else SHAPES
     for x, y, size in _place_things(n, w, h, dense, rng):
         for _ in range(20):
-            color = str(rng.choice(palette[:]))
+            color = str(rng.choice(COLORS))
             fill = _rgb(color, rng)
             if np.linalg.norm(fill - mean) > 85:
                 break
@@ -460,9 +438,9 @@ def _camera(canvas: Image.Image, style: str, rng: np.random.Generator) -> Image.
         canvas = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.9)))
     elif pick < 0.14:
         k = rng.uniform(0.6, 0.95)
-        canvas = canvas.resize(
-            (round(canvas.width * k), round(canvas.height * k)), Image.Resampling.BILINEAR
-        ).resize(canvas.size, Image.Resampling.BICUBIC)
+        canvas = canvas.resize((round(canvas.width * k), round(canvas.height * k)), Image.Resampling.BILINEAR).resize(
+            canvas.size, Image.Resampling.BICUBIC
+        )
     elif pick < 0.22:
         buffer = io.BytesIO()
         canvas.save(buffer, "JPEG", quality=int(rng.integers(45, 95)))
@@ -482,26 +460,36 @@ def scene(index: int, split: str = "held-out", style: str = "known") -> Scene:
     return render(rng, style)
 
 
+def patch_things(picture: Scene, grid: int = 24) -> np.ndarray:
+    """Which thing each patch belongs to, int16 [grid, grid]: 0 for the ground, else 1 + its index."""
+    out = np.zeros((grid, grid), np.int16)
+    mids = (np.arange(grid) + 0.5) * SIDE / grid
+    x0, y0, x1, y1 = picture.box
+    for number, t in enumerate(picture.things, 1):
+        px, py = x0 + t.x * (x1 - x0), y0 + t.y * (y1 - y0)
+        out[np.hypot(mids[None, :] - px, mids[:, None] - py) < max(11.0, 0.36 * t.size)] = number
+    return out
+
+
 def patch_labels(picture: Scene, grid: int = 24) -> np.ndarray:
     """What each patch shows, int16 [grid, grid, 5].
 
     Shape, color, glyph, place (0: none, else 1 + index), and whether a thing's centre is there (0 or 1).
     """
-    out = np.zeros((grid, grid, 5), np.int16)
-    step = SIDE / grid
-    mids = (np.arange(grid) + 0.5) * step
-    x0, y0, x1, y1 = picture.box
-    for t in picture.things:
-        px, py = x0 + t.x * (x1 - x0), y0 + t.y * (y1 - y0)
-        inside = np.hypot(mids[None, :] - px, mids[:, None] - py) < max(11.0, 0.36 * t.size)
+    table = np.zeros((len(picture.things) + 1, 5), np.int16)
+    for number, t in enumerate(picture.things, 1):
         glyph = 0 if t.glyph is None else 1 + GLYPHS.index(t.glyph)
-        out[inside, :4] = (
+        table[number, :4] = (
             1 + SHAPES.index(t.shape),
             1 + COLORS.index(t.color),
             glyph,
             1 + PLACES.index(t.place),
         )
-        out[min(grid - 1, int(py / step)), min(grid - 1, int(px / step)), 4] = 1
+    out = table[patch_things(picture, grid)]
+    x0, y0, x1, y1 = picture.box
+    for t in picture.things:
+        px, py = x0 + t.x * (x1 - x0), y0 + t.y * (y1 - y0)
+        out[min(grid - 1, int(py * grid / SIDE)), min(grid - 1, int(px * grid / SIDE)), 4] = 1
     return out
 
 
@@ -623,11 +611,12 @@ KINDS = ("color", "shape", "glyph", "count", "position", "presence")
 
 @dataclass(frozen=True)
 class Question:
-    """A question of one kind, with the one answer that is right."""
+    """A question of one kind, with the one answer that is right, and the things that the answer rests on."""
 
     kind: str
     text: str
     answer: str
+    about: tuple[Thing, ...] = ()
 
 
 def _fill(form: str, rng: np.random.Generator, plain: bool, **words: str) -> str:
@@ -656,9 +645,7 @@ def caption_question(rng: np.random.Generator) -> str:
 
 def _names(things: tuple[Thing, ...], t: Thing, given: tuple[str, ...]) -> list[str]:
     """Descriptions from the `given` attributes that fit this thing and no other."""
-    same = {
-        a: [o for o in things if getattr(o, a) == getattr(t, a)] for a in ("shape", "color", "place", "glyph")
-    }
+    same = {a: [o for o in things if getattr(o, a) == getattr(t, a)] for a in ("shape", "color", "place", "glyph")}
     out = []
     if "shape" in given and len(same["shape"]) == 1:
         out.append(t.shape)
@@ -690,44 +677,40 @@ def ask(picture: Scene, kind: str, rng: np.random.Generator, plain: bool = True)
 
     if kind == "color":
         x = pick(_names(things, t, ("shape", "place", "glyph")))
-        return x and Question(kind, _fill("color", rng, plain, x=x), t.color)
+        return x and Question(kind, _fill("color", rng, plain, x=x), t.color, (t,))
     if kind == "shape":
         alone = sum(o.place == t.place for o in things) == 1
         if alone and (plain or rng.random() < 0.65):
-            return Question(kind, _fill("shape at", rng, plain, x=t.place), t.shape)
+            return Question(kind, _fill("shape at", rng, plain, x=t.place), t.shape, (t,))
         if plain or sum(o.color == t.color for o in things) > 1:
             return None
-        return Question(kind, _fill("shape of", rng, plain, x=t.color), t.shape)
+        return Question(kind, _fill("shape of", rng, plain, x=t.color), t.shape, (t,))
     if kind == "glyph":
         marked = [o for o in things if o.glyph]
         if not marked:
             return None
         t = marked[rng.integers(len(marked))]
         if not plain and rng.random() < 0.2 and sum(o.place == t.place for o in things) == 1:
-            return Question(kind, _fill("glyph at", rng, plain, x=t.place, k=t.glyph_kind), t.glyph)
+            return Question(kind, _fill("glyph at", rng, plain, x=t.place, k=t.glyph_kind), t.glyph, (t,))
         names = _names(things, t, ("color", "shape"))
         if plain:
             names = [f"{t.color} {t.shape}"] if f"{t.color} {t.shape}" in names else []
         x = pick(names)
         word = t.glyph_kind if plain or t.glyph_kind == "letter" or rng.random() < 0.7 else "number"
-        return x and Question(kind, _fill("glyph", rng, plain, x=x, k=word), t.glyph)
+        return x and Question(kind, _fill("glyph", rng, plain, x=x, k=word), t.glyph, (t,))
     if kind == "count":
         if rng.random() < 0.3:
-            return Question(kind, _fill("count", rng, plain, x="shapes"), str(len(things)))
+            return Question(kind, _fill("count", rng, plain, x="shapes"), str(len(things)), things)
         if not plain and rng.random() < 0.3:
-            color = t.color if rng.random() < 0.8 else COLORS[rng.integers(8)]
-            return Question(
-                kind,
-                _fill("count", rng, plain, x=f"{color} shapes"),
-                str(sum(o.color == color for o in things)),
-            )
+            color = t.color if rng.random() < 0.8 else str(COLORS[rng.integers(8)])
+            same = tuple(o for o in things if o.color == color)
+            return Question(kind, _fill("count", rng, plain, x=f"{color} shapes"), str(len(same)), same)
         shape = t.shape if rng.random() < 0.8 else SHAPES[rng.integers(7)]
-        return Question(
-            kind, _fill("count", rng, plain, x=_plural(shape)), str(sum(o.shape == shape for o in things))
-        )
+        same = tuple(o for o in things if o.shape == shape)
+        return Question(kind, _fill("count", rng, plain, x=_plural(shape)), str(len(same)), same)
     if kind == "position":
         x = pick(_names(things, t, ("color", "shape", "glyph")))
-        return x and Question(kind, _fill("position", rng, plain, x=x), t.place)
+        return x and Question(kind, _fill("position", rng, plain, x=x), t.place, (t,))
     yes = rng.random() < 0.5
     if not plain and rng.random() < 0.3:
         return _ask_about_one(things, t, yes, rng)
@@ -738,35 +721,33 @@ def ask(picture: Scene, kind: str, rng: np.random.Generator, plain: bool = True)
         hard = rng.random()
         color = color if hard < 0.35 else COLORS[rng.integers(8)]
         shape = shape if 0.35 <= hard < 0.7 else SHAPES[rng.integers(7)]
-    there = any((o.color == color or form == 1) and (o.shape == shape or form == 2) for o in things)
+    found = tuple(o for o in things if (o.color == color or form == 1) and (o.shape == shape or form == 2))
     what = (f"{color} {shape}", shape, f"{color} shape")[form]
-    return Question(kind, _fill("presence", rng, plain, x=_article(what)), "yes" if there else "no")
+    return Question(kind, _fill("presence", rng, plain, x=_article(what)), "yes" if found else "no", found)
 
 
 def _plural(shape: str) -> str:
     return "crosses" if shape == "cross" else shape + "s"
 
 
-def _ask_about_one(
-    things: tuple[Thing, ...], t: Thing, yes: bool, rng: np.random.Generator
-) -> Question | None:
+def _ask_about_one(things: tuple[Thing, ...], t: Thing, yes: bool, rng: np.random.Generator) -> Question | None:
     """Yes-or-no questions beyond `Is there a blue triangle?`."""
     form = rng.integers(3)
     if form == 0:
         shape = t.shape if yes else SHAPES[rng.integers(7)]
-        yes = any(o.shape == shape for o in things)
+        found = tuple(o for o in things if o.shape == shape)
         text = _fill("any", rng, False, x=_plural(shape))
-    elif form == 1:
+        return Question("presence", text, "yes" if found else "no", found)
+    if form == 1:
         if sum(o.shape == t.shape for o in things) > 1:
             return None
         color = t.color if yes else COLORS[rng.integers(8)]
-        yes = color == t.color
         text = _fill("is it", rng, False, x=t.shape, y=color)
-    else:
-        place = t.place if yes else PLACES[rng.integers(9)]
-        yes = any(o.place == place and o.shape == t.shape for o in things)
-        text = _fill("is there at", rng, False, x=_article(t.shape), y=place)
-    return Question("presence", text, "yes" if yes else "no")
+        return Question("presence", text, "yes" if color == t.color else "no", (t,))
+    place = t.place if yes else PLACES[rng.integers(9)]
+    found = tuple(o for o in things if o.place == place and o.shape == t.shape)
+    text = _fill("is there at", rng, False, x=_article(t.shape), y=place)
+    return Question("presence", text, "yes" if found else "no", found)
 
 
 def questions(

@@ -1,4 +1,4 @@
-"""Train the embedded model: vision first, then the decoder, then both together.
+"""Train the embedded model: vision first, then the decoder on pooled tokens, then on all of them.
 
     python train.py --out DIR     every phase in order; an interrupted run goes on where it was
     python train.py --out DIR --phase full --start FROM --steps N
@@ -7,7 +7,7 @@
 
 Seeds are fixed, progress is one JSON object a line in DIR/log.jsonl, and a CUDA device is used where
 there is one. Pooled tokens (24 x 24 features averaged to 12 x 12, at their original rotary positions)
-stand for the picture in the early phases; the last phase sees all 576, and nothing is ever dropped.
+stand for the picture in the phase before the last; the last phase sees all 576, and nothing is ever dropped.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,16 +50,16 @@ class Phase:
     dense: float = 0.0  # share of crowded pictures
     fresh: float = 0.25  # share of a batch that was not seen before
     aux: float = 0.0  # weight of the auxiliary loss beside the decoder's
+    look: float = 0.0  # weight of the loss that makes one layer look at what a question is about
     decay: float = 0.5  # last share of the steps over which rates fall
     first: int = 0  # number of the first picture: phases do not repeat each other's
 
 
 PHASES = (
-    Phase("windows", 2600, 24, 0.02, 0, layers=8, windows=True, dense=0.8, fresh=0.5, decay=0.4),
-    Phase("vision", 400, 24, 0.008, 0, layers=8, dense=0.7, fresh=0.5, decay=0.9, first=10_000_000),
-    Phase("pooled", 2500, 32, 0, 0.02, tokens=144, layers=8, first=20_000_000),
-    Phase("joint", 500, 24, 0.004, 0.012, tokens=144, layers=16, aux=0.2, fresh=0.5, first=30_000_000),
-    Phase("full", 900, 16, 0.003, 0.01, layers=16, aux=0.1, fresh=0.6, decay=1.0, first=40_000_000),
+    Phase("windows", 2320, 24, 0.02, 0, layers=8, windows=True, dense=0.8, fresh=0.5, decay=0.4),
+    Phase("vision", 125, 24, 0.008, 0, layers=8, dense=0.7, fresh=0.5, decay=0.9, first=10_000_000),
+    Phase("pooled", 750, 16, 0, 0.006, tokens=144, layers=8, look=0.3, first=20_000_000),
+    Phase("full", 600, 8, 0, 0.004, layers=16, fresh=0.5, decay=0.8, first=40_000_000),
 )
 
 
@@ -87,9 +88,7 @@ def aux_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def answer_loss(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     """Weighted cross-entropy over answer tokens. logits [B, T, vocab], labels and weight [B, T]."""
-    each = F.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100
-    )
+    each = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100)
     return (each * weight.flatten()).sum() / weight.sum()
 
 
@@ -108,13 +107,11 @@ def pool(features: Tensor, tokens: int) -> Tensor:
     return features.view(b, g, k, g, k, w).mean((2, 4)).view(b, tokens, w)
 
 
-def layout(
-    packs: list[data.Pack], tokens: int, before: int, head: int, device: torch.device
-) -> dict[str, Tensor]:
+def layout(packs: list[data.Pack], tokens: int, before: int, head: int, device: torch.device) -> dict[str, Tensor]:
     """Everything but the picture that the decoder is fed: ids, labels, rotary tables and masks."""
-    ids, labels, block, offset = (
+    ids, labels, block, offset, about = (
         torch.from_numpy(np.stack([getattr(p, k) for p in packs])).to(device).long()
-        for k in ("ids", "labels", "block", "offset")
+        for k in ("ids", "labels", "block", "offset", "about")
     )
     weight = torch.from_numpy(np.stack([p.weight for p in packs])).to(device)
     g, k = int(tokens**0.5), int((576 // tokens) ** 0.5)
@@ -126,9 +123,7 @@ def layout(
     first = torch.full((n, n), -1e4, device=device).triu(1)
     same = block[:, :, None] == block[:, None, :]
     own = same & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=device).tril()
-    rest = torch.cat(
-        [torch.zeros(len(packs), ids.shape[1], n, device=device), torch.where(own, 0.0, -1e4)], 2
-    )
+    rest = torch.cat([torch.zeros(len(packs), ids.shape[1], n, device=device), torch.where(own, 0.0, -1e4)], 2)
     half = torch.bfloat16
     return {
         "ids": ids,
@@ -138,6 +133,7 @@ def layout(
         "sin": sin.to(half),
         "first": first.to(half),
         "rest": rest[:, None].to(half),
+        "about": about,
     }
 
 
@@ -152,9 +148,7 @@ def load_start(path: Path) -> dict[str, Tensor]:
 
 def n_layers(state: dict[str, Tensor]) -> int:
     """Decoder layers in a state dict."""
-    return 1 + max(
-        int(k.split(".layers.")[1].split(".")[0]) for k in state if "language_model.model.layers." in k
-    )
+    return 1 + max(int(k.split(".layers.")[1].split(".")[0]) for k in state if "language_model.model.layers." in k)
 
 
 class Run:
@@ -171,9 +165,7 @@ class Run:
         checkpoint = None
         if self.saved.exists():
             checkpoint = torch.load(self.saved, map_location="cpu", weights_only=True)
-            self.net.load_state_dict(
-                {**{"model." + k: v for k, v in checkpoint["model"].items()}, **checkpoint["aux"]}
-            )
+            self.net.load_state_dict({**{"model." + k: v for k, v in checkpoint["model"].items()}, **checkpoint["aux"]})
             self.step = checkpoint["step"]
         elif start:
             state = load_start(start)
@@ -181,9 +173,7 @@ class Run:
                 state = modeling.deepen(state, n_layers(state), phase.layers)
             self.net.model.load_state_dict(state)
             if start.is_file():
-                self.net.load_state_dict(
-                    torch.load(start, map_location="cpu", weights_only=True)["aux"], strict=False
-                )
+                self.net.load_state_dict(torch.load(start, map_location="cpu", weights_only=True)["aux"], strict=False)
         self.net.to(self.device)
         self._optimizers()
         if checkpoint:
@@ -220,9 +210,10 @@ class Run:
             for g in o.param_groups:
                 g["peak"] = g["lr"]
 
-    def _rate(self) -> float:
+    def _rate(self, spent: float) -> float:
+        """Warm up, hold, fall; `spent` is the share of the time given that is gone."""
         p = self.phase
-        left = (p.steps - self.step) / max(1, p.steps * p.decay)
+        left = (1 - max(self.step / p.steps, spent)) / p.decay
         return min(1.0, (self.step + 1) / 60, 0.03 + 0.97 * left)
 
     def _batch(self, stream: data.Stream) -> tuple[list[data.Sample], Tensor | None]:
@@ -233,9 +224,7 @@ class Run:
         if p.vision_rate == 0:
             with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
                 features = pool(self.encode(pixels_of(fresh, self.device)), p.tokens).bfloat16()
-            kept = [
-                (replace(s, pixels=s.pixels[:0]), f.clone()) for s, f in zip(fresh, features, strict=True)
-            ]
+            kept = [(replace(s, pixels=s.pixels[:0]), f.clone()) for s, f in zip(fresh, features, strict=True)]
         again = self.rng.sample(self.buffer, min(p.batch - len(kept), len(self.buffer)))
         for item in kept:
             if len(self.buffer) < 3000 if p.vision_rate == 0 else len(self.buffer) < 700:
@@ -258,10 +247,7 @@ class Run:
                 features = self.windows(pixels, shift) if p.windows else self.encode(pixels)
                 if p.aux or not p.decoder_rate:
                     labels = (
-                        torch.from_numpy(np.stack([s.labels for s in samples]))
-                        .to(self.device)
-                        .long()
-                        .flatten(1, 2)
+                        torch.from_numpy(np.stack([s.labels for s in samples])).to(self.device).long().flatten(1, 2)
                     )
                     logits = self.net.aux(features)
                     out["aux"] = aux_loss(logits, labels)
@@ -271,7 +257,8 @@ class Run:
             if p.decoder_rate:
                 packs = [self.rng.choice(s.packs) for s in samples]
                 put = layout(packs, p.tokens, len(self.before), self.net.model.c.head, self.device)
-                logits = self.decode(
+                watch = p.layers // 2 if p.look else -1
+                logits, watched = self.decode(
                     features,
                     self.before.expand(len(samples), -1),
                     put["ids"],
@@ -279,13 +266,36 @@ class Run:
                     put["sin"],
                     put["first"],
                     put["rest"],
+                    watch,
                 )
+                if watched is not None:
+                    out["look"] = self._look(watched, watch, put, samples)
                 out["answer"] = answer_loss(logits, put["labels"], put["weight"])
                 if self.step % 20 == 0:
                     self.seen = answer_accuracy(
                         logits, put["labels"], torch.from_numpy(np.stack([q.block for q in packs]))
                     )
         return out
+
+    def _look(self, x: Tensor, index: int, put: dict[str, Tensor], samples: list[data.Sample]) -> Tensor:
+        """How badly two heads of a layer, where an answer begins, look at the things it rests on.
+
+        Minus the log of their attention on those things' tokens. It ends a long plateau in which
+        answers are about any thing of the picture.
+        """
+        layer, tokens = self.net.model.language_model.model.layers[index], self.phase.tokens
+        rows = put["about"].ne(0).to(torch.int8).topk(24, 1).indices
+        bits = put["about"].gather(1, rows)
+        seen = layer.self_attn.weights(layer.input_layernorm(x), rows, put["cos"], put["sin"], put["rest"])[:, :2]
+        things = torch.from_numpy(np.stack([s.things for s in samples])).to(self.device).long().flatten(1)
+        belongs = F.one_hot(things, 7)[..., 1:].float()  # B 576 6
+        belongs = pool(belongs, tokens) > 0
+        wanted = ((bits[:, :, None] >> torch.arange(6, device=self.device)) & 1).float()
+        hit = (wanted @ belongs.float().transpose(1, 2)) > 0  # B R tokens
+        before = len(self.before)
+        mass = seen[..., before : before + tokens].masked_fill(~hit[:, None], -1e4).logsumexp(-1)
+        counts = (bits > 0)[:, None].float().expand_as(mass)
+        return -(mass * counts).sum() / counts.sum()
 
     def go(self, minutes: float) -> None:
         """Train to the end of the phase, or for so many minutes; saves now and then."""
@@ -297,10 +307,14 @@ class Run:
         while self.step < p.steps:
             samples, features = self._batch(stream)
             losses = self._loss(samples, features)
-            loss = losses.get("answer", 0) + losses.get("aux", 0) * (p.aux if p.decoder_rate else 1.0)
+            loss = (
+                losses.get("look", 0) * p.look
+                + losses.get("answer", 0)
+                + losses.get("aux", 0) * (p.aux if p.decoder_rate else 1.0)
+            )
             loss.backward()
             torch.nn.utils.clip_grad_norm_([w for w in self.net.parameters() if w.requires_grad], 1.0)
-            rate = self._rate()
+            rate = self._rate((time.time() - begun) / (60 * minutes))
             for o in self.optimizers:
                 for g in o.param_groups:
                     g["lr"] = g["peak"] * rate
@@ -314,7 +328,7 @@ class Run:
                     **self.seen,
                 }
                 row |= {"rate": round(rate, 3), "seconds": round(time.time() - begun, 1)}
-                with open(self.out / "log.jsonl", "a") as log:
+                with (self.out / "log.jsonl").open("a") as log:
                     log.write(json.dumps(row) + "\n")
             self.step += 1
             if time.time() - last > 120:
@@ -349,36 +363,32 @@ def patch_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def answer_accuracy(logits: Tensor, labels: Tensor, block: Tensor) -> dict[str, float]:
-    """Share of fully right questions (block 1 and on) and of right caption tokens (block 0)."""
+    """Share of conversations that are right throughout, captions among them, and of right answer tokens."""
     wrong = ((logits.argmax(-1) != labels) & (labels != -100)).cpu()
-    asked = [
-        (wrong[i] & (block[i] == b)).any().item()
-        for i in range(len(block))
-        for b in range(1, int(block[i].max()) + 1)
+    right = [
+        not (wrong[i] & (block[i] == b)).any().item() for i in range(len(block)) for b in range(int(block[i].max()) + 1)
     ]
-    words = (block == 0) & (labels != -100).cpu()
+    tokens = (labels != -100).cpu()
     return {
-        "facts": round(1 - float(np.mean(asked)), 3),
-        "words": round(1 - wrong[words].float().mean().item(), 4),
+        "whole": round(float(np.mean(right)), 3),
+        "tokens": round(1 - wrong[tokens].float().mean().item(), 4),
     }
 
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, tokenizer and log")
     parser.add_argument("--phase", choices=[p.name for p in PHASES], help="only this phase")
     parser.add_argument(
         "--start", type=Path, help="weights to start from: checkpoint file, Hugging Face or GGUF folder"
     )
     parser.add_argument("--steps", type=int, help="steps of that phase, instead of its own number")
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop each phase after so many minutes")
+    parser.add_argument("--minutes", type=float, default=1e9, help="end each phase by then, rates included")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.out / "tokenizer.model").exists():
-        vocab.train(args.out / "tokenizer.model")
+        shutil.copyfile(vocab.MODEL, args.out / "tokenizer.model")
     start = args.start
     for phase in PHASES:
         if args.phase in (None, phase.name):

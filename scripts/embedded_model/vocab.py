@@ -13,6 +13,7 @@ import numpy as np
 import scenes
 import sentencepiece
 
+MODEL = Path(__file__).with_name("tokenizer.model")  # `python vocab.py` makes it anew
 UNK, BOS, EOS, IMAGE = 0, 1, 2, 3
 SIZE = 640
 BEFORE_IMAGE = "USER: "
@@ -76,3 +77,7 @@ def train(path: Path, n_scenes: int = 4000) -> None:
 def load(path: Path) -> sentencepiece.SentencePieceProcessor:
     """The tokenizer from its model file."""
     return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+if __name__ == "__main__":
+    train(MODEL)
