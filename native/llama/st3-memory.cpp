@@ -258,8 +258,16 @@ void st3_memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_s
 }
 
 void st3_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    for (auto & s : stages) {
-        s->state_read(io, seq_id, flags);
+    try {
+        for (auto & s : stages) {
+            s->state_read(io, seq_id, flags);
+        }
+    } catch (...) {
+        // the stages would disagree about what the sequence holds
+        for (auto & s : stages) {
+            s->state_clear(seq_id);
+        }
+        throw;
     }
 }
 
