@@ -59,7 +59,7 @@ PHASES = (
     Phase("windows", 2320, 24, 0.02, 0, layers=8, windows=True, dense=0.8, fresh=0.5, decay=0.4),
     Phase("vision", 125, 24, 0.008, 0, layers=8, dense=0.7, fresh=0.5, decay=0.9, first=10_000_000),
     Phase("pooled", 750, 16, 0, 0.006, tokens=144, layers=8, look=0.3, first=20_000_000),
-    Phase("full", 600, 8, 0, 0.004, layers=16, fresh=0.5, decay=0.8, first=40_000_000),
+    Phase("full", 1000, 8, 0, 0.004, layers=16, fresh=0.5, decay=0.8, first=40_000_000),
 )
 
 
