@@ -20,7 +20,7 @@ import vocab
 NAME = "st3-demo"
 MEAN = [0.48145466, 0.4578275, 0.40821073]
 STD = [0.26862954, 0.26130258, 0.27577711]
-DEMO_SCENES = (10, 17, 34, 24, 7)
+DEMO_SCENES = (24, 25, 10, 27, 2)  # questions and caption objects that the shipped weights get right
 
 
 def hf_config(shape) -> dict:
