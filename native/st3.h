@@ -13,7 +13,16 @@
 //                       last|text: the scoring queries are the last prompt token | the prompt text after the last image
 //                       mean|max:  how heads and queries are reduced; -sum: averaged over all layers up to the cut
 //   st3.coverage  f32   [0, 1]: share of the kept tokens that is chosen evenly over the picture, whatever their score
-//   st3.seed      u32   seed of the preset "random"
+//   st3.seed      u32   seed of what is chosen at random
+//
+//   While the answer grows (visual token annealing), each stage's visual tokens fall to a share a(t) of what it held after
+//   prefill, t generated tokens later:
+//   st3.anneal           str  "none" "linear" "cosine" "exponential": how a(t) falls from 1 to anneal_floor
+//   st3.anneal_tokens    u32  >= 1: over so many generated tokens
+//   st3.anneal_floor     f32  [0, 1] (exponential: above 0)
+//   st3.anneal_interval  u32  >= 1: cells are freed every so many generated tokens
+//   st3.anneal_score     str  as st3.score (-sum: averaged over the layers of the stage, else its last layer), or "random";
+//                             st3.score if not given
 //
 // Integer keys may be given as any integer GGUF type, real keys as f32 or f64 or integer.
 #pragma once
@@ -27,7 +36,7 @@
 extern "C" {
 #endif
 
-#define ST3_ABI_VERSION 1
+#define ST3_ABI_VERSION 2
 
 // How the last st3_prefill of a context was run.
 enum st3_mode {
@@ -57,11 +66,12 @@ LLAMA_API const char * st3_last_error(void);
 // Returns 0, or -1 with st3_last_error() set (llama_init_from_model then fails with the same message).
 LLAMA_API int32_t st3_check_model(const struct llama_model * model);
 
-// Prefills pieces into sequence seq_id from position p0 on; logits of the last position are then llama_get_logits_ith(-1).
-// With a schedule, and when everything fits one ubatch, visual tokens are dropped between layers; else the pieces are
-// decoded as stock mtmd decodes them, and the reason is in the report. The last piece must be text.
-// Returns 0, a positive or negative llama_decode() code, or -100 for unusable arguments (nothing decoded,
-// st3_last_error() set). When decoding fails, none of the pieces' positions stay in the cache.
+// Prefills pieces into sequence seq_id from position p0 on, where the sequence ends (0 if it is empty); logits of the last
+// position are then llama_get_logits_ith(-1). The last piece must be text.
+// With a schedule, and when everything from the first image on fits one ubatch, visual tokens are dropped between layers;
+// else the pieces are decoded as stock mtmd decodes them, the cells are removed afterwards, and the reason is in the report.
+// Returns 0, a positive or negative llama_decode() code, or -100 for unusable arguments or a prompt that does not fit the
+// context (nothing decoded, st3_last_error() set). When decoding fails, none of the pieces' positions stay in the cache.
 LLAMA_API int32_t st3_prefill(
         struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0, const struct st3_piece * pieces,
         size_t n_pieces);
@@ -71,13 +81,19 @@ LLAMA_API int32_t st3_prefill(
 // how many there are; -1 if there is no such cut or no image was pruned.
 LLAMA_API int32_t st3_kept(const struct llama_context * ctx, int32_t i_cut, int32_t * out, int32_t cap);
 
+// Positions of sequence seq_id, text and visual, that layer il holds now, ascending. Writes at most cap of them to out, and
+// returns how many there are; -1 for bad arguments.
+LLAMA_API int32_t
+st3_positions(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, llama_pos * out, int32_t cap);
+
 // Writes a JSON object (NUL-terminated, cut at cap bytes) and returns its full length without the NUL:
-// {"mode": "off"|"pruned-prefill"|"evict-only", "reason": str|null,            of the last st3_prefill
+// {"mode": "off"|"pruned-prefill"|"evict-only", "reason": str|null,    of the images of the last st3_prefill's sequence
 //  "preset": str, "start": int, "stride": int, "keep": float, "min_keep": int, "score": str, "coverage": float,
-//  "cuts": [layer], "counts": [[kept of each image, in order] for each cut],   counts of the last st3_prefill's images
-//  "budget": float,                                    mean over layers of kept / given for them (schedule's own if none)
-//  "given": int, "per_layer": [visual tokens that each layer holds after prefill],
-//  "kv_bytes": {"allocated": int, "live": int, "full": int},   live: cells in use; full: what stock would have in use
+//  "cuts": [layer], "counts": [[kept of each image, in order] for each cut],                     of that sequence's images
+//  "budget": float,                                 mean over layers of kept / given for them (schedule's own if none)
+//  "anneal": {"curve": str, "tokens": int, "floor": float, "interval": int, "score": str},
+//  "given": int, "per_layer": [visual tokens that each layer held after that prefill], "held": [that it holds now],
+//  "kv_bytes": {"allocated": int, "live": int, "full": int},   now; live: cells in use; full: what stock would have in use
 //  "flops": {"prefill": int, "prefill_full": int}}     multiply and add counted as 2; weights and attention of the decoder
 LLAMA_API size_t st3_report(const struct llama_context * ctx, char * out, size_t cap);
 

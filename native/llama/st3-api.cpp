@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <sstream>
 #include <stdexcept>
 
@@ -104,21 +105,28 @@ decode(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_token * tok
     return llama_decode(ctx, { n, tokens, embd, pos.data(), n_seq_id.data(), seq_ids.data(), output.data() });
 }
 
-// As mtmd decodes a prompt: piece by piece, in batches of n_batch.
-int32_t
-decode_pieces(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, const st3_piece * pieces, size_t n_pieces) {
+// As mtmd decodes a prompt: piece by piece, in batches of n_batch. mem: tells it the images' grids; may be null.
+int32_t decode_pieces(
+        llama_context * ctx, st3_memory * mem, llama_seq_id seq_id, llama_pos p0, const st3_piece * pieces,
+        size_t n_pieces, bool output) {
     const int32_t n_batch = (int32_t) ctx->get_cparams().n_batch;
     const int64_t n_embd  = ctx->get_model().hparams.n_embd_inp();
 
     for (size_t i = 0; i < n_pieces; ++i) {
         const auto & p = pieces[i];
+        if (mem) {
+            mem->announce(p.tokens ? 0 : p.nx > 0 ? p.nx : p.n, p.tokens ? 0 : p.nx > 0 ? p.ny : 1);
+        }
         for (int32_t j = 0; j < p.n; j += n_batch) {
             const int32_t n    = std::min(n_batch, p.n - j);
-            const bool    last = i + 1 == n_pieces && j + n == p.n;
+            const bool    last = output && i + 1 == n_pieces && j + n == p.n;
             const int32_t res =
                     decode(ctx, seq_id, p0, p.tokens ? const_cast<llama_token *>(p.tokens) + j : nullptr,
                            p.embd ? const_cast<float *>(p.embd) + j * n_embd : nullptr, n, last);
             if (res != 0) {
+                if (mem) {
+                    mem->announce(0, 0);
+                }
                 return res;
             }
             p0 += n;
@@ -133,8 +141,8 @@ int32_t decode_pruned(
     const auto &  model  = ctx->get_model();
     const int64_t n_embd = model.hparams.n_embd_inp();
 
-    std::vector<float>     embd(n_rows(pieces, n_pieces) * n_embd);
-    std::vector<st3_image> images;
+    std::vector<float>    embd(n_rows(pieces, n_pieces) * n_embd);
+    std::vector<st3_span> images;
 
     uint32_t row = 0;
     for (size_t i = 0; i < n_pieces; ++i) {
@@ -156,24 +164,32 @@ int32_t decode_pruned(
     return decode(ctx, seq_id, p0, nullptr, embd.data(), (int32_t) row, true);
 }
 
-// Why a prompt is decoded without pruning; "" if it can be pruned.
-std::string
-why_not(const llama_context * ctx, const st3_memory * mem, const std::vector<uint32_t> & images, uint32_t n) {
+// Positions of the text before a prompt's first image.
+uint32_t n_history(const st3_piece * pieces, size_t n_pieces) {
+    uint32_t n = 0;
+    for (size_t i = 0; i < n_pieces && pieces[i].tokens; ++i) {
+        n += pieces[i].n;
+    }
+    return n;
+}
+
+// Why a prompt of n positions from its first image on is not pruned in the compute; "" if it can be.
+std::string why_not(const llama_context * ctx, const st3_memory * mem, size_t n_images, uint32_t n) {
     const auto & cparams = ctx->get_cparams();
 
     if (!mem) {
         const auto & model = ctx->get_model();
         return st3_make_schedule(model.gguf_kv, model.hparams.n_layer()).off() ? "" : st3_unsupported(model, nullptr);
     }
-    if (images.empty()) {
+    if (n_images == 0) {
         return "the prompt has no image";
     }
-    if (images.size() > ST3_MAX_IMAGES) {
-        return format("the prompt has %zu images, more than %u", images.size(), ST3_MAX_IMAGES);
+    if (n_images > ST3_MAX_IMAGES) {
+        return format("the prompt has %zu images, more than %u", n_images, ST3_MAX_IMAGES);
     }
     if (n > std::min(cparams.n_ubatch, cparams.n_batch)) {
         return format(
-                "the prompt of %u positions does not fit one batch of %u (raise n_ubatch and n_batch)", n,
+                "the image and its question, %u positions, do not fit one batch of %u (raise n_ubatch and n_batch)", n,
                 std::min(cparams.n_ubatch, cparams.n_batch));
     }
     if (cparams.embeddings) {
@@ -183,6 +199,42 @@ why_not(const llama_context * ctx, const st3_memory * mem, const std::vector<uin
         return "attention is not causal";
     }
     return "";
+}
+
+// Refuses what there is no room for, before any work.
+void check_room(const llama_context * ctx, const st3_memory * mem, llama_seq_id seq_id, llama_pos p0, uint32_t n) {
+    const uint32_t  n_ctx = ctx->get_cparams().n_ctx_seq;
+    const uint32_t  used  = mem ? mem->n_used(seq_id) : (uint32_t) p0;
+    const llama_pos end   = ctx->get_memory()->seq_pos_max(seq_id) + 1;
+
+    require(end == 0 || p0 == end, format("the sequence goes on at position %d, not at %d", end, p0));
+    require(n <= n_ctx && used <= n_ctx - n,
+            format("the prompt of %u positions does not fit: %u of %u KV cells (n_ctx) are in use", n, used, n_ctx));
+}
+
+// What the sequence's images are like after a prefill.
+void note_images(const st3_memory & mem, st3_state & state) {
+    const auto & list = mem.images.of(state.seq_id);
+
+    state.counts.assign(mem.schedule.cuts.size(), {});
+    for (const auto & image : list) {
+        state.images.push_back((uint32_t) image.pos.size());
+        for (size_t c = 0; c < state.counts.size(); ++c) {
+            state.counts[c].push_back(image.pruned ? image.n0[c + 1] : (uint32_t) image.pos.size());
+        }
+    }
+    for (uint32_t il = 0; il < mem.schedule.n_layer; ++il) {
+        state.per_layer.push_back(0);
+        for (const auto & image : list) {
+            state.per_layer.back() += mem.n_held(state.seq_id, image, mem.schedule.stage((int32_t) il));
+        }
+    }
+    const auto any = [&](bool st3_image::*what) {
+        return std::any_of(list.begin(), list.end(), [&](const st3_image & image) { return image.*what; });
+    };
+    state.mode = any(&st3_image::evicted) ? ST3_MODE_EVICT_ONLY :
+                 any(&st3_image::pruned)  ? ST3_MODE_PRUNED_PREFILL :
+                                            ST3_MODE_OFF;
 }
 
 //
@@ -222,6 +274,10 @@ size_t cells_used(const llama_kv_cache & kv) {
     return res;
 }
 
+size_t image_positions(const st3_image & image) {
+    return std::count_if(image.pos.begin(), image.pos.end(), [](llama_pos p) { return p >= 0; });
+}
+
 size_t cell_bytes(const llama_kv_cache & kv, const llama_hparams & hparams, int32_t il) {
     return ggml_row_size(kv.type_k(), hparams.n_embd_k_gqa(il)) + ggml_row_size(kv.type_v(), hparams.n_embd_v_gqa(il));
 }
@@ -236,18 +292,26 @@ kv_bytes count_kv_bytes(const llama_context * ctx) {
     const auto * pruned = pruned_memory(ctx);
     const auto * stock  = dynamic_cast<const llama_kv_cache *>(ctx->get_memory());
     if (pruned || stock) {
-        const auto & first = pruned ? pruned->stage(0) : *stock;
+        const llama_kv_cache & first = pruned ? pruned->stage(0) : *stock;
+
+        size_t n_full = cells_used(first);
+        for (llama_seq_id id = 0; pruned && id < (llama_seq_id) pruned->n_seq_max; ++id) {
+            for (const auto & image : pruned->images.of(id)) {
+                n_full += image_positions(image) - pruned->n_held(id, image, 0);
+            }
+        }
         for (int32_t il = 0; il < (int32_t) hparams.n_layer(); ++il) {
-            const auto & kv = pruned ? pruned->stage(pruned->schedule.stage(il)) : *stock;
+            const llama_kv_cache & kv = pruned ? pruned->stage(pruned->schedule.stage(il)) : *stock;
             res.live += cells_used(kv) * cell_bytes(kv, hparams, il);
-            res.full += cells_used(first) * cell_bytes(kv, hparams, il);
+            res.full += n_full * cell_bytes(kv, hparams, il);
         }
     }
     return res;
 }
 
-// Multiplications and additions of the decoder for rows[il] rows a layer that start at position p0, outputs included.
-double count_flops(const llama_model & model, const std::vector<uint32_t> & rows, llama_pos p0) {
+// Multiplications and additions of the decoder for rows[il] rows of layer il that see before[il] cells, outputs included.
+double
+count_flops(const llama_model & model, const std::vector<uint32_t> & rows, const std::vector<uint32_t> & before) {
     const auto & hparams = model.hparams;
 
     double res = 2.0 * hparams.n_embd * model.vocab.n_tokens();  // one output row
@@ -262,7 +326,7 @@ double count_flops(const llama_model & model, const std::vector<uint32_t> & rows
     }
     for (int32_t il = 0; il < (int32_t) rows.size(); ++il) {
         const double n    = rows[il];
-        const double seen = n * p0 + n * (n + 1) / 2;  // (query, key) pairs of a causal mask
+        const double seen = n * before[il] + n * (n + 1) / 2;  // (query, key) pairs of a causal mask
         res += 2.0 * seen * hparams.n_head(il) * (hparams.n_embd_head_k(il) + hparams.n_embd_head_v(il));
     }
     return res;
@@ -277,34 +341,33 @@ std::string make_report(const llama_context * ctx) {
     off.n_layer = n_layer;
 
     const st3_schedule & s = mem ? mem->schedule : off;
-    const st3_state      none;
-    const st3_state &    state  = ctx->st3 ? *ctx->st3 : none;
-    const bool           pruned = state.mode == ST3_MODE_PRUNED_PREFILL;
 
-    std::vector<std::string> counts;
-    std::vector<uint32_t>    per_layer(n_layer, 0);
-    std::vector<uint32_t>    rows(n_layer, state.n_text);
-    uint32_t                 given = 0;
+    st3_state none;
+    none.rows.assign(n_layer, 0);
+    none.before.assign(n_layer, 0);
+    none.per_layer.assign(n_layer, 0);
+    const st3_state & state = ctx->st3 ? *ctx->st3 : none;
+
+    uint32_t given = 0;
     for (const uint32_t n : state.images) {
         given += n;
-        const auto held = s.counts(n);
-        for (uint32_t il = 0; il < n_layer; ++il) {
-            per_layer[il] += pruned ? held[s.stage(il)] : n;
-        }
     }
-    double budget = 0;
+    std::vector<uint32_t> held(n_layer, given);
+    double                budget = 0;
     for (uint32_t il = 0; il < n_layer; ++il) {
-        rows[il] += per_layer[il];
-        budget += given ? double(per_layer[il]) / given : std::pow(s.keep, s.stage(il));
-    }
-    for (size_t i = 0; i < s.cuts.size(); ++i) {
-        std::vector<uint32_t> kept;
-        for (const uint32_t n : state.images) {
-            kept.push_back(s.counts(n)[i + 1]);
+        const uint32_t stage = s.stage((int32_t) il);
+        budget += given ? double(state.per_layer[il]) / given : std::pow(s.keep, stage);
+        if (mem) {
+            held[il] = 0;
+            for (const auto & image : mem->images.of(state.seq_id)) {
+                held[il] += mem->n_held(state.seq_id, image, stage);
+            }
         }
-        counts.push_back(list(kept));
     }
-
+    std::vector<std::string> counts;
+    for (size_t i = 0; i < s.cuts.size(); ++i) {
+        counts.push_back(i < state.counts.size() ? list(state.counts[i]) : "[]");
+    }
     const kv_bytes kv = count_kv_bytes(ctx);
 
     static const char * const modes[] = { "off", "pruned-prefill", "evict-only" };
@@ -316,12 +379,18 @@ std::string make_report(const llama_context * ctx) {
        << ", \"preset\": " << quote(s.preset) << ", \"start\": " << s.start << ", \"stride\": " << s.stride
        << ", \"keep\": " << s.keep << ", \"min_keep\": " << s.min_keep << ", \"score\": " << quote(s.score)
        << ", \"coverage\": " << s.coverage << ", \"cuts\": " << list(s.cuts) << ", \"counts\": " << list(counts)
-       << ", \"budget\": " << budget / n_layer << ", \"given\": " << given << ", \"per_layer\": " << list(per_layer)
+       << ", \"budget\": " << budget / n_layer << ", \"anneal\": {\"curve\": " << quote(s.curve_name())
+       << ", \"tokens\": " << s.anneal_tokens << ", \"floor\": " << s.anneal_floor
+       << ", \"interval\": " << s.anneal_interval << ", \"score\": " << quote(s.anneal_score)
+       << "}, \"given\": " << given << ", \"per_layer\": " << list(state.per_layer) << ", \"held\": " << list(held)
        << ", \"kv_bytes\": {\"allocated\": " << kv.allocated << ", \"live\": " << kv.live << ", \"full\": " << kv.full
        << "}";
     ss.precision(0);
-    ss << std::fixed << ", \"flops\": {\"prefill\": " << count_flops(model, rows, state.p0)
-       << ", \"prefill_full\": " << count_flops(model, std::vector<uint32_t>(n_layer, state.n_text + given), state.p0)
+    ss << std::fixed << ", \"flops\": {\"prefill\": " << count_flops(model, state.rows, state.before)
+       << ", \"prefill_full\": "
+       << count_flops(
+                  model, std::vector<uint32_t>(n_layer, state.n_rows),
+                  std::vector<uint32_t>(n_layer, (uint32_t) state.p0))
        << "}}";
     return ss.str();
 }
@@ -346,30 +415,68 @@ int32_t st3_prefill(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, cons
         require(seq_id >= 0 && (uint32_t) seq_id < ctx->n_seq_max() && p0 >= 0, "sequence or position out of range");
         check_pieces(ctx, pieces, n_pieces);
 
-        auto *         mem = pruned_memory(ctx);
-        const uint32_t n   = n_rows(pieces, n_pieces);
+        auto *         mem     = pruned_memory(ctx);
+        const uint32_t n       = n_rows(pieces, n_pieces);
+        const uint32_t history = n_history(pieces, n_pieces);
+        check_room(ctx, mem, seq_id, p0, n);
 
-        auto state = std::make_shared<st3_state>();
-        state->p0  = p0;
+        std::vector<uint32_t> images;
         for (size_t i = 0; i < n_pieces; ++i) {
             if (pieces[i].embd) {
-                state->images.push_back((uint32_t) pieces[i].n);
-            } else {
-                state->n_text += pieces[i].n;
+                images.push_back((uint32_t) pieces[i].n);
             }
         }
-        state->reason = why_not(ctx, mem, state->images, n);
-        state->mode   = mem && state->reason.empty() ? ST3_MODE_PRUNED_PREFILL : ST3_MODE_OFF;
+        const uint32_t n_layer = ctx->get_model().hparams.n_layer();
+        const bool     whole   = n <= std::min(ctx->get_cparams().n_ubatch, ctx->get_cparams().n_batch);
+        const auto     reason  = why_not(ctx, mem, images.size(), whole ? n : n - history);
+        const bool     pruned  = mem && reason.empty();
 
-        const int32_t res = state->mode == ST3_MODE_PRUNED_PREFILL ?
-                                    decode_pruned(ctx, mem, seq_id, p0, pieces, n_pieces) :
-                                    decode_pieces(ctx, seq_id, p0, pieces, n_pieces);
-        if (res == 0) {
-            ctx->st3 = std::move(state);
+        auto state    = std::make_shared<st3_state>();
+        state->seq_id = seq_id;
+        state->p0     = p0;
+        state->n_rows = n;
+        state->rows.assign(n_layer, n);
+        state->before.assign(n_layer, (uint32_t) p0);
+        for (uint32_t il = 0; mem && il < n_layer; ++il) {
+            const uint32_t stage = mem->schedule.stage((int32_t) il);
+            state->before[il]    = (uint32_t) mem->stage(stage).get_cells(seq_id).seq_pos_get(seq_id).size();
+            for (const uint32_t m : images) {
+                state->rows[il] -= pruned ? m - mem->schedule.counts(m)[stage] : 0;
+            }
+        }
+
+        int32_t res = 0;
+        if (!pruned) {
+            res = decode_pieces(ctx, mem, seq_id, p0, pieces, n_pieces, true);
         } else {
+            // what does not fit one ubatch together: the history goes first
+            size_t first = 0;
+            while (!whole && pieces[first].tokens) {
+                first++;
+            }
+            const llama_pos p1 = p0 + (whole ? 0 : (llama_pos) history);
+
+            res = first > 0 ? decode_pieces(ctx, mem, seq_id, p0, pieces, first, false) : 0;
+            if (res == 0) {
+                res = decode_pruned(ctx, mem, seq_id, p1, pieces + first, n_pieces - first);
+            }
+        }
+        if (res != 0) {
             last_error = format("st3: decoding the prompt failed with code %d", res);
             ctx->get_memory()->seq_rm(seq_id, p0, -1);
+            return res;
         }
+
+        if (mem) {
+            note_images(*mem, *state);
+        } else {
+            state->images = images;
+            state->per_layer.assign(n_layer, std::accumulate(images.begin(), images.end(), 0u));
+        }
+        // images of earlier turns are as they were, and for the reason they were
+        const bool earlier = images.empty() && ctx->st3 && ctx->st3->seq_id == seq_id && !state->images.empty();
+        state->reason      = earlier ? ctx->st3->reason : reason;
+        ctx->st3           = std::move(state);
         return res;
     });
 }
@@ -379,13 +486,37 @@ int32_t st3_kept(const llama_context * ctx, int32_t i_cut, int32_t * out, int32_
         require(ctx && (out || cap == 0), "no context or no room for the result");
 
         const auto * mem = pruned_memory(ctx);
-        require(mem && ctx->st3 && ctx->st3->mode == ST3_MODE_PRUNED_PREFILL, "the last prompt was not pruned");
+        require(mem && ctx->st3 && ctx->st3->mode == ST3_MODE_PRUNED_PREFILL, "no prompt was pruned");
 
         const auto & kept = mem->last_kept();
         require(i_cut >= 0 && (size_t) i_cut < kept.size(), format("there is no cut %d", i_cut));
 
         std::copy_n(kept[i_cut].begin(), std::min<size_t>(kept[i_cut].size(), std::max(0, cap)), out);
         return (int32_t) kept[i_cut].size();
+    });
+}
+
+int32_t st3_positions(const llama_context * ctx, llama_seq_id seq_id, int32_t il, llama_pos * out, int32_t cap) {
+    return guarded(-1, [&] {
+        require(ctx && ctx->get_memory() && (out || cap <= 0), "no context or no room for the result");
+        require(seq_id >= 0 && (uint32_t) seq_id < ctx->n_seq_max(), format("there is no sequence %d", seq_id));
+        require(il >= 0 && (uint32_t) il < ctx->get_model().hparams.n_layer(), format("there is no layer %d", il));
+
+        const auto * mem   = pruned_memory(ctx);
+        const auto * stock = dynamic_cast<const llama_kv_cache *>(ctx->get_memory());
+        require(mem || stock, "this kind of memory has no positions to read");
+
+        const llama_kv_cache & kv    = mem ? mem->stage(mem->schedule.stage(il)) : *stock;
+        const auto &           cells = kv.get_cells(seq_id).seq_pos_get(seq_id);
+
+        int32_t n = 0;
+        for (const auto & [pos, cell] : cells) {
+            if (n < cap) {
+                out[n] = pos;
+            }
+            n++;
+        }
+        return n;
     });
 }
 

@@ -5,8 +5,8 @@
 #include "st3-memory.h"
 
 #include <algorithm>
-
-static constexpr uint32_t MAX_TEXT_ROW = 512;  // scoring queries of text at most: the newest
+#include <array>
+#include <map>
 
 // Attention inputs, one set a stage, and what recording and cutting keep between layers.
 class st3_graph_input : public llm_graph_input_attn_kv {
@@ -18,19 +18,42 @@ class st3_graph_input : public llm_graph_input_attn_kv {
 
     llm_graph_input_attn_kv * stage(uint32_t i) { return stages[i].get(); }
 
+    const st3_plan * plan() const { return ctx->plan(); }
+
+    // A sum over layers.
+    struct sum_t {
+        ggml_tensor * t        = nullptr;
+        uint32_t      n_layers = 0;
+
+        void add(ggml_context * ctx, ggml_tensor * x, bool sum) {
+            t        = sum && t ? ggml_add(ctx, t, x) : x;
+            n_layers = sum ? n_layers + 1 : 1;
+        }
+    };
+
+    struct recorder_t {
+        st3_record shape;
+
+        std::vector<ggml_tensor *> ids;  // [stage] I32 [n_ids]: input, cells of visual tokens; null where none is read
+        std::vector<sum_t>         cut;  // [term of a cut's score]  F32 [n_fresh]
+        std::vector<sum_t>         anneal;  // [term of annealing's]    F32 [n_ids]
+    };
+
     const st3_memory_context * ctx;
+    std::vector<recorder_t>    recorders;
+    ggml_tensor *              out = nullptr;  // F32, output: the scores for the host, one after the other
 
-    // of a term of the score: its sum over the layers so far, F32 [n_visual]; null before the first
-    std::vector<ggml_tensor *> scores;
-    std::vector<uint32_t>      n_layers;  // layers in each sum
-
+    // of a plan
     std::vector<ggml_tensor *>
             ids;  // [image] I32 [1, n]: original indices of the tokens it still has; null before the first cut
-    std::vector<ggml_tensor *> cells;  // [stage] I32 [n_visual]: input, the cells of the visual tokens
-    std::vector<ggml_tensor *> bias;   // [cut]   F32 [n_visual before any cut]: input
+    std::vector<ggml_tensor *> bias;  // [cut] F32 [n_visual before any cut]: input
 
   private:
     std::vector<std::unique_ptr<llm_graph_input_attn_kv>> stages;
+
+    ggml_backend_sched_t sched;
+    uint64_t             generation;  // of the tensors that the graph has views of
+    bool                 planned;
 };
 
 static ggml_tensor * new_input(ggml_context * ctx, ggml_type type, int64_t n, const char * name, uint32_t i) {
@@ -42,12 +65,15 @@ static ggml_tensor * new_input(ggml_context * ctx, ggml_type type, int64_t n, co
 
 st3_graph_input::st3_graph_input(const llm_graph_context & g, const st3_memory_context * ctx) :
     llm_graph_input_attn_kv(g.hparams, g.cparams, ctx->stage(0)),
-    ctx(ctx) {
-    const st3_plan * plan = ctx->plan();
+    ctx(ctx),
+    sched(g.sched),
+    generation(ctx->generation()),
+    planned(ctx->plan()) {
+    const auto & schedule = ctx->schedule();
 
     for (uint32_t s = 0; s < ctx->n_stage(); ++s) {
         const auto * mctx_s = ctx->stage(s);
-        const auto & ubatch = plan ? plan->ubatches[s] : g.ubatch;
+        const auto & ubatch = planned ? plan()->ubatches[s] : g.ubatch;
         const auto   n_strm = cparams.kv_unified ? 1 : ubatch.n_seqs_unq;
 
         // as upstream's build_attn_inp_kv_impl
@@ -68,60 +94,69 @@ st3_graph_input::st3_graph_input(const llm_graph_context & g, const st3_memory_c
         stages.push_back(std::move(inp));
     }
 
-    if (plan) {
-        const size_t n_terms = ctx->schedule().terms.size();
-        scores.assign(n_terms, nullptr);
-        n_layers.assign(n_terms, 0);
-        ids.assign(plan->images.size(), nullptr);
-
+    for (const auto & record : ctx->records()) {
+        recorder_t r;
+        r.shape = record;
+        r.cut.resize(schedule.terms.size());
+        r.anneal.resize(schedule.anneal_terms.size());
+        for (uint32_t s = 0; s < ctx->n_stage(); ++s) {
+            const bool cut  = record.n_fresh[s] > 0 && s < schedule.cuts.size() && !schedule.terms.empty();
+            const bool read = record.n_ids[s] > 0 && (record.anneal || cut);
+            r.ids.push_back(read ? new_input(g.ctx0, GGML_TYPE_I32, record.n_ids[s], "st3_cells", s) : nullptr);
+        }
+        recorders.push_back(std::move(r));
+    }
+    if (planned) {
+        ids.assign(plan()->spans.size(), nullptr);
         for (uint32_t s = 0; s + 1 < ctx->n_stage(); ++s) {
-            const bool record = n_terms > 0 && plan->n_visual(s) > 0;
-            cells.push_back(record ? new_input(g.ctx0, GGML_TYPE_I32, plan->n_visual(s), "st3_cells", s) : nullptr);
-            bias.push_back(new_input(g.ctx0, GGML_TYPE_F32, plan->n_visual(0), "st3_bias", s));
+            bias.push_back(new_input(g.ctx0, GGML_TYPE_F32, plan()->n_visual(0), "st3_bias", s));
         }
     }
 }
 
 void st3_graph_input::set_input(const llama_ubatch * ubatch) {
-    const st3_plan * plan = ctx->plan();
-
     for (uint32_t s = 0; s < stages.size(); ++s) {
-        stages[s]->set_input(plan ? &plan->ubatches[s] : ubatch);
+        stages[s]->set_input(planned ? &plan()->ubatches[s] : ubatch);
     }
-    if (!plan) {
-        return;
-    }
+    ctx->attach(out, sched);
 
     // an input that no node came to use (a cut that drops all or nothing) has no buffer
-    for (uint32_t s = 0; s < cells.size(); ++s) {
-        if (cells[s] && cells[s]->buffer) {
-            std::vector<int32_t> data;
-            for (size_t i = 0; i < plan->images.size(); ++i) {
-                const auto first = ctx->slot(s).idxs[0].begin() + plan->row(s, i);
-                data.insert(data.end(), first, first + plan->counts[s][i]);
-            }
-            ggml_backend_tensor_set(cells[s], data.data(), 0, ggml_nbytes(cells[s]));
+    const auto set = [](ggml_tensor * t, const void * data) {
+        if (t && t->buffer) {
+            ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
         }
-        if (bias[s]->buffer) {
-            std::vector<float> data;
-            for (size_t i = 0; i < plan->images.size(); ++i) {
-                const auto & image = plan->images[i];
-                const auto   b     = ctx->schedule().bias(image.nx, image.ny, plan->counts[s + 1][i], (uint32_t) i);
-                data.insert(data.end(), b.begin(), b.end());
-            }
-            ggml_backend_tensor_set(bias[s], data.data(), 0, ggml_nbytes(bias[s]));
+    };
+    for (size_t i = 0; i < recorders.size(); ++i) {
+        for (uint32_t s = 0; s < stages.size(); ++s) {
+            auto cells = ctx->records()[i].cells[s];
+            cells.resize(recorders[i].shape.n_ids[s]);  // the padding's scores are not looked at
+            set(recorders[i].ids[s], cells.data());
         }
+    }
+    for (uint32_t s = 0; s < bias.size(); ++s) {
+        std::vector<float> data;
+        for (size_t i = 0; i < plan()->spans.size(); ++i) {
+            const auto & span = plan()->spans[i];
+            const auto   b    = ctx->schedule().bias(
+                         span.nx, span.ny, plan()->counts[s + 1][i], plan()->number + (uint32_t) i, ctx->schedule().random);
+            data.insert(data.end(), b.begin(), b.end());
+        }
+        set(bias[s], data.data());
     }
 }
 
 bool st3_graph_input::can_reuse(const llm_graph_params & params) {
     const auto * next = dynamic_cast<const st3_memory_context *>(params.mctx);
-    if (!next || next->plan() || stages.size() != next->n_stage()) {
+
+    // the graph of a pruned prompt is for that prompt alone
+    if (!next || next->plan() || planned || stages.size() != next->n_stage() || generation != next->generation() ||
+        recorders.size() != next->records().size()) {
         return false;
     }
-    // the graph of a pruned prompt is for that prompt alone (ctx is gone by now, so ask what was built for it)
-    if (!bias.empty()) {
-        return false;
+    for (size_t i = 0; i < recorders.size(); ++i) {
+        if (!recorders[i].shape.same_graph(next->records()[i])) {
+            return false;
+        }
     }
 
     bool             res = true;
@@ -149,52 +184,98 @@ llm_graph_input_attn_kv * st3_stage_inp(llm_graph_input_attn_kv * inp, int il) {
     return st3 ? st3->stage(st3->ctx->schedule().stage(il)) : inp;
 }
 
-// The inputs of a graph that prunes, or null.
+// The inputs of a graph with per-stage memory, or null.
 static st3_graph_input * find_input(const llm_graph_context & g) {
     for (auto & inp : g.res->inputs) {
         if (auto * st3 = dynamic_cast<st3_graph_input *>(inp.get())) {
-            return st3->ctx->plan() ? st3 : nullptr;
+            return st3;
         }
     }
     return nullptr;
 }
 
-void st3_record(
+static ggml_tensor * first_of(ggml_context * ctx, ggml_tensor * t, int64_t n) {
+    return t->ne[0] == n ? t : ggml_view_1d(ctx, t, n, 0);
+}
+
+// Mean over terms of their means over layers.
+static ggml_tensor * mean(ggml_context * ctx, const std::vector<st3_graph_input::sum_t> & terms) {
+    ggml_tensor * res = nullptr;
+    for (const auto & term : terms) {
+        ggml_tensor * t = ggml_scale(ctx, term.t, 1.0f / float(term.n_layers * terms.size()));
+        res             = res ? ggml_add(ctx, res, t) : t;
+    }
+    return res;
+}
+
+void st3_record_attention(
         const llm_graph_context & g, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask, float kq_scale, int il) {
     auto * inp = find_input(g);
     if (!inp) {
         return;
     }
-
+    ggml_context * ctx      = g.ctx0;
     const auto &   schedule = inp->ctx->schedule();
-    const auto *   plan     = inp->ctx->plan();
     const uint32_t stage    = schedule.stage(il);
-    if (stage == schedule.cuts.size() || plan->n_visual(stage) == 0) {
-        return;  // no cut follows
-    }
-    const bool at_cut = schedule.cuts[stage] == il;
+    const bool     last     = schedule.last_layer(stage) == il;
+    const bool     cuts     = stage < schedule.cuts.size();  // a cut follows
 
-    k = ggml_permute(g.ctx0, k, 0, 2, 1, 3);  // [d, n_kv, n_head_kv]
-    q = ggml_permute(g.ctx0, q, 0, 2, 1, 3);  // [d, n_rows, n_head]
+    k = ggml_permute(ctx, k, 0, 2, 1, 3);  // [d, n_kv, n_head_kv, n_stream]
+    q = ggml_permute(ctx, q, 0, 2, 1, 3);  // [d, n_rows, n_head]
 
-    for (size_t i = 0; i < schedule.terms.size(); ++i) {
-        const auto & term = schedule.terms[i];
-        if (!term.sum && !at_cut) {
+    for (auto & r : inp->recorders) {
+        if (!r.ids[stage]) {
             continue;
         }
-        const int64_t n_rows = term.text ? std::clamp(plan->n_text, 1u, MAX_TEXT_ROW) : 1;
-        const int64_t row    = q->ne[1] - n_rows;
+        const int64_t n_fresh = r.shape.n_fresh[stage];
 
-        ggml_tensor * cur = ggml_attn_span(
-                g.ctx0, ggml_view_3d(g.ctx0, q, q->ne[0], n_rows, q->ne[2], q->nb[1], q->nb[2], row * q->nb[1]), k,
-                ggml_view_2d(g.ctx0, kq_mask, kq_mask->ne[0], n_rows, kq_mask->nb[1], row * kq_mask->nb[1]),
-                inp->cells[stage], kq_scale, term.max ? GGML_ATTN_SPAN_MAX : GGML_ATTN_SPAN_MEAN);
-        g.cb(cur, "st3_score", il);
+        std::map<std::array<bool, 2>, ggml_tensor *> seen;  // terms may ask for the same
 
-        inp->scores[i]   = term.sum && inp->scores[i] ? ggml_add(g.ctx0, inp->scores[i], cur) : cur;
-        inp->n_layers[i] = term.sum ? inp->n_layers[i] + 1 : 1;
+        const auto attention = [&](const st3_score_term & term) {
+            ggml_tensor *& cur = seen[{ term.text, term.max }];
+            if (cur) {
+                return cur;
+            }
+            const int64_t n_rows = term.text ? r.shape.n_rows : 1;
+            const int64_t row    = q->ne[1] - r.shape.from_end - n_rows;
 
-        ggml_build_forward_expand(g.gf, inp->scores[i]);
+            cur = ggml_attn_span(
+                    ctx, ggml_view_3d(ctx, q, q->ne[0], n_rows, q->ne[2], q->nb[1], q->nb[2], row * q->nb[1]),
+                    ggml_view_3d(ctx, k, k->ne[0], k->ne[1], k->ne[2], k->nb[1], k->nb[2], r.shape.stream * k->nb[3]),
+                    ggml_view_2d(
+                            ctx, kq_mask, kq_mask->ne[0], n_rows, kq_mask->nb[1],
+                            (row - r.shape.stream * kq_mask->ne[1]) * kq_mask->nb[1] + r.shape.stream * kq_mask->nb[3]),
+                    r.ids[stage], kq_scale, term.max ? GGML_ATTN_SPAN_MAX : GGML_ATTN_SPAN_MEAN);
+            g.cb(cur, "st3_score", il);
+            return cur;
+        };
+        const auto emit = [&](ggml_tensor * t) { inp->out = inp->out ? ggml_concat(ctx, inp->out, t, 0) : t; };
+
+        for (size_t i = 0; i < schedule.terms.size() && cuts && n_fresh > 0; ++i) {
+            if (last || schedule.terms[i].sum) {
+                r.cut[i].add(ctx, first_of(ctx, attention(schedule.terms[i]), n_fresh), schedule.terms[i].sum);
+                ggml_build_forward_expand(g.gf, r.cut[i].t);
+            }
+        }
+        for (size_t i = 0; i < schedule.anneal_terms.size() && r.shape.anneal; ++i) {
+            if (last || schedule.anneal_terms[i].sum) {
+                r.anneal[i].add(ctx, attention(schedule.anneal_terms[i]), schedule.anneal_terms[i].sum);
+                ggml_build_forward_expand(g.gf, r.anneal[i].t);
+            }
+        }
+        // in the order in which st3_memory::absorb() reads them
+        if (last && r.shape.anneal) {
+            emit(mean(ctx, r.anneal));
+            r.anneal.assign(r.anneal.size(), {});  // the next stage has other tokens
+        }
+        if (last && cuts && r.shape.cut) {
+            emit(mean(ctx, r.cut));
+        }
+    }
+    if (il + 1 == (int) schedule.n_layer && inp->out) {
+        ggml_set_name(inp->out, "st3_scores");
+        ggml_set_output(inp->out);
+        ggml_build_forward_expand(g.gf, inp->out);
     }
 }
 
@@ -220,33 +301,27 @@ static ggml_tensor * top_k_in_order(ggml_context * ctx, ggml_tensor * rank, int6
 }
 
 ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& inp_pos, int il) {
-    auto * inp = find_input(g);
-    if (!inp) {
+    auto * inp  = find_input(g);
+    auto * plan = inp ? inp->ctx->plan() : nullptr;
+    if (!plan) {
         return cur;
     }
     const auto &   schedule = inp->ctx->schedule();
-    auto *         plan     = inp->ctx->plan();
     const uint32_t stage    = schedule.stage(il);
     if (stage == schedule.cuts.size() || schedule.cuts[stage] != il) {
         return cur;
     }
 
     ggml_context * ctx     = g.ctx0;
-    const auto     n_image = plan->images.size();
+    const auto     n_image = plan->spans.size();
 
     if (il == schedule.cuts[0]) {
         plan->kept.clear();
-        plan->sched = g.sched;
     }
 
     // rank of every visual token, but for its bias
-    ggml_tensor * score = nullptr;
-    if (plan->n_visual(stage) > 0) {
-        for (size_t i = 0; i < inp->scores.size(); ++i) {
-            ggml_tensor * term = ggml_scale(ctx, inp->scores[i], 1.0f / float(inp->n_layers[i] * inp->scores.size()));
-            score              = score ? ggml_add(ctx, score, term) : term;
-        }
-    }
+    auto &        sums  = inp->recorders[0].cut;
+    ggml_tensor * score = plan->n_visual(stage) > 0 ? mean(ctx, sums) : nullptr;
 
     // [image] rows of the image that stay, I32, counted from its first; null where none or all of them do
     std::vector<ggml_tensor *> stay(n_image, nullptr);
@@ -259,7 +334,7 @@ ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& i
 
         if (n_keep > 0 && n_keep < n) {
             ggml_tensor * rank = ggml_view_1d(
-                    ctx, inp->bias[stage], plan->images[i].n, first_orig * ggml_element_size(inp->bias[stage]));
+                    ctx, inp->bias[stage], plan->spans[i].n, first_orig * ggml_element_size(inp->bias[stage]));
             if (inp->ids[i]) {
                 rank = as_vector(ctx, ggml_get_rows(ctx, as_column(ctx, rank), inp->ids[i]));
             }
@@ -269,7 +344,7 @@ ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& i
             stay[i] = top_k_in_order(ctx, rank, n_keep);
         }
         first += n;
-        first_orig += plan->images[i].n;
+        first_orig += plan->spans[i].n;
     }
 
     // The rows of t that stay; text_rows: t has the text's rows too, else the visual tokens' alone.
@@ -311,11 +386,11 @@ ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& i
         plan->kept.back()[i] = inp->ids[i];
     }
 
-    for (size_t i = 0; i < inp->scores.size(); ++i) {
+    for (size_t i = 0; i < sums.size(); ++i) {
         if (plan->n_visual(stage + 1) == 0 || !schedule.terms[i].sum) {
-            inp->scores[i] = nullptr;
+            sums[i] = {};
         } else {
-            inp->scores[i] = as_vector(ctx, gather(as_column(ctx, inp->scores[i]), false));
+            sums[i].t = as_vector(ctx, gather(as_column(ctx, sums[i].t), false));
         }
     }
 
@@ -349,14 +424,14 @@ class st3_input_out_ids : public llm_graph_input_i {
 
 ggml_tensor * st3_build_inp_out_ids(const llm_graph_context & g) {
     const auto * inp = find_input(g);
-    if (!inp) {
+    if (!inp || !inp->plan()) {
         return nullptr;
     }
     ggml_tensor * t = ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I32, g.n_outputs);
     ggml_set_input(t);
     ggml_set_name(t, "out_ids");
 
-    g.res->add_input(std::make_unique<st3_input_out_ids>(t, inp->ctx->plan()));
+    g.res->add_input(std::make_unique<st3_input_out_ids>(t, inp->plan()));
     return t;
 }
 
@@ -365,9 +440,10 @@ uint32_t st3_graph_extra_nodes(const llama_memory_i * memory) {
     if (!mem) {
         return 0;
     }
-    const uint32_t n_terms = std::max<uint32_t>(1, mem->schedule.terms.size());
+    const auto &   schedule = mem->schedule;
+    const uint32_t n_terms  = (uint32_t) (1 + schedule.terms.size() + schedule.anneal_terms.size());
 
-    // generous: about 10 nodes a layer and term to record, 20 an image, term and cut to select and gather
-    return 16 * mem->schedule.n_layer * n_terms +
-           32 * (uint32_t) mem->schedule.cuts.size() * ST3_MAX_IMAGES * (n_terms + 2);
+    // generous: about 10 nodes a layer, term and sequence to record, 20 an image, term and cut to select and gather
+    return 16 * schedule.n_layer * n_terms * mem->n_seq_max +
+           32 * (uint32_t) schedule.cuts.size() * ST3_MAX_IMAGES * (n_terms + 2);
 }

@@ -16,7 +16,7 @@ llm_graph_input_attn_kv * st3_stage_inp(llm_graph_input_attn_kv * inp, int il);
 
 // In llm_graph_context::build_attn, once the layer's keys are in the cache: records the attention that visual tokens get.
 //   q [d, n_head, n_rows] F32, k [d, n_head_kv, n_kv], kq_mask [n_kv, n_rows]
-void st3_record(
+void st3_record_attention(
         const llm_graph_context & g, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask, float kq_scale, int il);
 
 // At the end of a layer: drops visual tokens where the schedule cuts. Returns the rows that go on, of cur F32 [n_embd, n_rows];

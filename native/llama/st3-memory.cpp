@@ -1,20 +1,26 @@
 #include "st3-memory.h"
 
+#include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-model.h"
 
 #include <algorithm>
+#include <bitset>
+#include <limits>
 #include <numeric>
 #include <stdexcept>
+
+static constexpr uint32_t MAX_TEXT_ROW = 512;  // scoring queries of text at most: the newest
+static constexpr uint32_t PAD_IDS      = 32;
 
 //
 // st3_plan
 //
 
 uint32_t st3_plan::row(uint32_t stage, size_t image) const {
-    uint32_t res = images[image].row;
+    uint32_t res = spans[image].row;
     for (size_t i = 0; i < image; ++i) {
-        res -= images[i].n - counts[stage][i];
+        res -= spans[i].n - counts[stage][i];
     }
     return res;
 }
@@ -25,9 +31,9 @@ uint32_t st3_plan::n_visual(uint32_t stage) const {
 
 uint32_t st3_plan::last_row(uint32_t row) const {
     uint32_t res = row;
-    for (size_t i = 0; i < images.size(); ++i) {
-        if (images[i].row < row) {
-            res -= images[i].n - counts.back()[i];
+    for (size_t i = 0; i < spans.size(); ++i) {
+        if (spans[i].row < row) {
+            res -= spans[i].n - counts.back()[i];
         }
     }
     return res;
@@ -36,19 +42,19 @@ uint32_t st3_plan::last_row(uint32_t row) const {
 // The rows of a one-sequence ubatch that remain when image i keeps counts[i] tokens. Which tokens these are is not known
 // yet: cells and mask depend on their number and order only, so the first positions of each image stand in.
 static llama_ubatch
-shorten(const llama_ubatch & src, const std::vector<st3_image> & images, const std::vector<uint32_t> & counts) {
+shorten(const llama_ubatch & src, const std::vector<st3_span> & spans, const std::vector<uint32_t> & counts) {
     auto data = std::make_shared<llama_ubatch::data_t>();
 
     data->seq_id_data = { src.seq_id[0][0] };
     data->seq_id_unq  = { src.seq_id_unq, src.seq_id_unq + src.n_seqs_unq };
     data->seq_idx     = { src.seq_idx, src.seq_idx + LLAMA_MAX_SEQ };
 
-    size_t i_image = 0;
+    size_t i_span = 0;
     for (uint32_t i = 0; i < src.n_tokens; ++i) {
-        while (i_image < images.size() && i >= images[i_image].row + images[i_image].n) {
-            i_image++;
+        while (i_span < spans.size() && i >= spans[i_span].row + spans[i_span].n) {
+            i_span++;
         }
-        if (i_image < images.size() && i >= images[i_image].row + counts[i_image] && i >= images[i_image].row) {
+        if (i_span < spans.size() && i >= spans[i_span].row + counts[i_span]) {
             continue;
         }
         data->pos.push_back(src.pos[i]);
@@ -83,24 +89,87 @@ st3_memory::st3_memory(
         const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
         st3_schedule schedule_) :
     schedule(std::move(schedule_)),
+    n_seq_max(cparams.n_seq_max),
+    model(model),
     unified(cparams.kv_unified) {
-    for (uint32_t i = 0; i <= schedule.cuts.size(); ++i) {
-        stages.push_back(std::make_unique<llama_kv_cache>(
-                model, model.hparams, params.type_k, params.type_v, !cparams.flash_attn, cparams.offload_kqv, unified,
-                cparams.n_ctx_seq, cparams.n_seq_max, 1, 0, LLAMA_SWA_TYPE_NONE, nullptr,
-                [&](int32_t il) { return schedule.stage(il) == i; }, nullptr, nullptr));
+    for (uint32_t i = 0; i < schedule.n_stage(); ++i) {
+        stages.push_back(
+                std::make_unique<st3_kv>(model, params, cparams, [&](int32_t il) { return schedule.stage(il) == i; }));
     }
 }
 
+void st3_memory::synchronize() const {
+    if (lctx) {
+        lctx->synchronize();
+    }
+}
+
+uint64_t st3_memory::generation() const {
+    uint64_t res = 0;
+    for (const auto & s : stages) {
+        res += s->generation();
+    }
+    return res;
+}
+
+uint32_t st3_memory::n_used(llama_seq_id seq_id) const {
+    uint32_t res = 0;
+    for (const auto & s : stages) {
+        res = std::max(res, s->n_used(s->get_stream(seq_id)));
+    }
+    return res;
+}
+
+void st3_memory::announce(uint32_t nx, uint32_t ny) {
+    announced_nx = nx;
+    announced_ny = ny;
+    n_announced  = nx * ny;
+}
+
+// Indices of an image's tokens that a stage holds, ascending.
+std::vector<uint32_t> st3_memory::held(llama_seq_id seq_id, const st3_image & image, uint32_t stage) const {
+    std::vector<uint32_t> res;
+    for (uint32_t i = 0; i < image.pos.size(); ++i) {
+        if (image.pos[i] >= 0 && stages[stage]->find(seq_id, image.pos[i]) >= 0) {
+            res.push_back(i);
+        }
+    }
+    return res;
+}
+
+uint32_t st3_memory::n_held(llama_seq_id seq_id, const st3_image & image, uint32_t stage) const {
+    return (uint32_t) held(seq_id, image, stage).size();
+}
+
+// Whether an image will lose no more tokens.
+bool st3_memory::settled(llama_seq_id seq_id, const st3_image & image) const {
+    if (!schedule.anneals() || image.frozen) {
+        return true;
+    }
+    for (uint32_t s = 0; s < n_stage(); ++s) {
+        if (n_held(seq_id, image, s) > schedule.target(image.n0[s], std::numeric_limits<uint64_t>::max())) {
+            return false;
+        }
+    }
+    return true;
+}
+
+//
+// a batch, before the compute
+//
+
 std::unique_ptr<st3_plan> st3_memory::make_plan(const llama_ubatch & ubatch) const {
+    const auto & before = images.of(ubatch.seq_id[0][0]);
+
     auto plan    = std::make_unique<st3_plan>();
-    plan->images = expected;
+    plan->spans  = expected;
     plan->n_text = ubatch.n_tokens - (expected.back().row + expected.back().n);
+    plan->number = before.empty() ? 0 : before.back().number + 1;
 
     for (uint32_t s = 0; s < n_stage(); ++s) {
         std::vector<uint32_t> held;
-        for (const auto & image : expected) {
-            held.push_back(schedule.counts(image.n)[s]);
+        for (const auto & span : expected) {
+            held.push_back(schedule.counts(span.n)[s]);
         }
         plan->ubatches.push_back(s == 0 ? ubatch : shorten(ubatch, expected, held));
         plan->counts.push_back(std::move(held));
@@ -108,8 +177,138 @@ std::unique_ptr<st3_plan> st3_memory::make_plan(const llama_ubatch & ubatch) con
     return plan;
 }
 
+// cut: the sequence's waiting images are cut down after this ubatch.
+st3_record st3_memory::make_record(const llama_ubatch & ubatch, llama_seq_id seq_id, bool cut) const {
+    const auto has_seq = [&](uint32_t row) {
+        return std::find(ubatch.seq_id[row], ubatch.seq_id[row] + ubatch.n_seq_id[row], seq_id) !=
+               ubatch.seq_id[row] + ubatch.n_seq_id[row];
+    };
+    st3_record res;
+    res.seq_id = seq_id;
+
+    uint32_t end = ubatch.n_tokens;
+    while (!has_seq(end - 1)) {
+        end--;
+    }
+    uint32_t begin = end - 1;
+    while (begin > 0 && has_seq(begin - 1)) {
+        begin--;
+    }
+    res.n_rows   = std::min(end - begin, MAX_TEXT_ROW);
+    res.from_end = ubatch.n_tokens - end;
+    if (!unified) {
+        const auto * first = std::min_element(ubatch.seq_id_unq, ubatch.seq_id_unq + ubatch.n_seqs_unq);
+        res.stream         = seq_id - *first;
+    }
+
+    const auto & list = images.of(seq_id);
+
+    res.cut    = cut && !schedule.terms.empty() && !schedule.cuts.empty();
+    res.anneal = schedule.anneals() && !schedule.anneal_terms.empty() &&
+                 (cut || std::any_of(list.begin(), list.end(), [&](const st3_image & image) {
+                      return image.pruned && !settled(seq_id, image);
+                  }));
+
+    for (uint32_t s = 0; s < n_stage(); ++s) {
+        std::vector<uint32_t>  cells;
+        std::vector<st3_token> tokens;
+        uint32_t               n_ids = 0;
+
+        const auto append = [&](uint32_t i_image) {
+            for (const uint32_t i : held(seq_id, list[i_image], s)) {
+                cells.push_back((uint32_t) stages[s]->find(seq_id, list[i_image].pos[i]));
+                tokens.push_back({ i_image, i });
+            }
+        };
+        if (cut && (res.anneal || res.cut)) {
+            for (uint32_t i = 0; i < list.size(); ++i) {
+                if (!list[i].pruned && !list[i].frozen) {
+                    append(i);
+                }
+            }
+        }
+        res.n_fresh.push_back((uint32_t) tokens.size());
+        n_ids += (uint32_t) tokens.size();
+        if (res.anneal) {
+            for (uint32_t i = 0; i < list.size(); ++i) {
+                if (list[i].pruned && !settled(seq_id, list[i])) {
+                    append(i);
+                    n_ids += list[i].n0[s];
+                }
+            }
+        }
+        res.n_ids.push_back(GGML_PAD(n_ids, PAD_IDS));
+        res.cells.push_back(std::move(cells));
+        res.tokens.push_back(std::move(tokens));
+    }
+    return res;
+}
+
+bool st3_memory::fit(const std::vector<llama_ubatch> & ubatches, const st3_plan * plan) {
+    for (uint32_t s = 0; s < n_stage(); ++s) {
+        std::vector<uint32_t> need(stages[s]->get_n_stream());
+        for (uint32_t i = 0; i < need.size(); ++i) {
+            need[i] = stages[s]->n_used(i);
+        }
+        for (const auto & ubatch : ubatches) {
+            const auto & rows = plan ? plan->ubatches[s] : ubatch;
+            for (uint32_t i = 0; i < rows.n_tokens; ++i) {
+                need[stages[s]->get_stream(rows.seq_id[i][0])]++;
+            }
+        }
+        const uint32_t n = *std::max_element(need.begin(), need.end());
+        if (n > stages[s]->get_size() || stages[s]->get_size() > 2 * n) {
+            synchronize();
+        }
+        if (!stages[s]->fit(n)) {
+            return false;
+        }
+        stages[s]->rewind();
+    }
+    return true;
+}
+
+// Frees what is due at the start of a generated token's decode, so that the token can take a freed cell.
+void st3_memory::anneal(llama_seq_id seq_id) {
+    for (const auto & image : images.of(seq_id)) {
+        if (!image.pruned || image.frozen || image.n_steps % schedule.anneal_interval != 0) {
+            continue;
+        }
+        for (uint32_t s = 0; s < n_stage(); ++s) {
+            const uint32_t n_keep = schedule.target(image.n0[s], image.n_steps + schedule.anneal_interval);
+
+            auto ids = held(seq_id, image, s);
+            if (ids.size() <= n_keep) {
+                continue;
+            }
+            absorb();
+
+            auto rank = schedule.bias(image.nx, image.ny, n_keep, image.number, schedule.anneal_random);
+            if (!image.scores.empty()) {
+                for (size_t i = 0; i < rank.size(); ++i) {
+                    rank[i] += image.scores[s][i] / image.n_records;
+                }
+            }
+            // lowest first; of equals the higher index
+            std::sort(ids.begin(), ids.end(), [&](uint32_t a, uint32_t b) {
+                return rank[a] != rank[b] ? rank[a] < rank[b] : a > b;
+            });
+            ids.resize(ids.size() - n_keep);
+            drop(seq_id, image, s, ids);
+        }
+    }
+}
+
+void st3_memory::drop(llama_seq_id seq_id, const st3_image & image, uint32_t stage, const std::vector<uint32_t> & ids) {
+    for (const uint32_t i : ids) {
+        stages[stage]->remove(seq_id, image.pos[i]);
+    }
+}
+
 llama_memory_context_ptr st3_memory::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
     GGML_UNUSED(embd_all);
+
+    const auto failed = [] { return std::make_unique<st3_memory_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE); };
 
     balloc.split_reset();
 
@@ -122,7 +321,7 @@ llama_memory_context_ptr st3_memory::init_batch(llama_batch_allocr & balloc, uin
         ubatches.push_back(std::move(ubatch));
     }
     if (balloc.get_n_used() < balloc.get_n_tokens()) {
-        return std::make_unique<st3_memory_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+        return failed();
     }
 
     std::unique_ptr<st3_plan> plan;
@@ -131,14 +330,82 @@ llama_memory_context_ptr st3_memory::init_batch(llama_batch_allocr & balloc, uin
         plan = make_plan(ubatches[0]);
     }
 
+    struct share_t {
+        uint32_t n      = 0;
+        size_t   last   = 0;  // ubatch
+        bool     output = false;
+    };
+    std::map<llama_seq_id, share_t> shares;  // of the batch, a sequence each
+    for (size_t u = 0; u < ubatches.size(); ++u) {
+        for (uint32_t i = 0; i < ubatches[u].n_tokens; ++i) {
+            for (int32_t j = 0; j < ubatches[u].n_seq_id[i]; ++j) {
+                auto & share = shares[ubatches[u].seq_id[i][j]];
+                share.n++;
+                share.last = u;
+                share.output |= ubatches[u].output[i] != 0;
+            }
+        }
+    }
+    const bool text = !plan && !ubatches[0].embd;
+
+    if (text) {
+        for (const auto & [seq_id, share] : shares) {
+            if (share.n == 1) {
+                anneal(seq_id);
+            }
+        }
+    }
+    if (!fit(ubatches, plan.get())) {
+        return failed();
+    }
+
     std::vector<llama_kv_cache::slot_info_vec_t> slots;
     for (uint32_t s = 0; s < n_stage(); ++s) {
         slots.push_back(stages[s]->prepare(plan ? std::vector<llama_ubatch>{ plan->ubatches[s] } : ubatches));
         if (slots.back().empty()) {
-            return std::make_unique<st3_memory_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+            return failed();
         }
     }
-    return std::make_unique<st3_memory_context>(this, std::move(slots), std::move(ubatches), std::move(plan));
+
+    std::vector<st3_work> works(ubatches.size());
+    for (const auto & [seq_id, share] : shares) {
+        auto &       work = works[share.last];
+        const auto & list = images.of(seq_id);
+
+        if (text && share.n == 1) {
+            work.steps.push_back(seq_id);
+        }
+        const bool cut = text && share.output && std::any_of(list.begin(), list.end(), [](const st3_image & image) {
+                             return !image.pruned && !image.frozen;
+                         });
+        if (cut) {
+            work.questions.push_back(seq_id);
+        }
+        if (text && !list.empty()) {
+            auto record = make_record(ubatches[share.last], seq_id, cut);
+            if (record.anneal || record.cut) {
+                work.records.push_back(std::move(record));
+            }
+        }
+        if (plan) {
+            auto record   = make_record(ubatches[0], seq_id, false);
+            record.n_rows = std::clamp(plan->n_text, 1u, MAX_TEXT_ROW);
+            record.anneal = schedule.anneals() && !schedule.anneal_terms.empty();
+            for (uint32_t s = 0; s < n_stage(); ++s) {
+                std::vector<uint32_t> fresh;
+                for (size_t i = 0; i < plan->spans.size(); ++i) {
+                    const auto first = slots[s][0].idxs[0].begin() + plan->row(s, i);
+                    fresh.insert(fresh.end(), first, first + plan->counts[s][i]);
+                }
+                record.n_fresh[s] = (uint32_t) fresh.size();
+                record.cells[s].insert(record.cells[s].begin(), fresh.begin(), fresh.end());
+                record.n_ids[s] = (uint32_t) record.cells[s].size();
+            }
+            work.records.push_back(std::move(record));
+        }
+    }
+    return std::make_unique<st3_memory_context>(
+            this, std::move(slots), std::move(ubatches), std::move(works), std::move(plan));
 }
 
 llama_memory_context_ptr st3_memory::init_full() {
@@ -149,7 +416,9 @@ llama_memory_context_ptr st3_memory::init_full() {
     return std::make_unique<st3_memory_context>(this, std::move(ctxs));
 }
 
-llama_memory_context_ptr st3_memory::init_update(llama_context * lctx, bool optimize) {
+llama_memory_context_ptr st3_memory::init_update(llama_context * lctx_, bool optimize) {
+    lctx = lctx_;
+
     std::vector<llama_memory_context_ptr> ctxs;
     for (auto & stage : stages) {
         ctxs.push_back(stage->init_update(lctx, optimize));
@@ -157,26 +426,86 @@ llama_memory_context_ptr st3_memory::init_update(llama_context * lctx, bool opti
     return std::make_unique<st3_memory_context>(this, std::move(ctxs));
 }
 
-void st3_memory::commit(const st3_plan & plan, const std::vector<llama_kv_cache::slot_info> & slots) {
-    ggml_backend_sched_synchronize(plan.sched);
+//
+// a ubatch, after the compute
+//
+
+void st3_memory::finish(
+        const llama_ubatch & ubatch, st3_work & work, const st3_plan * plan,
+        const std::vector<llama_kv_cache::slot_info> & slots, ggml_tensor * out, ggml_backend_sched_t sched) {
+    if (plan) {
+        commit(*plan, slots, work);
+    } else if (ubatch.embd) {
+        for (uint32_t i = 0; i < ubatch.n_tokens;) {
+            uint32_t n = 1;
+            while (i + n < ubatch.n_tokens && ubatch.pos[i + n] == ubatch.pos[i] + (llama_pos) n &&
+                   ubatch.seq_id[i + n][0] == ubatch.seq_id[i][0]) {
+                n++;
+            }
+            for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
+                const auto & list = images.of(ubatch.seq_id[i][j]);
+                const bool   next = !list.empty() && !list.back().pruned && list.back().pos.back() + 1 == ubatch.pos[i];
+                auto &       image = images.add(
+                              ubatch.seq_id[i][j], ubatch.pos[i], n,
+                              next && (n_announced == 0 || n_announced < announced_nx * announced_ny));
+                if (image.pos.size() == announced_nx * announced_ny) {
+                    image.nx = announced_nx;
+                    image.ny = announced_ny;
+                }
+            }
+            n_announced -= std::min(n_announced, n);
+            i += n;
+        }
+    }
+    if (out) {
+        collect(std::move(work.records), out, sched);
+    }
+    for (const llama_seq_id seq_id : work.steps) {
+        for (auto & image : images.of(seq_id)) {
+            image.n_steps += image.pruned;
+        }
+    }
+    for (const llama_seq_id seq_id : work.questions) {
+        evict(seq_id);
+    }
+}
+
+// Writes the positions of the tokens that survived into the cells that hold them, and remembers the images.
+void st3_memory::commit(const st3_plan & plan, const std::vector<llama_kv_cache::slot_info> & slots, st3_work & work) {
+    synchronize();
+
+    const auto & first  = plan.ubatches[0];
+    const auto   seq_id = first.seq_id[0][0];
+    auto &       list   = images.of(seq_id);
+    const auto   i_new  = (uint32_t) list.size();
+
+    for (size_t i = 0; i < plan.spans.size(); ++i) {
+        auto & image = images.add(seq_id, first.pos[plan.spans[i].row], plan.spans[i].n, false);
+        image.nx     = plan.spans[i].nx;
+        image.ny     = plan.spans[i].ny;
+        image.number = plan.number + (uint32_t) i;
+        image.pruned = true;
+        for (uint32_t s = 0; s < plan.n_stage(); ++s) {
+            image.n0.push_back(plan.counts[s][i]);
+        }
+    }
 
     kept.assign(plan.n_stage() - 1, {});
 
-    for (uint32_t s = 1; s < plan.n_stage(); ++s) {
-        const auto & ubatch = plan.ubatches[s];
-        const auto   seq_id = ubatch.seq_id[0][0];
-        const auto & cells_ = stages[s]->get_cells(seq_id);
-        auto &       cells  = const_cast<llama_kv_cells &>(cells_);  // upstream has no writable accessor
+    for (uint32_t s = 0; s < plan.n_stage(); ++s) {
+        auto & cells = stages[s]->cells(stages[s]->get_stream(seq_id));
+
+        std::vector<st3_token> tokens;
 
         int32_t i_first = 0;  // index over all images of the image's first token
-        for (size_t i = 0; i < plan.images.size(); ++i) {
+        for (size_t i = 0; i < plan.spans.size(); ++i) {
             std::vector<int32_t> ids(plan.counts[s][i]);
             std::iota(ids.begin(), ids.end(), 0);
-            if (plan.kept[s - 1][i]) {
+            if (s > 0 && plan.kept[s - 1][i]) {
                 ggml_backend_tensor_get(plan.kept[s - 1][i], ids.data(), 0, ids.size() * sizeof(int32_t));
             }
 
-            const llama_pos p0  = plan.ubatches[0].pos[plan.images[i].row];
+            const llama_pos p0  = first.pos[plan.spans[i].row];
             const uint32_t  row = plan.row(s, i);
 
             // all of them leave before any returns: a stand-in position may be another token's real one
@@ -187,11 +516,153 @@ void st3_memory::commit(const st3_plan & plan, const std::vector<llama_kv_cache:
                 const uint32_t cell = slots[s].idxs[0][row + j];
                 cells.pos_set(cell, p0 + ids[j]);
                 cells.seq_add(cell, seq_id);
-                kept[s - 1].push_back(i_first + ids[j]);
+                tokens.push_back({ i_new + (uint32_t) i, (uint32_t) ids[j] });
+                if (s > 0) {
+                    kept[s - 1].push_back(i_first + ids[j]);
+                }
             }
-            i_first += (int32_t) plan.images[i].n;
+            i_first += (int32_t) plan.spans[i].n;
+        }
+        for (auto & record : work.records) {
+            record.tokens[s].insert(record.tokens[s].begin(), tokens.begin(), tokens.end());
         }
     }
+}
+
+// Has a ubatch's scores brought to the host, and does not wait for them.
+void st3_memory::collect(std::vector<st3_record> records, ggml_tensor * out, ggml_backend_sched_t sched) {
+    const size_t n_bytes = ggml_nbytes(out);
+
+    ggml_backend_buffer_ptr buf;
+    if (!spare.empty() && ggml_backend_buffer_get_size(spare.back().get()) >= n_bytes) {
+        buf = std::move(spare.back());
+        spare.pop_back();
+    } else {
+        // a copy from a device waits for it unless the host's memory is pinned
+        const auto dev  = model.dev_output();
+        const auto buft = dev ? ggml_backend_dev_host_buffer_type(dev) : nullptr;
+        buf.reset(ggml_backend_buft_alloc_buffer(buft ? buft : ggml_backend_cpu_buffer_type(), n_bytes));
+        if (!buf) {
+            throw std::runtime_error("st3: no memory for scores");
+        }
+    }
+    ggml_backend_tensor_get_async(
+            ggml_backend_sched_get_tensor_backend(sched, out), out, ggml_backend_buffer_get_base(buf.get()), 0,
+            n_bytes);
+    pending.push_back({ std::move(records), std::move(buf), (size_t) ggml_nelements(out) });
+
+    if (pending.size() >= 64) {
+        absorb();
+    }
+}
+
+// Adds the scores that are on their way to the images'. The order of them is st3_record()'s in st3-graph.cpp.
+void st3_memory::absorb() {
+    if (pending.empty()) {
+        return;
+    }
+    synchronize();
+
+    for (auto & p : pending) {
+        const float * data = (const float *) ggml_backend_buffer_get_base(p.buf.get());
+        const float * end  = data + p.n;
+
+        for (uint32_t s = 0; s < n_stage(); ++s) {
+            for (const auto & record : p.records) {
+                if (record.n_ids[s] == 0) {
+                    continue;
+                }
+                if (record.anneal) {
+                    for (size_t i = 0; i < record.tokens[s].size(); ++i) {
+                        const auto [i_image, index] = record.tokens[s][i];
+
+                        auto & image = images.of(record.seq_id)[i_image];
+                        if (image.scores.empty()) {
+                            image.scores.assign(n_stage(), std::vector<float>(image.pos.size()));
+                        }
+                        image.scores[s][index] += data[i];
+                    }
+                    data += record.n_ids[s];
+                }
+                if (record.cut && s < schedule.cuts.size()) {
+                    auto & cut = cut_scores[record.seq_id];
+                    cut.tokens.assign(record.tokens[s].begin(), record.tokens[s].begin() + record.n_fresh[s]);
+                    cut.scores.emplace_back(data, data + record.n_fresh[s]);
+                    data += record.n_fresh[s];
+                }
+            }
+        }
+        GGML_ASSERT(data == end);
+
+        for (const auto & record : p.records) {
+            if (record.anneal) {
+                std::vector<bool> seen(images.of(record.seq_id).size());
+                for (const auto & tokens : record.tokens) {
+                    for (const auto & token : tokens) {
+                        seen[token.image] = true;
+                    }
+                }
+                for (size_t i = 0; i < seen.size(); ++i) {
+                    images.of(record.seq_id)[i].n_records += seen[i];
+                }
+            }
+        }
+        spare.push_back(std::move(p.buf));
+    }
+    pending.clear();
+}
+
+// Cuts down the images of a sequence that wait for it, as the cuts of a pruned prefill would.
+void st3_memory::evict(llama_seq_id seq_id) {
+    absorb();
+
+    const auto cut = std::move(cut_scores[seq_id]);
+    cut_scores.erase(seq_id);
+
+    auto & list = images.of(seq_id);
+    for (uint32_t i_image = 0; i_image < list.size(); ++i_image) {
+        auto & image = list[i_image];
+        if (image.pruned || image.frozen) {
+            continue;
+        }
+        const auto n_keep = schedule.counts((uint32_t) image.pos.size());
+
+        auto ids = held(seq_id, image, 0);
+        for (uint32_t s = 1; s < n_stage(); ++s) {
+            auto rank = schedule.bias(image.nx, image.ny, n_keep[s], image.number, schedule.random);
+            for (size_t i = 0; i < cut.tokens.size(); ++i) {
+                if (cut.tokens[i].image == i_image) {
+                    rank[cut.tokens[i].index] += cut.scores[s - 1][i];
+                }
+            }
+            // highest first; of equals the lower index
+            std::sort(ids.begin(), ids.end(), [&](uint32_t a, uint32_t b) {
+                return rank[a] != rank[b] ? rank[a] > rank[b] : a < b;
+            });
+            ids.resize(std::min<size_t>(ids.size(), n_keep[s]));
+            std::sort(ids.begin(), ids.end());
+
+            std::vector<uint32_t> gone;
+            const auto            before = held(seq_id, image, s);
+            std::set_difference(before.begin(), before.end(), ids.begin(), ids.end(), std::back_inserter(gone));
+            drop(seq_id, image, s, gone);
+        }
+        image.n0      = n_keep;
+        image.pruned  = true;
+        image.evicted = true;
+    }
+    for (auto & s : stages) {
+        s->fit(s->n_used_max());
+    }
+}
+
+//
+// sequences
+//
+
+static void normalize(llama_pos & p0, llama_pos & p1) {
+    p0 = std::max(p0, 0);
+    p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
 }
 
 bool st3_memory::get_can_shift() const {
@@ -199,12 +670,18 @@ bool st3_memory::get_can_shift() const {
 }
 
 void st3_memory::clear(bool data) {
+    absorb();
+    images.clear();
     for (auto & s : stages) {
         s->clear(data);
     }
 }
 
 bool st3_memory::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    absorb();
+    normalize(p0, p1);
+    images.rm(seq_id, p0, p1);
+
     bool res = true;
     for (auto & s : stages) {
         res = s->seq_rm(seq_id, p0, p1) && res;
@@ -213,33 +690,150 @@ bool st3_memory::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 }
 
 void st3_memory::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
+    absorb();
+    normalize(p0, p1);
+    if (seq_id_src == seq_id_dst) {
+        return;
+    }
+    const bool whole = p0 <= std::max(seq_pos_min(seq_id_src), 0) && p1 > seq_pos_max(seq_id_src);
+    if (!unified && !whole) {
+        LLAMA_LOG_ERROR(
+                "%s: a part of a sequence cannot be copied where every sequence has its own cells (kv_unified)\n",
+                __func__);
+        return;
+    }
+    if (!unified) {
+        images.rm(seq_id_dst, 0, p1);
+        synchronize();
+    }
+    images.cp(seq_id_src, seq_id_dst, p0, p1);
     for (auto & s : stages) {
-        s->seq_cp(seq_id_src, seq_id_dst, p0, p1);
+        s->seq_cp(seq_id_src, seq_id_dst, unified ? p0 : -1, unified ? p1 : -1);
+        s->flush_copies();
     }
 }
 
 void st3_memory::seq_keep(llama_seq_id seq_id) {
+    absorb();
+    for (llama_seq_id id = 0; id < (llama_seq_id) n_seq_max; ++id) {
+        if (unified && id != seq_id) {  // else the others have cells of their own, which llama.cpp lets be
+            images.of(id).clear();
+        }
+    }
     for (auto & s : stages) {
         s->seq_keep(seq_id);
     }
 }
 
+using seq_set_t = std::bitset<LLAMA_MAX_SEQ>;
+
+// Sequences whose token at a position moves when that of seq_id does. A cell that several share moves for all of them, as in
+// llama.cpp; and the others' cells of the same token follow, in stages where they do not share.
+static std::map<llama_pos, seq_set_t> movers(const st3_memory & mem, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    std::map<llama_pos, seq_set_t> res;
+
+    for (uint32_t s = 0; s < mem.n_stage(); ++s) {
+        for (const auto & [pos, cell] : mem.stage(s).get_cells(seq_id).seq_pos_get(seq_id)) {
+            if (pos >= p0 && pos < p1) {
+                res[pos].set(seq_id);
+            }
+        }
+    }
+    for (const auto & image : mem.images.of(seq_id)) {
+        for (const llama_pos pos : image.pos) {
+            if (pos >= p0 && pos < p1) {
+                res[pos].set(seq_id);
+            }
+        }
+    }
+    for (auto & [pos, seqs] : res) {
+        for (size_t n = 0; n != seqs.count();) {
+            n = seqs.count();
+            for (uint32_t s = 0; s < mem.n_stage(); ++s) {
+                for (llama_seq_id id = 0; id < (llama_seq_id) mem.n_seq_max; ++id) {
+                    const int32_t cell = seqs.test(id) ? mem.stage(s).find(id, pos) : -1;
+                    if (cell >= 0) {
+                        seqs |= mem.stage(s).get_cells(id).seq_get_all(cell);
+                    }
+                }
+            }
+        }
+    }
+    return res;
+}
+
+// Calls fn(cells, cell) for every cell of those tokens.
+template <typename F>
+static void each_mover(st3_memory & mem, llama_seq_id seq_id, const std::map<llama_pos, seq_set_t> & tokens, F && fn) {
+    for (uint32_t s = 0; s < mem.n_stage(); ++s) {
+        auto & stage = mem.stage(s);
+        auto & cells = stage.cells(stage.get_stream(seq_id));
+
+        std::set<uint32_t> found;  // all before any moves to where another is looked for
+        for (const auto & [pos, seqs] : tokens) {
+            for (llama_seq_id id = 0; id < (llama_seq_id) mem.n_seq_max; ++id) {
+                const int32_t cell = seqs.test(id) ? stage.find(id, pos) : -1;
+                if (cell >= 0) {
+                    found.insert((uint32_t) cell);
+                }
+            }
+        }
+        for (const uint32_t cell : found) {
+            fn(cells, cell);
+        }
+    }
+}
+
 void st3_memory::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
-    for (auto & s : stages) {
-        s->seq_add(seq_id, p0, p1, shift);
+    absorb();
+    normalize(p0, p1);
+    if (shift == 0) {
+        return;
+    }
+    const auto tokens = movers(*this, seq_id, p0, p1);
+    each_mover(*this, seq_id, tokens, [&](llama_kv_cells & cells, uint32_t cell) { cells.pos_add(cell, shift); });
+
+    for (llama_seq_id id = 0; id < (llama_seq_id) n_seq_max; ++id) {
+        images.shift(id, shift, [&](llama_pos pos) {
+            const auto it = tokens.find(pos);
+            return it != tokens.end() && it->second.test(id);
+        });
     }
 }
 
 void st3_memory::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
-    for (auto & s : stages) {
-        s->seq_div(seq_id, p0, p1, d);
+    absorb();
+    normalize(p0, p1);
+    if (d <= 1) {
+        return;
+    }
+    const auto tokens = movers(*this, seq_id, p0, p1);
+    each_mover(*this, seq_id, tokens, [&](llama_kv_cells & cells, uint32_t cell) { cells.pos_div(cell, d); });
+
+    for (llama_seq_id id = 0; id < (llama_seq_id) n_seq_max; ++id) {
+        images.divide(id, d, [&](llama_pos pos) {
+            const auto it = tokens.find(pos);
+            return it != tokens.end() && it->second.test(id);
+        });
     }
 }
 
-// the first stage holds every position
-llama_pos st3_memory::seq_pos_min(llama_seq_id seq_id) const { return stages[0]->seq_pos_min(seq_id); }
+llama_pos st3_memory::seq_pos_min(llama_seq_id seq_id) const {
+    llama_pos res = images.pos_min(seq_id);
+    for (const auto & s : stages) {
+        const llama_pos p = s->seq_pos_min(seq_id);
+        res               = res < 0 || (p >= 0 && p < res) ? p : res;
+    }
+    return res;
+}
 
-llama_pos st3_memory::seq_pos_max(llama_seq_id seq_id) const { return stages[0]->seq_pos_max(seq_id); }
+llama_pos st3_memory::seq_pos_max(llama_seq_id seq_id) const {
+    llama_pos res = images.pos_max(seq_id);
+    for (const auto & s : stages) {
+        res = std::max(res, s->seq_pos_max(seq_id));
+    }
+    return res;
+}
 
 std::map<ggml_backend_buffer_type_t, size_t> st3_memory::memory_breakdown() const {
     std::map<ggml_backend_buffer_type_t, size_t> res;
@@ -249,26 +843,6 @@ std::map<ggml_backend_buffer_type_t, size_t> st3_memory::memory_breakdown() cons
         }
     }
     return res;
-}
-
-void st3_memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
-    for (const auto & s : stages) {
-        s->state_write(io, seq_id, flags);
-    }
-}
-
-void st3_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    try {
-        for (auto & s : stages) {
-            s->state_read(io, seq_id, flags);
-        }
-    } catch (...) {
-        // the stages would disagree about what the sequence holds
-        for (auto & s : stages) {
-            s->state_clear(seq_id);
-        }
-        throw;
-    }
 }
 
 //
@@ -286,11 +860,12 @@ st3_memory_context::st3_memory_context(st3_memory * mem, std::vector<llama_memor
 
 st3_memory_context::st3_memory_context(
         st3_memory * mem, std::vector<llama_kv_cache::slot_info_vec_t> slots_, std::vector<llama_ubatch> ubatches_,
-        std::unique_ptr<st3_plan> plan) :
+        std::vector<st3_work> works_, std::unique_ptr<st3_plan> plan) :
     status(LLAMA_MEMORY_STATUS_SUCCESS),
     mem(mem),
     slots(std::move(slots_)),
     ubatches(std::move(ubatches_)),
+    works(std::move(works_)),
     plan_(std::move(plan)) {
     for (uint32_t s = 0; s < slots.size(); ++s) {
         stages.push_back(std::make_unique<llama_kv_cache_context>(
@@ -298,14 +873,20 @@ st3_memory_context::st3_memory_context(
     }
 }
 
+const std::vector<st3_record> & st3_memory_context::records() const {
+    static const std::vector<st3_record> none;
+
+    return i_cur < works.size() ? works[i_cur].records : none;
+}
+
 bool st3_memory_context::next() {
-    if (plan_) {
-        std::vector<llama_kv_cache::slot_info> cur;
-        for (const auto & s : slots) {
-            cur.push_back(s[i_cur]);
-        }
-        mem->commit(*plan_, cur);
+    std::vector<llama_kv_cache::slot_info> cur;
+    for (const auto & s : slots) {
+        cur.push_back(s[i_cur]);
     }
+    mem->finish(ubatches[i_cur], works[i_cur], plan_.get(), cur, out_, sched_);
+    out_ = nullptr;
+
     for (auto & s : stages) {
         s->next();
     }
@@ -371,8 +952,8 @@ st3_create_memory(const llama_model & model, const llama_memory_params & params,
         return nullptr;
     }
     LLAMA_LOG_INFO(
-            "%s: preset %s, %zu cuts, keep %.3f\n", __func__, schedule.preset.c_str(), schedule.cuts.size(),
-            schedule.keep);
+            "%s: preset %s, %zu cuts, keep %.3f, annealing %s\n", __func__, schedule.preset.c_str(),
+            schedule.cuts.size(), schedule.keep, schedule.curve_name());
 
     return new st3_memory(model, params, cparams, std::move(schedule));
 }

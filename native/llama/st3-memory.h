@@ -1,11 +1,14 @@
-// st3-memory.h - KV memory of a pruned model: one llama_kv_cache for each stage (the layers between two cuts).
+// st3-memory.h - KV memory of a pruned model: one cache for each stage (the layers between two cuts), and what is done to
+// the visual tokens in it: cut between layers, cut down after the compute, annealed while the answer grows.
 #pragma once
 
 #include "llama-batch.h"
-#include "llama-kv-cache.h"
 #include "llama-memory.h"
+#include "st3-images.h"
+#include "st3-kv.h"
 #include "st3-schedule.h"
 
+#include <deque>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -15,7 +18,7 @@ struct llama_cparams;
 struct llama_model_kv_override;
 
 // One image in a prompt: rows [row, row + n) of the batch.
-struct st3_image {
+struct st3_span {
     uint32_t row;
     uint32_t n;
     uint32_t nx;
@@ -24,14 +27,14 @@ struct st3_image {
 
 // What a pruned prefill does, known in full before the compute but for which tokens survive.
 struct st3_plan {
-    std::vector<st3_image>             images;
+    std::vector<st3_span>              spans;
     std::vector<std::vector<uint32_t>> counts;      // [stage][image] visual tokens held
     std::vector<llama_ubatch>          ubatches;    // [stage] the rows that the stage computes
     uint32_t                           n_text = 0;  // rows after the last image
+    uint32_t                           number = 0;  // of the first image in its sequence
 
     // Set by the graph, read after compute: [cut][image] original indices kept, I32 [counts[cut + 1][image]]; null: all.
     std::vector<std::vector<ggml_tensor *>> kept;
-    ggml_backend_sched_t                    sched = nullptr;
 
     uint32_t n_stage() const { return (uint32_t) ubatches.size(); }
 
@@ -45,6 +48,41 @@ struct st3_plan {
 
     // Row in the last stage of a text row of the batch.
     uint32_t last_row(uint32_t row) const;
+};
+
+// A visual token by its place among a sequence's images.
+struct st3_token {
+    uint32_t image;
+    uint32_t index;
+};
+
+// What a ubatch records for one sequence: the attention that its newest rows pay to visual tokens. Tokens that wait for
+// their cuts ("fresh": of a plan, or of images that came by ordinary batches) come first in every stage.
+struct st3_record {
+    llama_seq_id seq_id   = 0;
+    uint32_t     n_rows   = 0;      // scoring rows for "text" terms, the last of them for "last" terms
+    uint32_t     from_end = 0;      // rows of the ubatch after them
+    uint32_t     stream   = 0;      // counted from the ubatch's first
+    bool         anneal   = false;  // a score for each stage is wanted
+    bool         cut = false;  // a score for each cut is wanted: of the fresh tokens, which are the same in all stages
+
+    std::vector<uint32_t>               n_fresh;  // [stage]
+    std::vector<uint32_t>               n_ids;    // [stage] cells to read, padded so that graphs can be used again
+    std::vector<std::vector<uint32_t>>  cells;    // [stage] the cells of tokens
+    std::vector<std::vector<st3_token>> tokens;   // [stage] (a plan's fresh ones are put in after the compute)
+
+    // Whether a graph made for the other one serves this one too.
+    bool same_graph(const st3_record & o) const {
+        return n_rows == o.n_rows && from_end == o.from_end && stream == o.stream && anneal == o.anneal && !cut &&
+               !o.cut && n_ids == o.n_ids;
+    }
+};
+
+// What comes with a ubatch besides its computation.
+struct st3_work {
+    std::vector<st3_record>   records;
+    std::vector<llama_seq_id> steps;      // sequences that grow by one generated token
+    std::vector<llama_seq_id> questions;  // sequences whose waiting images are cut down now
 };
 
 // The indices kept after each cut, over all images in order.
@@ -65,43 +103,102 @@ class st3_memory : public llama_memory_i {
     void clear(bool data) override;
 
     bool seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) override;
+    // Between streams (kv_unified off) whole sequences only; a part is refused with a line in the log.
     void seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
     void seq_keep(llama_seq_id seq_id) override;
     void seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) override;
+    // An image that it touches is no longer annealed: several of its tokens may share a position afterwards.
     void seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) override;
 
+    // Positions count whether their tokens were dropped or not.
     llama_pos seq_pos_min(llama_seq_id seq_id) const override;
     llama_pos seq_pos_max(llama_seq_id seq_id) const override;
 
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
 
+    // One versioned section with a checksum (st3-snapshot.cpp). A bad one throws before anything is touched.
     void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
     void state_read(llama_io_read_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
 
     // The next batch is a prompt with these images, to be pruned; cleared with {} afterwards, whatever came of it.
-    void expect(std::vector<st3_image> images) { expected = std::move(images); }
+    void expect(std::vector<st3_span> spans) { expected = std::move(spans); }
 
-    // Writes the positions of the tokens that survived a plan into the cells that hold them.
-    void commit(const st3_plan & plan, const std::vector<llama_kv_cache::slot_info> & slots);
+    // The next embeddings are one image with this patch grid; cleared with 0, 0.
+    void announce(uint32_t nx, uint32_t ny);
+
+    // Most cells that a stage has in use for the stream of a sequence.
+    uint32_t n_used(llama_seq_id seq_id) const;
+
+    // Visual tokens that a stage holds of an image now.
+    uint32_t n_held(llama_seq_id seq_id, const st3_image & image, uint32_t stage) const;
+
+    // After a ubatch was computed. out: the scores of its records, F32 (st3_graph_input); null if there is none.
+    void
+    finish(const llama_ubatch & ubatch, st3_work & work, const st3_plan * plan,
+           const std::vector<llama_kv_cache::slot_info> & slots, ggml_tensor * out, ggml_backend_sched_t sched);
 
     const st3_kept_t & last_kept() const { return kept; }
 
-    const llama_kv_cache & stage(uint32_t i) const { return *stages[i]; }
+    const st3_kv & stage(uint32_t i) const { return *stages[i]; }
 
-    llama_kv_cache & stage(uint32_t i) { return *stages[i]; }
+    st3_kv & stage(uint32_t i) { return *stages[i]; }
 
     uint32_t n_stage() const { return (uint32_t) stages.size(); }
 
+    // Changes whenever any stage's tensors are replaced.
+    uint64_t generation() const;
+
     const st3_schedule schedule;
+    const uint32_t     n_seq_max;
+
+    st3_images images;
 
   private:
+    // Scores on their way from the device. Several may be, as nobody waits for them until tokens are to leave.
+    struct pending_t {
+        std::vector<st3_record> records;
+        ggml_backend_buffer_ptr buf;
+        size_t                  n;
+    };
+
+    struct cut_scores_t {
+        std::vector<st3_token>          tokens;
+        std::vector<std::vector<float>> scores;  // [cut][token]
+    };
+
     std::unique_ptr<st3_plan> make_plan(const llama_ubatch & ubatch) const;
+    st3_record                make_record(const llama_ubatch & ubatch, llama_seq_id seq_id, bool cut) const;
 
-    const bool unified;
+    bool fit(const std::vector<llama_ubatch> & ubatches, const st3_plan * plan);
 
-    std::vector<std::unique_ptr<llama_kv_cache>> stages;
-    std::vector<st3_image>                       expected;
-    st3_kept_t                                   kept;
+    void commit(const st3_plan & plan, const std::vector<llama_kv_cache::slot_info> & slots, st3_work & work);
+    void collect(std::vector<st3_record> records, ggml_tensor * out, ggml_backend_sched_t sched);
+    void absorb();
+    void evict(llama_seq_id seq_id);
+    void anneal(llama_seq_id seq_id);
+    void drop(llama_seq_id seq_id, const st3_image & image, uint32_t stage, const std::vector<uint32_t> & ids);
+    void synchronize() const;
+
+    std::vector<uint32_t> held(llama_seq_id seq_id, const st3_image & image, uint32_t stage) const;
+    bool                  settled(llama_seq_id seq_id, const st3_image & image) const;
+
+    const llama_model & model;
+    const bool          unified;
+
+    llama_context * lctx = nullptr;  // that this is the memory of; null until its first batch
+
+    std::vector<std::unique_ptr<st3_kv>> stages;
+
+    std::vector<st3_span> expected;
+    uint32_t              announced_nx = 0;
+    uint32_t              announced_ny = 0;
+    uint32_t              n_announced  = 0;  // tokens of it still to come
+    st3_kept_t            kept;
+
+    std::deque<pending_t>                pending;
+    std::vector<ggml_backend_buffer_ptr> spare;  // of pending scores that were absorbed
+
+    std::map<llama_seq_id, cut_scores_t> cut_scores;  // absorbed, for evict()
 };
 
 class st3_memory_context : public llama_memory_context_i {
@@ -111,10 +208,10 @@ class st3_memory_context : public llama_memory_context_i {
     // a full cache, or an update of it
     st3_memory_context(st3_memory * mem, std::vector<llama_memory_context_ptr> stages);
 
-    // a batch; slots[stage][ubatch]; plan, if any, is for the only ubatch
+    // a batch; slots[stage][ubatch], works[ubatch]; plan, if any, is for the only ubatch
     st3_memory_context(
             st3_memory * mem, std::vector<llama_kv_cache::slot_info_vec_t> slots, std::vector<llama_ubatch> ubatches,
-            std::unique_ptr<st3_plan> plan);
+            std::vector<st3_work> works, std::unique_ptr<st3_plan> plan);
 
     bool next() override;
     bool apply() override;
@@ -128,12 +225,20 @@ class st3_memory_context : public llama_memory_context_i {
 
     uint32_t n_stage() const { return (uint32_t) stages.size(); }
 
-    // Cells of the current ubatch's rows in a stage.
-    const llama_kv_cache::slot_info & slot(uint32_t i) const { return slots[i][i_cur]; }
-
     const st3_schedule & schedule() const { return mem->schedule; }
 
+    uint64_t generation() const { return mem->generation(); }
+
     st3_plan * plan() const { return plan_.get(); }
+
+    // Of the current ubatch; none for a full cache.
+    const std::vector<st3_record> & records() const;
+
+    // The current ubatch's scores will be in out once it is computed.
+    void attach(ggml_tensor * out, ggml_backend_sched_t sched) const {
+        out_   = out;
+        sched_ = sched;
+    }
 
   private:
     llama_memory_status status;
@@ -143,7 +248,11 @@ class st3_memory_context : public llama_memory_context_i {
     std::vector<llama_memory_context_ptr>        stages;
     std::vector<llama_kv_cache::slot_info_vec_t> slots;
     std::vector<llama_ubatch>                    ubatches;
+    std::vector<st3_work>                        works;
     std::unique_ptr<st3_plan>                    plan_;
+
+    mutable ggml_tensor *        out_   = nullptr;  // the graph's inputs see a const context
+    mutable ggml_backend_sched_t sched_ = nullptr;
 
     size_t i_cur = 0;
 };

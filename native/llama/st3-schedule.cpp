@@ -16,9 +16,12 @@ namespace {
 using meta_map = std::unordered_map<std::string, std::string>;
 
 const char * const KEYS[] = {
-    "st3.preset",   "st3.budget", "st3.start",    "st3.stride", "st3.keep",
-    "st3.min_keep", "st3.score",  "st3.coverage", "st3.seed",
+    "st3.preset",        "st3.budget",       "st3.start",           "st3.stride",       "st3.keep",
+    "st3.min_keep",      "st3.score",        "st3.coverage",        "st3.seed",         "st3.anneal",
+    "st3.anneal_tokens", "st3.anneal_floor", "st3.anneal_interval", "st3.anneal_score",
 };
+
+const char * const CURVES[] = { "none", "linear", "cosine", "exponential" };  // as st3_curve
 
 // A preset is a set of defaults. start and stride are fractions of the layers where they are below 1.
 struct preset {
@@ -30,6 +33,7 @@ struct preset {
     const char * score;
     double       coverage;
     bool         random;
+    st3_curve    anneal;
 };
 
 constexpr double DEFAULT_BUDGET = 0.30;
@@ -37,15 +41,18 @@ constexpr double NO_MORE        = 1.0;  // a stride of all layers: one cut only
 
 const char * const DEFAULT_SCORE = "text-max";
 
+constexpr uint32_t DEFAULT_ANNEAL_TOKENS = 64;
+constexpr double   DEFAULT_ANNEAL_FLOOR  = 0.3;
+
 const preset PRESETS[] = {
-  // name          start    stride   keep  min  score            coverage  random
-    {"st3",          0.125, 0.125,   -1.0, 1, DEFAULT_SCORE, 0.0, false},
-    { "pvtp",        0.125, 0.125,   -1.0, 1, DEFAULT_SCORE, 0.0, false},
-    { "fastv",       3,     NO_MORE, 0.5,  1, "last-mean",   0.0, false},
-    { "pyramiddrop", 0.25,  0.25,    0.5,  1, "last-mean",   0.0, false},
-    { "vtw",         0.5,   NO_MORE, 0.0,  0, "last-mean",   0.0, false},
-    { "random",      0.125, 0.125,   -1.0, 1, "",            0.0, true },
-    { "downsample",  0.125, 0.125,   -1.0, 1, DEFAULT_SCORE, 1.0, false},
+  // name          start    stride   keep  min  score            coverage  random  anneal
+    {"st3",          0.125, 0.125,   -1.0, 1, DEFAULT_SCORE, 0.0, false, ST3_CURVE_LINEAR},
+    { "pvtp",        0.125, 0.125,   -1.0, 1, DEFAULT_SCORE, 0.0, false, ST3_CURVE_NONE  },
+    { "fastv",       3,     NO_MORE, 0.5,  1, "last-mean",   0.0, false, ST3_CURVE_NONE  },
+    { "pyramiddrop", 0.25,  0.25,    0.5,  1, "last-mean",   0.0, false, ST3_CURVE_NONE  },
+    { "vtw",         0.5,   NO_MORE, 0.0,  0, "last-mean",   0.0, false, ST3_CURVE_NONE  },
+    { "random",      0.125, 0.125,   -1.0, 1, "",            0.0, true,  ST3_CURVE_NONE  },
+    { "downsample",  0.125, 0.125,   -1.0, 1, DEFAULT_SCORE, 1.0, false, ST3_CURVE_NONE  },
 };
 
 [[noreturn]] void fail(const std::string & what) { throw std::invalid_argument("st3: " + what); }
@@ -78,7 +85,7 @@ bool get_count(const meta_map & meta, const std::string & key, uint32_t min, uin
     return true;
 }
 
-std::vector<st3_score_term> parse_score(const std::string & text) {
+std::vector<st3_score_term> parse_score(const std::string & key, const std::string & text) {
     std::vector<st3_score_term> terms;
 
     for (size_t i = 0; i <= text.size();) {
@@ -94,7 +101,7 @@ std::vector<st3_score_term> parse_score(const std::string & text) {
             }
         }
         if (!known) {
-            fail("st3.score: '" + term + "' is not <last|text>-<mean|max>[-sum]");
+            fail(key + ": '" + term + "' is not <last|text>-<mean|max>[-sum]");
         }
         i = end + 1;
     }
@@ -135,7 +142,59 @@ double solve_keep(const st3_schedule & s, double budget) {
 
 uint32_t round_half_up(double x) { return (uint32_t) std::floor(x + 0.5); }
 
+void read_anneal(const meta_map & meta, const preset & p, st3_schedule & s) {
+    s.anneal        = p.anneal;
+    s.anneal_tokens = DEFAULT_ANNEAL_TOKENS;
+    s.anneal_floor  = DEFAULT_ANNEAL_FLOOR;
+    s.anneal_score  = s.random ? "random" : s.score;
+
+    const auto curve = meta.find("st3.anneal");
+    if (curve != meta.end()) {
+        const auto it = std::find(std::begin(CURVES), std::end(CURVES), curve->second);
+        if (it == std::end(CURVES)) {
+            fail("unknown st3.anneal '" + curve->second + "' (none, linear, cosine, exponential)");
+        }
+        s.anneal = (st3_curve) (it - std::begin(CURVES));
+    }
+    get_count(meta, "st3.anneal_tokens", 1, std::numeric_limits<uint32_t>::max(), s.anneal_tokens);
+    get_count(meta, "st3.anneal_interval", 1, std::numeric_limits<uint32_t>::max(), s.anneal_interval);
+    get_number(meta, "st3.anneal_floor", 0, 1, s.anneal_floor);
+    if (s.anneal == ST3_CURVE_EXPONENTIAL && s.anneal_floor == 0.0) {
+        fail("st3.anneal exponential needs st3.anneal_floor above 0");
+    }
+
+    const auto score = meta.find("st3.anneal_score");
+    if (score != meta.end()) {
+        s.anneal_score = score->second;
+    }
+    s.anneal_random = s.anneal_score == "random";
+    if (!s.anneal_random) {
+        s.anneal_terms = parse_score("st3.anneal_score", s.anneal_score);
+    }
+}
+
 }  // namespace
+
+const char * st3_schedule::curve_name() const { return CURVES[anneal]; }
+
+int32_t st3_schedule::last_layer(uint32_t stage) const {
+    return stage < cuts.size() ? cuts[stage] : (int32_t) n_layer - 1;
+}
+
+uint32_t st3_schedule::target(uint32_t n0, uint64_t step) const {
+    const double x = std::min(1.0, double(step) / anneal_tokens);
+
+    double a = 1.0;
+    switch (anneal) {
+        case ST3_CURVE_NONE: break;
+        case ST3_CURVE_LINEAR: a = 1.0 - (1.0 - anneal_floor) * x; break;
+        case ST3_CURVE_COSINE:
+            a = anneal_floor + (1.0 - anneal_floor) * 0.5 * (1.0 + std::cos(std::acos(-1.0) * x));
+            break;
+        case ST3_CURVE_EXPONENTIAL: a = std::pow(anneal_floor, x); break;
+    }
+    return std::min(n0, std::max(min_keep, round_half_up(n0 * a)));
+}
 
 uint32_t st3_schedule::stage(int32_t il) const {
     return (uint32_t) (std::lower_bound(cuts.begin(), cuts.end(), il) - cuts.begin());
@@ -150,10 +209,11 @@ std::vector<uint32_t> st3_schedule::counts(uint32_t n) const {
     return res;
 }
 
-std::vector<float> st3_schedule::bias(uint32_t nx, uint32_t ny, uint32_t n_keep, uint32_t i_image) const {
+std::vector<float>
+st3_schedule::bias(uint32_t nx, uint32_t ny, uint32_t n_keep, uint32_t i_image, bool by_chance) const {
     std::vector<float> res(size_t(nx) * ny, 0.0f);
 
-    if (random) {
+    if (by_chance) {
         // a permutation, so that no two tokens tie; Fisher-Yates by hand, as std::shuffle differs between libraries
         std::mt19937          rng(seed + 0x9E3779B9u * (i_image + 1));
         std::vector<uint32_t> order(res.size());
@@ -225,8 +285,9 @@ st3_schedule st3_make_schedule(const meta_map & meta, uint32_t n_layer) {
         s.score = score->second;
     }
     if (!s.random) {
-        s.terms = parse_score(s.score);
+        s.terms = parse_score("st3.score", s.score);
     }
+    read_anneal(meta, *p, s);
 
     s.cuts = cut_layers(s.start, s.stride, n_layer);
 
@@ -237,8 +298,8 @@ st3_schedule st3_make_schedule(const meta_map & meta, uint32_t n_layer) {
         fail("st3.budget and st3.keep exclude each other");
     }
     if (s.cuts.empty()) {
-        if (has_budget && budget == 1.0) {
-            return s;
+        if ((has_budget && budget == 1.0) || (has_keep && s.keep == 1.0)) {
+            return s;  // nothing is to be dropped in prefill
         }
         fail("no layer follows a cut after layer " + std::to_string(s.start - 1) + " of a model with " +
              std::to_string(n_layer) + " layers (lower st3.start)");

@@ -10,12 +10,20 @@
 struct st3_score_term {
     bool text;  // queries: all prompt text after the last image, else the last prompt token
     bool max;   // over heads and queries: the maximum, else the mean
-    bool sum;   // averaged over the layers so far, else the layer of the cut alone
+    bool sum;   // averaged over the layers (at a cut: all so far; annealing: the stage's), else the last of them alone
 
     bool operator==(const st3_score_term & o) const { return text == o.text && max == o.max && sum == o.sum; }
 };
 
-// Rank of a visual token at a cut: w * score + bias, the highest survive.
+// How the share of visual tokens that stay falls from 1 to anneal_floor over anneal_tokens generated tokens.
+enum st3_curve {
+    ST3_CURVE_NONE,
+    ST3_CURVE_LINEAR,
+    ST3_CURVE_COSINE,
+    ST3_CURVE_EXPONENTIAL,
+};
+
+// Rank of a visual token, at a cut and in annealing: w * score + bias, the highest survive.
 struct st3_schedule {
     std::string preset = "off";
 
@@ -33,17 +41,38 @@ struct st3_schedule {
 
     std::vector<int32_t> cuts;  // layers after which visual tokens leave, ascending
 
-    bool off() const { return cuts.empty(); }
+    st3_curve anneal          = ST3_CURVE_NONE;
+    uint32_t  anneal_tokens   = 1;
+    double    anneal_floor    = 1.0;
+    uint32_t  anneal_interval = 1;
+    bool      anneal_random   = false;  // w = 0 and a random bias
+
+    std::string                 anneal_score;
+    std::vector<st3_score_term> anneal_terms;  // empty when w = 0
+
+    bool anneals() const { return anneal != ST3_CURVE_NONE && anneal_floor < 1.0; }
+
+    bool off() const { return cuts.empty() && !anneals(); }
+
+    const char * curve_name() const;
+
+    uint32_t n_stage() const { return (uint32_t) cuts.size() + 1; }
 
     // Number of cuts before layer il, which is the stage that the layer belongs to.
     uint32_t stage(int32_t il) const;
 
+    // Last layer of a stage.
+    int32_t last_layer(uint32_t stage) const;
+
     // Tokens that an image of n leaves in each stage: [n, after cut 0, after cut 1, ...].
     std::vector<uint32_t> counts(uint32_t n) const;
 
-    // Bias of each of an image's nx * ny tokens at a cut that keeps n_keep of them.
-    // i_image tells the images of a prompt apart for the random bias. Returns [nx * ny].
-    std::vector<float> bias(uint32_t nx, uint32_t ny, uint32_t n_keep, uint32_t i_image) const;
+    // Tokens left of n0 after step generated tokens.
+    uint32_t target(uint32_t n0, uint64_t step) const;
+
+    // Bias of each of an image's nx * ny tokens where n_keep of them are to stay.
+    // i_image tells the images of a sequence apart for the random bias. Returns [nx * ny].
+    std::vector<float> bias(uint32_t nx, uint32_t ny, uint32_t n_keep, uint32_t i_image, bool by_chance) const;
 };
 
 // Reads the st3.* keys of a model's metadata (values as strings). Throws std::invalid_argument with a line for the user.

@@ -7,9 +7,18 @@
 #include <vector>
 
 struct st3_state {
-    st3_mode              mode = ST3_MODE_OFF;
-    std::string           reason;  // why not pruned although asked for
-    llama_pos             p0     = 0;
-    uint32_t              n_text = 0;  // prompt positions that are text
-    std::vector<uint32_t> images;      // visual tokens of each image
+    st3_mode     mode = ST3_MODE_OFF;
+    std::string  reason;  // why not pruned in the prefill although asked for
+    llama_seq_id seq_id = 0;
+
+    // what that prefill computed, and what was there before
+    std::vector<uint32_t> rows;        // [layer] positions computed
+    uint32_t              n_rows = 0;  // of the prompt
+    std::vector<uint32_t> before;      // [layer] cells of the sequence
+    llama_pos             p0 = 0;
+
+    // all images of the sequence after it
+    std::vector<uint32_t>              images;     // [image] visual tokens given
+    std::vector<std::vector<uint32_t>> counts;     // [cut][image] kept
+    std::vector<uint32_t>              per_layer;  // [layer] visual tokens held
 };

@@ -1,0 +1,51 @@
+// st3-images.h - the images that sequences hold, by the positions of their tokens: bookkeeping, no tensors.
+#pragma once
+
+#include "llama.h"
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <vector>
+
+// One image of a sequence. Which stage still holds which of its tokens is for the stages' cells to say.
+struct st3_image {
+    uint32_t nx     = 0;  // patch grid
+    uint32_t ny     = 0;
+    uint32_t number = 0;  // tells the images of a sequence apart
+
+    std::vector<llama_pos> pos;  // [n] position of each token, -1 once it was taken out of the sequence
+
+    bool pruned  = false;  // has been through its cuts; until then it waits for its question
+    bool evicted = false;  // was cut down after the compute, not in it
+    bool frozen  = false;  // its positions were divided: tokens cannot be told apart any more, none leaves
+
+    uint64_t n_steps   = 0;  // tokens generated since
+    uint64_t n_records = 0;  // records in its scores
+
+    std::vector<uint32_t>           n0;      // [stage] tokens held after prefill
+    std::vector<std::vector<float>> scores;  // [stage][n] sum of records
+};
+
+class st3_images {
+  public:
+    std::vector<st3_image> &       of(llama_seq_id seq_id) { return seqs[seq_id]; }
+    const std::vector<st3_image> & of(llama_seq_id seq_id) const;
+
+    // Adds tokens at positions [p0, p0 + n): to the sequence's last image where `more` says so, else as a new one.
+    st3_image & add(llama_seq_id seq_id, llama_pos p0, uint32_t n, bool more);
+
+    // As the functions of llama_memory_i: positions in [p0, p1), or those that `which` picks. seq_id < 0: all sequences.
+    void rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+    void cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1);
+    void shift(llama_seq_id seq_id, llama_pos by, const std::function<bool(llama_pos)> & which);
+    void divide(llama_seq_id seq_id, int by, const std::function<bool(llama_pos)> & which);
+    void clear() { seqs.clear(); }
+
+    // Over all images of a sequence; -1 if there is none.
+    llama_pos pos_min(llama_seq_id seq_id) const;
+    llama_pos pos_max(llama_seq_id seq_id) const;
+
+  private:
+    std::map<llama_seq_id, std::vector<st3_image>> seqs;
+};

@@ -1,0 +1,438 @@
+// st3-snapshot.cpp - saving and restoring st3_memory. One section, little-endian as llama.cpp's own:
+//
+//   u32 magic, u32 version, u64 length of the body, u64 checksum of the body, body:
+//     shape   u32 n_layer, n_stage, type_k, type_v; i32 cuts[n_stage - 1]; u32 n_embd_k, n_embd_v of each layer
+//     i32     the sequence saved, or -1: all
+//     images  u32 n, then each: i32 sequence, its fields
+//     stages  each: u32 n cells, then each: i32 position, i32 shift not yet applied, i32 x, y, token, u32 n and i32 sequences
+//             and for each of its layers the rows of K, the rows of V
+//
+// A section is read and checked in full before anything is touched; what is left then cannot fail but for want of memory,
+// which is asked for before the old cells go.
+
+#include "llama-context.h"
+#include "llama-hparams.h"
+#include "llama-impl.h"
+#include "llama-io.h"
+#include "llama-model.h"
+#include "st3-memory.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace {
+
+constexpr uint32_t MAGIC   = 0x53335453;  // "ST3S"
+constexpr uint32_t VERSION = 1;
+
+struct header {
+    uint32_t magic;
+    uint32_t version;
+    uint64_t length;
+    uint64_t checksum;
+};
+
+[[noreturn]] void fail(const std::string & what) { throw std::runtime_error("st3: " + what); }
+
+// FNV-1a over 64-bit words, the last one padded with zeros: each step is a bijection, so no change of one word is missed.
+uint64_t checksum(const std::vector<uint8_t> & data) {
+    uint64_t res = 0xcbf29ce484222325ull;
+    for (size_t i = 0; i < data.size(); i += sizeof(uint64_t)) {
+        uint64_t word = 0;
+        memcpy(&word, data.data() + i, std::min(sizeof(word), data.size() - i));
+        res = (res ^ word) * 0x100000001b3ull;
+    }
+    return res ^ data.size();
+}
+
+class writer {
+  public:
+    std::vector<uint8_t> data;
+
+    template <typename T> void put(const T & x) { append(&x, sizeof(x)); }
+
+    template <typename T> void put(const std::vector<T> & v) { append(v.data(), v.size() * sizeof(T)); }
+
+    // room for n bytes, which the caller fills
+    uint8_t * make(size_t n) {
+        data.resize(data.size() + n);
+        return data.data() + data.size() - n;
+    }
+
+  private:
+    void append(const void * p, size_t n) {
+        if (n > 0) {
+            memcpy(make(n), p, n);
+        }
+    }
+};
+
+class reader {
+  public:
+    explicit reader(const std::vector<uint8_t> & data) : data(data) {}
+
+    const uint8_t * take(size_t n) {
+        if (n > data.size() - at) {
+            fail("the saved state ends too early");
+        }
+        at += n;
+        return data.data() + at - n;
+    }
+
+    template <typename T> T get() {
+        T res;
+        memcpy(&res, take(sizeof(T)), sizeof(T));
+        return res;
+    }
+
+    template <typename T> std::vector<T> get(size_t n) {
+        if (n > data.size() / sizeof(T)) {
+            fail("the saved state ends too early");
+        }
+        std::vector<T> res(n);
+        if (n > 0) {
+            memcpy(res.data(), take(n * sizeof(T)), n * sizeof(T));
+        }
+        return res;
+    }
+
+    bool done() const { return at == data.size(); }
+
+  private:
+    const std::vector<uint8_t> & data;
+    size_t                       at = 0;
+};
+
+struct saved_cell {
+    llama_pos                 pos;
+    llama_pos                 shift;
+    llama_kv_cell_ext         ext;
+    std::vector<llama_seq_id> seqs;
+};
+
+struct saved_stage {
+    std::vector<saved_cell>      cells;
+    std::vector<const uint8_t *> k;  // [layer] rows of all cells
+    std::vector<const uint8_t *> v;
+};
+
+struct snapshot {
+    std::vector<std::pair<llama_seq_id, st3_image>> images;
+    std::vector<saved_stage>                        stages;
+};
+
+void put_shape(writer & w, const st3_memory & mem) {
+    w.put(mem.schedule.n_layer);
+    w.put(mem.n_stage());
+    w.put((uint32_t) mem.stage(0).type_k());
+    w.put((uint32_t) mem.stage(0).type_v());
+    w.put(mem.schedule.cuts);
+    for (uint32_t s = 0; s < mem.n_stage(); ++s) {
+        for (size_t i = 0; i < mem.stage(s).n_layers(); ++i) {
+            w.put((uint32_t) mem.stage(s).k_of(i, 0)->ne[0]);
+            w.put((uint32_t) mem.stage(s).v_of(i, 0)->ne[0]);
+        }
+    }
+}
+
+void put_image(writer & w, llama_seq_id seq_id, const st3_image & image) {
+    w.put(seq_id);
+    w.put((uint32_t) image.pos.size());
+    w.put(image.nx);
+    w.put(image.ny);
+    w.put(image.number);
+    w.put((uint32_t) (image.pruned | image.evicted << 1 | image.frozen << 2));
+    w.put(image.n_steps);
+    w.put(image.n_records);
+    w.put(image.pos);
+    w.put((uint32_t) image.n0.size());
+    w.put(image.n0);
+    w.put((uint32_t) image.scores.size());
+    for (const auto & scores : image.scores) {
+        w.put(scores);
+    }
+}
+
+st3_image get_image(reader & r, const st3_memory & mem) {
+    st3_image  image;
+    const auto n = r.get<uint32_t>();
+    image.nx     = r.get<uint32_t>();
+    image.ny     = r.get<uint32_t>();
+    image.number = r.get<uint32_t>();
+
+    const auto flags = r.get<uint32_t>();
+    image.pruned     = flags & 1;
+    image.evicted    = flags & 2;
+    image.frozen     = flags & 4;
+    image.n_steps    = r.get<uint64_t>();
+    image.n_records  = r.get<uint64_t>();
+    image.pos        = r.get<llama_pos>(n);
+
+    const auto n_counts = r.get<uint32_t>();
+    image.n0            = r.get<uint32_t>(n_counts);
+    const auto n_scores = r.get<uint32_t>();
+
+    if (n == 0 || uint64_t(image.nx) * image.ny != n || flags > 7 || n_counts != (image.pruned ? mem.n_stage() : 0) ||
+        (n_scores != 0 && n_scores != mem.n_stage()) || (n_scores != 0 && image.n_records == 0) ||
+        std::any_of(image.pos.begin(), image.pos.end(), [](llama_pos p) { return p < -1; }) ||
+        std::any_of(image.n0.begin(), image.n0.end(), [n](uint32_t c) { return c > n; })) {
+        fail("the saved state holds an impossible image");
+    }
+    for (uint32_t s = 0; s < n_scores; ++s) {
+        image.scores.push_back(r.get<float>(n));
+    }
+    return image;
+}
+
+}  // namespace
+
+void st3_memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    if (flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) {
+        fail("states are kept on the host only");
+    }
+    const_cast<st3_memory *>(this)->absorb();  // scores that are on their way are part of the state
+    synchronize();
+
+    writer w;
+    put_shape(w, *this);
+    w.put(seq_id);
+
+    std::vector<llama_seq_id> seqs;
+    for (llama_seq_id id = 0; id < (llama_seq_id) n_seq_max; ++id) {
+        if (seq_id < 0 || id == seq_id) {
+            seqs.push_back(id);
+        }
+    }
+    uint32_t n_images = 0;
+    for (const auto id : seqs) {
+        n_images += (uint32_t) images.of(id).size();
+    }
+    w.put(n_images);
+    for (const auto id : seqs) {
+        for (const auto & image : images.of(id)) {
+            put_image(w, id, image);
+        }
+    }
+
+    for (const auto & stage : stages) {
+        std::vector<std::pair<uint32_t, uint32_t>> picked;  // (stream, cell)
+        for (uint32_t t = 0; t < stage->get_n_stream(); ++t) {
+            const auto & cells = stage->cells(t);
+            for (uint32_t i = 0; i < cells.used_max_p1(); ++i) {
+                if (!cells.is_empty(i) && (seq_id < 0 || cells.seq_has(i, seq_id))) {
+                    picked.push_back({ t, i });
+                }
+            }
+        }
+        w.put((uint32_t) picked.size());
+        for (const auto & [t, i] : picked) {
+            const auto & cells = stage->cells(t);
+            const auto & ext   = cells.ext_get(i);
+            if (cells.pos_get(i) - cells.get_shift(i) < 0) {
+                fail("positions were divided: decode once before the state is saved");
+            }
+            w.put(cells.pos_get(i));
+            w.put(cells.get_shift(i));
+            w.put(ext.x);
+            w.put(ext.y);
+            w.put(ext.tok);
+
+            std::vector<llama_seq_id> owners;
+            for (const auto id : seqs) {
+                if (cells.seq_has(i, id)) {
+                    owners.push_back(id);
+                }
+            }
+            w.put((uint32_t) owners.size());
+            w.put(owners);
+        }
+        for (size_t l = 0; l < stage->n_layers(); ++l) {
+            for (const bool is_k : { true, false }) {
+                for (size_t i = 0; i < picked.size();) {
+                    size_t n = 1;  // a run of neighbours
+                    while (i + n < picked.size() && picked[i + n].first == picked[i].first &&
+                           picked[i + n].second == picked[i].second + n) {
+                        n++;
+                    }
+                    ggml_tensor * t = is_k ? stage->k_of(l, picked[i].first) : stage->v_of(l, picked[i].first);
+                    ggml_backend_tensor_get(t, w.make(n * t->nb[1]), picked[i].second * t->nb[1], n * t->nb[1]);
+                    i += n;
+                }
+            }
+        }
+    }
+
+    const header h = { MAGIC, VERSION, w.data.size(), checksum(w.data) };
+    io.write(&h, sizeof(h));
+    io.write(w.data.data(), w.data.size());
+}
+
+void st3_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    if (flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) {
+        fail("states are kept on the host only");
+    }
+    if (seq_id < -1 || seq_id >= (llama_seq_id) n_seq_max) {
+        fail(format("there is no sequence %d", seq_id));
+    }
+
+    //
+    // read
+    //
+
+    header h;
+    io.read(&h, sizeof(h));
+    if (h.magic != MAGIC || h.version != VERSION) {
+        fail("this is no saved state of this version of st3");
+    }
+    std::vector<uint8_t> body;
+    while (body.size() < h.length) {  // a wrong length must not become an allocation of that size
+        const size_t n = std::min<uint64_t>(h.length - body.size(), 64u << 20);
+        body.resize(body.size() + n);
+        io.read(body.data() + body.size() - n, n);
+    }
+    if (checksum(body) != h.checksum) {
+        fail("the saved state is damaged");
+    }
+
+    //
+    // check
+    //
+
+    reader r(body);
+    writer shape;
+    put_shape(shape, *this);
+    if (memcmp(r.take(shape.data.size()), shape.data.data(), shape.data.size()) != 0) {
+        fail("the saved state belongs to another model, schedule or KV cache type");
+    }
+    const auto saved_seq = r.get<llama_seq_id>();
+    if ((saved_seq < 0) != (seq_id < 0)) {
+        fail(seq_id < 0 ? "the saved state is that of one sequence" : "the saved state is that of a whole context");
+    }
+
+    // the sequence that a saved one becomes
+    const auto becomes = [&](llama_seq_id id) {
+        if (seq_id < 0 ? id < 0 || id >= (llama_seq_id) n_seq_max : id != saved_seq) {
+            fail(format("the saved state names sequence %d", id));
+        }
+        return seq_id < 0 ? id : seq_id;
+    };
+
+    snapshot   snap;
+    const auto n_images = r.get<uint32_t>();
+    for (uint32_t i = 0; i < n_images; ++i) {
+        const auto id = becomes(r.get<llama_seq_id>());
+        snap.images.emplace_back(id, get_image(r, *this));
+    }
+
+    std::vector<std::vector<uint32_t>> need;  // [stage][stream] cells that come
+    for (const auto & stage : stages) {
+        saved_stage s;
+        need.emplace_back(stage->get_n_stream());
+
+        const auto n_cells = r.get<uint32_t>();
+        for (uint32_t i = 0; i < n_cells; ++i) {
+            saved_cell cell;
+            cell.pos     = r.get<llama_pos>();
+            cell.shift   = r.get<llama_pos>();
+            cell.ext.x   = r.get<llama_pos>();
+            cell.ext.y   = r.get<llama_pos>();
+            cell.ext.tok = r.get<llama_token>();
+
+            const auto owners = r.get<llama_seq_id>(r.get<uint32_t>());
+            if (owners.empty() || cell.pos < 0 || int64_t(cell.pos) - cell.shift < 0 ||
+                int64_t(cell.pos) - cell.shift > std::numeric_limits<llama_pos>::max()) {
+                fail("the saved state holds an impossible cell");
+            }
+            for (const auto id : owners) {
+                cell.seqs.push_back(becomes(id));
+                if (std::count(owners.begin(), owners.end(), id) != 1 ||
+                    stage->get_stream(cell.seqs.back()) != stage->get_stream(cell.seqs[0])) {
+                    fail("the saved state holds an impossible cell");
+                }
+            }
+            need.back()[stage->get_stream(cell.seqs[0])]++;
+            s.cells.push_back(std::move(cell));
+        }
+        for (size_t l = 0; l < stage->n_layers(); ++l) {
+            s.k.push_back(r.take(n_cells * stage->k_of(l, 0)->nb[1]));
+            s.v.push_back(r.take(n_cells * stage->v_of(l, 0)->nb[1]));
+        }
+        snap.stages.push_back(std::move(s));
+    }
+    if (!r.done()) {
+        fail("the saved state has something after its end");
+    }
+
+    //
+    // make room, before anything goes
+    //
+
+    absorb();
+    synchronize();
+    for (uint32_t s = 0; s < n_stage(); ++s) {
+        auto & stage = *stages[s];
+        for (uint32_t t = 0; t < stage.get_n_stream(); ++t) {
+            uint32_t stays = 0;  // cells that the restored sequence does not free
+            if (seq_id >= 0) {
+                const auto & cells = stage.cells(t);
+                for (uint32_t i = 0; i < cells.used_max_p1(); ++i) {
+                    stays += !cells.is_empty(i) && !(cells.seq_has(i, seq_id) && cells.seq_count(i) == 1);
+                }
+            }
+            const uint32_t n = need[s][t] + stays;
+            if (n > stage.n_max) {
+                fail(format("the saved state needs %u KV cells of %u", n, stage.n_max));
+            }
+            if (n > stage.get_size() && stage.get_has_shift()) {
+                fail("a context shift is pending: decode once before a state is restored");
+            }
+            if (n > stage.get_size() && !stage.fit(n)) {
+                fail("no memory for the saved state");
+            }
+        }
+    }
+
+    //
+    // restore
+    //
+
+    if (seq_id < 0) {
+        clear(false);
+    } else {
+        seq_rm(seq_id, -1, -1);
+    }
+    for (auto & [id, image] : snap.images) {
+        images.of(id).push_back(std::move(image));
+    }
+    for (uint32_t s = 0; s < n_stage(); ++s) {
+        auto &                stage = *stages[s];
+        const auto &          saved = snap.stages[s];
+        std::vector<uint32_t> next(stage.get_n_stream());  // free cells are looked for from here on
+
+        for (size_t i = 0; i < saved.cells.size(); ++i) {
+            const auto &   cell  = saved.cells[i];
+            const uint32_t t     = stage.get_stream(cell.seqs[0]);
+            auto &         cells = stage.cells(t);
+
+            while (!cells.is_empty(next[t])) {
+                next[t]++;
+            }
+            const uint32_t at = next[t];
+            cells.pos_set(at, cell.pos - cell.shift);
+            cells.ext_set(at, cell.ext);
+            for (const auto id : cell.seqs) {
+                cells.seq_add(at, id);
+            }
+            if (cell.shift != 0) {
+                cells.pos_add(at, cell.shift);
+            }
+            for (size_t l = 0; l < stage.n_layers(); ++l) {
+                ggml_tensor * k = stage.k_of(l, t);
+                ggml_tensor * v = stage.v_of(l, t);
+                ggml_backend_tensor_set(k, saved.k[l] + i * k->nb[1], at * k->nb[1], k->nb[1]);
+                ggml_backend_tensor_set(v, saved.v[l] + i * v->nb[1], at * v->nb[1], v->nb[1]);
+            }
+        }
+    }
+}
