@@ -1,11 +1,13 @@
 """Answers on held-out scenes with ST3 on, off, and with the baselines that cost the same.
 
-python scripts/quality.py [--scenes 1000] [--questions 6] [--captions 200] [--grid full|issue|small] [--work DIR]
+python scripts/quality.py [--scenes 1000] [--questions 6] [--captions 200] [--grid full|issue|small|anneal] [--work DIR]
+python scripts/quality.py --grid anneal --scenes 200 --questions 0 --budgets 0.3 --out docs/results/anneal
 
 Runs the embedded model: every picture is encoded once and shared by all configurations. Single facts count as
 right on exact match, caption objects when colour, shape and place are named. Results go line by line to --work,
-so that a run that was stopped goes on where it was; tables go to --out (JSON and Markdown). Differences to `off`
-and to `random` are paired by scene, with bootstrap 95 % intervals.
+so that a run that was stopped goes on where it was; tables go to --out (JSON and Markdown). Differences (to `off`,
+to `random`, and to the same without annealing) are paired by scene, with bootstrap 95 % intervals. The grid `anneal`
+is about captions: annealing alone and after a pruned prefill, beside random removal at the same counts.
 """
 
 from __future__ import annotations
@@ -41,6 +43,15 @@ SCORES = (
     "last-mean-sum+text-max",
 )
 COVERAGES = (0.0, 0.25, 0.5)
+CURVES, FLOORS, LENGTHS = ("linear", "cosine", "exponential"), (0.5, 0.3, 0.1), (32, 64, 128)
+ANNEAL_SCORES = ("last-mean", "last-max", "text-mean")  # beside the default, which is the schedule's own
+UNITS = {"facts": "single facts", "captions": "caption objects"}
+LEGEND = "`c` is coverage, `@` the budget."
+ANNEAL_LEGEND = (
+    "`all kept`: nothing dropped in prefill; `budget`: a pruned prefill. Then the curve, the floor that it falls to, "
+    "and the generated tokens T over which it does; `random`: as many tokens leave, but drawn by lot. `held` is the "
+    "share of visual tokens left when the caption ends, mean over layers; `tokens` is the length of the captions."
+)
 CHUNK = 20  # scenes of one task
 FACT_TOKENS, CAPTION_TOKENS = 10, 130
 BOOTSTRAP = 4000
@@ -52,11 +63,7 @@ class Config:
 
     name: str
     keys: tuple[tuple[str, native_runtime.Value], ...]
-
-    @property
-    def budget(self) -> float:
-        """Its budget; 1 when off."""
-        return float(dict(self.keys).get("st3.budget", 1.0))
+    against: dict[str, str]  # what it is compared with: the column's word, and that configuration's name
 
 
 @dataclass(frozen=True)
@@ -72,9 +79,9 @@ class Job:
     questions: int
 
 
-def config(name: str, **keys: native_runtime.Value) -> Config:
+def config(name: str, against: dict[str, str] | None = None, **keys: native_runtime.Value) -> Config:
     """A configuration by its keys without their prefix."""
-    return Config(name, tuple((f"st3.{k}", v) for k, v in keys.items()))
+    return Config(name, tuple((f"st3.{k}", v) for k, v in keys.items()), against or {})
 
 
 def grid(size: str, shape: dict[str, int], budgets: tuple[float, ...] = BUDGETS) -> list[Config]:
@@ -83,17 +90,39 @@ def grid(size: str, shape: dict[str, int], budgets: tuple[float, ...] = BUDGETS)
     scores = SCORES if size != "small" else ("last-mean", "last-mean-sum", "text-max")
     coverages = COVERAGES if size != "small" else (0.0, 0.5)
     for b in budgets:
-        out.append(config(f"random @ {b:g}", preset="random", budget=b, **shape))
-        out.append(config(f"downsample @ {b:g}", preset="downsample", budget=b, **shape))
+        both = {"off": "off", "random": f"random @ {b:g}"}
+        out.append(config(f"random @ {b:g}", {"off": "off"}, preset="random", budget=b, **shape))
+        out.append(config(f"downsample @ {b:g}", both, preset="downsample", budget=b, **shape))
         for s in scores:
             for c in coverages:
                 keys = {"preset": "st3", "budget": b, "score": s, "coverage": c, **shape}
-                out.append(config(f"{s} c{c:g} @ {b:g}", **keys))
+                out.append(config(f"{s} c{c:g} @ {b:g}", both, **keys))
         if size == "full":
             for s in ("last-max", "last-max-sum", "last-mean-sum+text-max-sum", "text-max+text-mean"):
                 for c in coverages:
                     keys = {"preset": "st3", "budget": b, "score": s, "coverage": c, **shape}
-                    out.append(config(f"{s} c{c:g} @ {b:g}", **keys))
+                    out.append(config(f"{s} c{c:g} @ {b:g}", both, **keys))
+    return out
+
+
+def anneal_grid(shape: dict[str, int], budgets: tuple[float, ...]) -> list[Config]:
+    """Annealing alone and after a pruned prefill: every curve and floor, then other lengths and scores."""
+    out = [config("off")]
+    middle = CURVES[0], FLOORS[1], LENGTHS[1]
+    curves = [(c, f, LENGTHS[1]) for c in CURVES for f in FLOORS]
+    curves += [(*middle[:2], t) for t in LENGTHS if t != LENGTHS[1]]
+    for base, kept in [("all kept", {"keep": 1.0}), *((f"budget {b:g}", {"budget": b}) for b in budgets)]:
+        keys = {"preset": "st3", **kept, **shape}
+        out.append(config(base, {"off": "off"}, anneal="none", **keys))
+        against = {"off": "off", "no annealing": base}
+        for curve, floor, tokens in curves:
+            name = f"{base} {curve} {floor:g} T{tokens}"
+            keys |= {"anneal": curve, "anneal_floor": floor, "anneal_tokens": tokens}
+            out.append(config(f"{name} random", against, **keys, anneal_score="random"))
+            out.append(config(name, {**against, "random": f"{name} random"}, **keys))
+            if (curve, floor, tokens) == middle:
+                for s in ANNEAL_SCORES:
+                    out.append(config(f"{name} {s}", {**against, "random": f"{name} random"}, **keys, anneal_score=s))
     return out
 
 
@@ -107,8 +136,8 @@ class Reader:
         self.before = [L.llama_vocab_bos(self.model.vocab), *self.model.tokenize("USER: ")]
         self.eos = L.llama_vocab_eos(self.model.vocab)
 
-    def answer(self, image: native_runtime.Image, question: str, limit: int) -> str:
-        """The answer to a question about one image. Raises SystemExit where decoding fails."""
+    def answer(self, image: native_runtime.Image, question: str, limit: int) -> list[int]:
+        """The tokens of the answer to a question about one image. Raises SystemExit where decoding fails."""
         after = self.model.tokenize(f"\n{question} ASSISTANT:")
         self.ctx.clear()
         code = self.ctx.prefill([self.before, image, after])
@@ -120,10 +149,15 @@ class Reader:
             if token == self.eos:
                 break
             said.append(token)
-            if self.ctx.decode([token], at):
+            if self.ctx.decode([token], at):  # one by one: annealing counts such steps
                 raise SystemExit("decode failed")
             at += 1
-        return self.model.text(said)
+        return said
+
+    def held(self) -> float:
+        """Share of the last image's visual tokens that are in the cache now, mean over layers; 1 when off."""
+        report = self.ctx.report()
+        return float(np.mean(report["held"]) / report["given"]) if report.get("held") and report["given"] else 1.0
 
     def close(self) -> None:
         """Free context and model."""
@@ -147,7 +181,7 @@ def run(task: tuple[str, dict[str, native_runtime.Value], range]) -> tuple[str, 
     assert _worker is not None
     rt, job = _worker
     name, keys, indices = task
-    if keys.get("st3.preset") == "random":
+    if "random" in (keys.get("st3.preset"), keys.get("st3.anneal_score")):
         keys = {**keys, "st3.seed": indices.start}  # one draw a chunk: no lucky seed
     count = job.embeddings.stat().st_size // (4 * 576 * job.width)
     table = np.memmap(job.embeddings, np.float32, "r", shape=(count, 576, job.width))
@@ -157,15 +191,19 @@ def run(task: tuple[str, dict[str, native_runtime.Value], range]) -> tuple[str, 
         image = native_runtime.Image(np.array(table[i]), 24, 24)
         asked = scenes.held_out_questions(i, job.style)
         asked = [asked[(i + k) % len(asked)] for k in range(min(job.questions, len(asked)))]
-        facts = [[q.kind, scenes.answer_right(reader.answer(image, q.text, FACT_TOKENS), q.answer)] for q in asked]
-        caption = None
+        row: dict = {"scene": i, "facts": [], "caption": None}
+        for q in asked:
+            said = reader.model.text(reader.answer(image, q.text, FACT_TOKENS))
+            row["facts"].append([q.kind, scenes.answer_right(said, q.answer)])
         if i < job.captions:
-            said = reader.answer(image, scenes.CAPTION_QUESTION, CAPTION_TOKENS)
-            caption = scenes.caption_objects_right(said, scenes.scene(i, style=job.style))
-        out.append({"scene": i, "facts": facts, "caption": caption})
+            tokens = reader.answer(image, scenes.CAPTION_QUESTION, CAPTION_TOKENS)
+            right = scenes.caption_objects_right(reader.model.text(tokens), scenes.scene(i, style=job.style))
+            row |= {"caption": right, "tokens": len(tokens), "held": round(reader.held(), 4)}
+        out.append(row)
     report = reader.ctx.report()
     reader.close()
-    out[0]["schedule"] = {k: report[k] for k in ("mode", "cuts", "counts", "budget", "keep")}
+    schedule = ("mode", "cuts", "counts", "budget", "keep", "anneal")
+    out[0]["schedule"] = {k: report[k] for k in schedule if k in report}
     return name, out
 
 
@@ -230,8 +268,6 @@ def tally(rows: dict[int, dict], scene_ids: list[int]) -> dict[str, np.ndarray]:
 
 def interval(a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> list[float]:
     """a's share right minus b's, in points, with the bootstrap 95 % interval over scenes."""
-    if not a[:, 1].sum():
-        return [float("nan")] * 3
     difference = a[:, 0] - b[:, 0]
     drawn = rng.multinomial(len(a), np.full(len(a), 1 / len(a)), BOOTSTRAP)
     samples = 100 * (drawn @ difference) / (drawn @ a[:, 1])
@@ -253,31 +289,38 @@ def table(configs: list[Config], done: dict[str, dict[int, dict]]) -> tuple[list
         for k, v in t.items():
             row[k] = round(float(100 * v[:, 0].sum() / max(1.0, v[:, 1].sum())), 2)
             row.setdefault("asked", {})[k] = int(v[:, 1].sum())
-        for other in ("off", f"random @ {c.budget:g}"):
-            if other in tallies and other != c.name:
-                word = other.split()[0]
-                for k in ("facts", "captions"):
+        told = [r for r in (done[c.name][i] for i in ids) if "tokens" in r]
+        if told:
+            lengths = [r["tokens"] for r in told]
+            row["tokens"] = {"mean": round(float(np.mean(lengths)), 1), "min": min(lengths), "max": max(lengths)}
+            row["held"] = round(100 * float(np.mean([r["held"] for r in told])), 1)
+        for word, other in c.against.items():
+            for k in UNITS:
+                if other in tallies and t[k].any():
                     row[f"{k} - {word}"] = interval(t[k], tallies[other][k], np.random.default_rng(1))
         rows.append(row)
     return rows, len(ids)
 
 
-def markdown(rows: list[dict], about: dict) -> str:
+def markdown(rows: list[dict], about: dict, title: str, legend: str) -> str:
     """The table as a page."""
 
     def span(row: dict, key: str) -> str:
         value = row.get(key)
-        return "" if not value or np.isnan(value[0]) else f"{value[0]:+.1f} [{value[1]:+.1f}, {value[2]:+.1f}]"
+        return f"{value[0]:+.1f} [{value[1]:+.1f}, {value[2]:+.1f}]" if value else ""
 
     asked = rows[0]["asked"]
-    head = ["configuration", "facts", "captions", *scenes.KINDS]
-    head += ["facts - off", "captions - off", "facts - random", "captions - random"]
+    shares = [k for k, n in asked.items() if n]
+    spans = list(dict.fromkeys(k for row in rows for k in row if " - " in k))
+    told = about["grid"] == "anneal"
+    head = ["configuration", *shares, *(["held", "tokens"] if told else []), *spans]
     out = [
-        "# Quality on the embedded model",
+        f"# {title}",
         "",
-        f"{about['scenes']} held-out scenes ({about['style']} style), {asked['facts']} single facts, "
-        f"{asked['captions']} caption objects; greedy answers. Per cent right; differences in points with 95 % "
-        f"intervals (paired by scene, {BOOTSTRAP} bootstrap draws). `c` is coverage, `@` the budget.",
+        f"{about['scenes']} held-out scenes ({about['style']} style), "
+        + ", ".join(f"{asked[k]} {what}" for k, what in UNITS.items() if asked[k])
+        + "; greedy answers. Per cent right; differences in points with 95 % "
+        f"intervals (paired by scene, {BOOTSTRAP} bootstrap draws). {legend}",
         "",
         f"`{about['command']}`, commit {about['commit']}, {about['processor']}.",
         "",
@@ -285,8 +328,13 @@ def markdown(rows: list[dict], about: dict) -> str:
         "|---" * len(head) + "|",
     ]
     for row in rows:
-        cells = [row["name"], *(f"{row[k]:.1f}" for k in ("facts", "captions", *scenes.KINDS))]
-        out.append("| " + " | ".join([*cells, *(span(row, k) for k in head[-4:])]) + " |")
+        cells = [row["name"], *(f"{row[k]:.1f}" for k in shares)]
+        if told:
+            cells += [
+                f"{row['held']:.0f} %",
+                f"{row['tokens']['mean']:.0f} ({row['tokens']['min']}-{row['tokens']['max']})",
+            ]
+        out.append("| " + " | ".join([*cells, *(span(row, k) for k in spans)]) + " |")
     return "\n".join(out) + "\n"
 
 
@@ -300,7 +348,7 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=200, help="describe the first so many scenes as well")
     parser.add_argument("--questions", type=int, default=6, help="at most so many of a scene's, in turns by kind")
     parser.add_argument("--style", choices=sorted(scenes.STYLES), default="known")
-    parser.add_argument("--grid", choices=("small", "issue", "full"), default="issue")
+    parser.add_argument("--grid", choices=("small", "issue", "full", "anneal"), default="issue")
     parser.add_argument("--budgets", default=",".join(f"{b:g}" for b in BUDGETS))
     parser.add_argument("--only", default="", help="only configurations whose name contains one of these, and off")
     parser.add_argument("--start", type=int, help="st3.start of all configurations")
@@ -313,7 +361,9 @@ def main() -> None:
     if folder is None:
         raise SystemExit("no native libraries: build the package or set ST3_LIB_DIR")
     shape = {k: v for k, v in (("start", args.start), ("stride", args.stride)) if v is not None}
-    configs = grid(args.grid, shape, tuple(float(b) for b in args.budgets.split(",")))
+    budgets = tuple(float(b) for b in args.budgets.split(","))
+    anneal = args.grid == "anneal"
+    configs = anneal_grid(shape, budgets) if anneal else grid(args.grid, shape, budgets)
     wanted = [w for w in args.only.split(",") if w]
     configs = [c for c in configs if not wanted or c.name == "off" or any(w in c.name for w in wanted)]
     digest = hashlib.sha256(args.model.read_bytes() + args.mmproj.read_bytes()).hexdigest()[:12]
@@ -345,6 +395,7 @@ def main() -> None:
     about = {
         "scenes": n,
         "style": args.style,
+        "grid": args.grid,
         "command": command,
         "commit": commit(),
         "processor": processor(),
@@ -352,7 +403,8 @@ def main() -> None:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.with_suffix(".json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    page = markdown(rows, about) if rows else "nothing done yet\n"
+    title = "Captions under annealing, embedded model" if anneal else "Quality on the embedded model"
+    page = markdown(rows, about, title, ANNEAL_LEGEND if anneal else LEGEND) if rows else "nothing done yet\n"
     args.out.with_suffix(".md").write_text(page)
     print(page)
 
