@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <map>
 
 // Attention inputs, one set a stage, and what recording and cutting keep between layers.
@@ -208,6 +209,34 @@ static ggml_tensor * mean(ggml_context * ctx, const std::vector<st3_graph_input:
     return res;
 }
 
+// For developers: use stock ops everywhere, as a backend without the op would.
+static bool stock_ops_only() {
+    static const bool res = getenv("ST3_STOCK_OPS") != nullptr;
+    return res;
+}
+
+// ggml_attn_span(), on a device without a kernel for it by stock ops that compute the same.
+static ggml_tensor * attention_of(
+        ggml_context * ctx, ggml_backend_dev_t dev, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
+        ggml_tensor * ids, float scale, bool max) {
+    ggml_tensor * res = ggml_attn_span(ctx, q, k, mask, ids, scale, max ? GGML_ATTN_SPAN_MAX : GGML_ATTN_SPAN_MEAN);
+    if (!stock_ops_only() && (!dev || ggml_backend_dev_supports_op(dev, res))) {
+        return res;
+    }
+    const int64_t n_query = q->ne[1] * q->ne[2];
+
+    ggml_tensor * p = ggml_soft_max_ext(ctx, ggml_mul_mat(ctx, k, q), mask, scale, 0.0f);  // [n_kv, n_rows, n_head]
+
+    p = ggml_cont(ctx, ggml_transpose(ctx, ggml_reshape_2d(ctx, p, k->ne[1], n_query)));
+    p = ggml_get_rows(ctx, p, ids);  // [n_query, n_span]
+    if (max) {
+        p = ggml_pool_2d(ctx, p, GGML_OP_POOL_MAX, (int) n_query, 1, (int) n_query, 1, 0, 0);
+    } else {
+        p = ggml_mean(ctx, p);
+    }
+    return ggml_reshape_1d(ctx, p, ids->ne[0]);
+}
+
 void st3_record_attention(
         const llm_graph_context & g, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask, float kq_scale, int il) {
     auto * inp = find_input(g);
@@ -239,13 +268,14 @@ void st3_record_attention(
             const int64_t n_rows = term.text ? r.shape.n_rows : 1;
             const int64_t row    = q->ne[1] - r.shape.from_end - n_rows;
 
-            cur = ggml_attn_span(
-                    ctx, ggml_view_3d(ctx, q, q->ne[0], n_rows, q->ne[2], q->nb[1], q->nb[2], row * q->nb[1]),
+            cur = attention_of(
+                    ctx, inp->ctx->device(il),
+                    ggml_view_3d(ctx, q, q->ne[0], n_rows, q->ne[2], q->nb[1], q->nb[2], row * q->nb[1]),
                     ggml_view_3d(ctx, k, k->ne[0], k->ne[1], k->ne[2], k->nb[1], k->nb[2], r.shape.stream * k->nb[3]),
                     ggml_view_2d(
                             ctx, kq_mask, kq_mask->ne[0], n_rows, kq_mask->nb[1],
                             (row - r.shape.stream * kq_mask->ne[1]) * kq_mask->nb[1] + r.shape.stream * kq_mask->nb[3]),
-                    r.ids[stage], kq_scale, term.max ? GGML_ATTN_SPAN_MAX : GGML_ATTN_SPAN_MEAN);
+                    r.ids[stage], kq_scale, term.max);
             g.cb(cur, "st3_score", il);
             return cur;
         };

@@ -112,6 +112,11 @@ uint64_t st3_memory::generation() const {
     return res;
 }
 
+ggml_backend_dev_t st3_memory::device(int32_t il) const {
+    return ggml_backend_buft_get_device(
+            ggml_backend_buffer_get_type(stages[schedule.stage(il)]->get_k_storage(il)->buffer));
+}
+
 uint32_t st3_memory::n_used(llama_seq_id seq_id) const {
     uint32_t res = 0;
     for (const auto & s : stages) {

@@ -145,6 +145,9 @@ class st3_memory : public llama_memory_i {
 
     uint32_t n_stage() const { return (uint32_t) stages.size(); }
 
+    // Where the keys of a layer are; null: in the host's memory, with the CPU.
+    ggml_backend_dev_t device(int32_t il) const;
+
     // Changes whenever any stage's tensors are replaced.
     uint64_t generation() const;
 
@@ -228,6 +231,8 @@ class st3_memory_context : public llama_memory_context_i {
     const st3_schedule & schedule() const { return mem->schedule; }
 
     uint64_t generation() const { return mem->generation(); }
+
+    ggml_backend_dev_t device(int32_t il) const { return mem->device(il); }
 
     st3_plan * plan() const { return plan_.get(); }
 
