@@ -131,32 +131,35 @@ void st3_memory::announce(uint32_t nx, uint32_t ny) {
     n_announced  = nx * ny;
 }
 
-// Indices of an image's tokens that a stage holds, ascending.
-std::vector<uint32_t> st3_memory::held(llama_seq_id seq_id, const st3_image & image, uint32_t stage) const {
-    std::vector<uint32_t> res;
+// What a stage holds of an image.
+st3_memory::held_t st3_memory::held(llama_seq_id seq_id, const st3_image & image, uint32_t stage) const {
+    const auto & cells = stages[stage]->get_cells(seq_id).seq_pos_get(seq_id);
+
+    held_t    res;
+    auto      it   = cells.begin();
+    llama_pos last = -1;
     for (uint32_t i = 0; i < image.pos.size(); ++i) {
-        if (image.pos[i] >= 0 && stages[stage]->find(seq_id, image.pos[i]) >= 0) {
-            res.push_back(i);
+        const llama_pos pos = image.pos[i];
+        if (pos < 0) {
+            continue;
         }
+        if (pos != last + 1) {  // neighbours are as a rule a step away, anything else is looked for
+            it = cells.lower_bound({ pos, 0 });
+        }
+        while (it != cells.end() && it->first < pos) {
+            ++it;
+        }
+        if (it != cells.end() && it->first == pos) {
+            res.ids.push_back(i);
+            res.cells.push_back(it->second);
+        }
+        last = pos;
     }
     return res;
 }
 
 uint32_t st3_memory::n_held(llama_seq_id seq_id, const st3_image & image, uint32_t stage) const {
-    return (uint32_t) held(seq_id, image, stage).size();
-}
-
-// Whether an image will lose no more tokens.
-bool st3_memory::settled(llama_seq_id seq_id, const st3_image & image) const {
-    if (!schedule.anneals() || image.frozen) {
-        return true;
-    }
-    for (uint32_t s = 0; s < n_stage(); ++s) {
-        if (n_held(seq_id, image, s) > schedule.target(image.n0[s], std::numeric_limits<uint64_t>::max())) {
-            return false;
-        }
-    }
-    return true;
+    return (uint32_t) held(seq_id, image, stage).ids.size();
 }
 
 //
@@ -206,45 +209,51 @@ st3_record st3_memory::make_record(const llama_ubatch & ubatch, llama_seq_id seq
         res.stream         = seq_id - *first;
     }
 
-    const auto & list = images.of(seq_id);
-
-    res.cut    = cut && !schedule.terms.empty() && !schedule.cuts.empty();
-    res.anneal = schedule.anneals() && !schedule.anneal_terms.empty() &&
-                 (cut || std::any_of(list.begin(), list.end(), [&](const st3_image & image) {
-                      return image.pruned && !settled(seq_id, image);
-                  }));
+    // what every stage holds of the images in question, those that wait for their cuts first
+    struct share_t {
+        uint32_t            image;
+        std::vector<held_t> held;  // [stage]
+    };
+    const auto &         list = images.of(seq_id);
+    std::vector<share_t> shares;
+    size_t               n_waiting = 0;
+    for (const bool waiting : { true, false }) {
+        for (uint32_t i = 0; i < list.size(); ++i) {
+            if (list[i].frozen || list[i].pruned == waiting || (waiting ? !cut : !schedule.anneals())) {
+                continue;
+            }
+            share_t share = { i, {} };
+            bool    more  = waiting;  // whether it will lose any more tokens
+            for (uint32_t s = 0; s < n_stage(); ++s) {
+                share.held.push_back(held(seq_id, list[i], s));
+                more |= !waiting &&
+                        share.held[s].ids.size() > schedule.target(list[i].n0[s], std::numeric_limits<uint64_t>::max());
+            }
+            if (more) {
+                shares.push_back(std::move(share));
+                n_waiting += waiting;
+            }
+        }
+    }
+    res.cut    = n_waiting > 0 && !schedule.terms.empty() && !schedule.cuts.empty();
+    res.anneal = !shares.empty() && schedule.anneals() && !schedule.anneal_terms.empty();
 
     for (uint32_t s = 0; s < n_stage(); ++s) {
-        std::vector<uint32_t>  cells;
-        std::vector<st3_token> tokens;
-        uint32_t               n_ids = 0;
+        res.cells.emplace_back();
+        res.tokens.emplace_back();
+        res.n_fresh.push_back(0);
 
-        const auto append = [&](uint32_t i_image) {
-            for (const uint32_t i : held(seq_id, list[i_image], s)) {
-                cells.push_back((uint32_t) stages[s]->find(seq_id, list[i_image].pos[i]));
-                tokens.push_back({ i_image, i });
+        uint32_t n_ids = 0;
+        for (size_t i = 0; i < shares.size() && (res.anneal || i < n_waiting); ++i) {
+            const auto & h = shares[i].held[s];
+            res.cells[s].insert(res.cells[s].end(), h.cells.begin(), h.cells.end());
+            for (const uint32_t id : h.ids) {
+                res.tokens[s].push_back({ shares[i].image, id });
             }
-        };
-        if (cut && (res.anneal || res.cut)) {
-            for (uint32_t i = 0; i < list.size(); ++i) {
-                if (!list[i].pruned && !list[i].frozen) {
-                    append(i);
-                }
-            }
-        }
-        res.n_fresh.push_back((uint32_t) tokens.size());
-        n_ids += (uint32_t) tokens.size();
-        if (res.anneal) {
-            for (uint32_t i = 0; i < list.size(); ++i) {
-                if (list[i].pruned && !settled(seq_id, list[i])) {
-                    append(i);
-                    n_ids += list[i].n0[s];
-                }
-            }
+            res.n_fresh[s] += i < n_waiting ? (uint32_t) h.ids.size() : 0;
+            n_ids += i < n_waiting ? (uint32_t) h.ids.size() : list[shares[i].image].n0[s];
         }
         res.n_ids.push_back(GGML_PAD(n_ids, PAD_IDS));
-        res.cells.push_back(std::move(cells));
-        res.tokens.push_back(std::move(tokens));
     }
     return res;
 }
@@ -282,7 +291,7 @@ void st3_memory::anneal(llama_seq_id seq_id) {
         for (uint32_t s = 0; s < n_stage(); ++s) {
             const uint32_t n_keep = schedule.target(image.n0[s], image.n_steps + schedule.anneal_interval);
 
-            auto ids = held(seq_id, image, s);
+            auto ids = held(seq_id, image, s).ids;
             if (ids.size() <= n_keep) {
                 continue;
             }
@@ -632,7 +641,7 @@ void st3_memory::evict(llama_seq_id seq_id) {
         }
         const auto n_keep = schedule.counts((uint32_t) image.pos.size());
 
-        auto ids = held(seq_id, image, 0);
+        auto ids = held(seq_id, image, 0).ids;
         for (uint32_t s = 1; s < n_stage(); ++s) {
             auto rank = schedule.bias(image.nx, image.ny, n_keep[s], image.number, schedule.random);
             for (size_t i = 0; i < cut.tokens.size(); ++i) {
@@ -648,7 +657,7 @@ void st3_memory::evict(llama_seq_id seq_id) {
             std::sort(ids.begin(), ids.end());
 
             std::vector<uint32_t> gone;
-            const auto            before = held(seq_id, image, s);
+            const auto            before = held(seq_id, image, s).ids;
             std::set_difference(before.begin(), before.end(), ids.begin(), ids.end(), std::back_inserter(gone));
             drop(seq_id, image, s, gone);
         }

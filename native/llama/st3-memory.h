@@ -182,8 +182,12 @@ class st3_memory : public llama_memory_i {
     void drop(llama_seq_id seq_id, const st3_image & image, uint32_t stage, const std::vector<uint32_t> & ids);
     void synchronize() const;
 
-    std::vector<uint32_t> held(llama_seq_id seq_id, const st3_image & image, uint32_t stage) const;
-    bool                  settled(llama_seq_id seq_id, const st3_image & image) const;
+    struct held_t {
+        std::vector<uint32_t> ids;    // of an image's tokens, ascending
+        std::vector<uint32_t> cells;  // theirs
+    };
+
+    held_t held(llama_seq_id seq_id, const st3_image & image, uint32_t stage) const;
 
     const llama_model & model;
     const bool          unified;
