@@ -92,6 +92,7 @@ class Runtime:
             f.st3_last_error.restype = C.c_char_p
             f.st3_check_model.argtypes = [C.c_void_p]
             f.st3_prefill.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.POINTER(Piece), C.c_size_t]
+            f.st3_positions.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.POINTER(C.c_int32), C.c_int32]
             f.st3_kept.argtypes = [C.c_void_p, C.c_int32, C.POINTER(C.c_int32), C.c_int32]
             f.st3_report.argtypes = [C.c_void_p, C.c_char_p, C.c_size_t]
             f.st3_report.restype = C.c_size_t
@@ -136,6 +137,7 @@ class Model:
         if not self.ptr:
             raise NativeError(f"cannot load {path.name}: {''.join(rt.log)}")
         self.n_embd = L.llama_model_n_embd(self.ptr)
+        self.n_layer = L.llama_model_n_layer(self.ptr)
         self.vocab = L.llama_model_get_vocab(self.ptr)
         self.n_vocab = L.llama_vocab_n_tokens(self.vocab)
 
@@ -255,6 +257,20 @@ class Context:
         finally:
             L.llama_batch_free(batch)
 
+    def decode_rows(self, rows: Sequence[tuple[int, int, Sequence[int]]]) -> int:
+        """llama_decode of (token, position, sequences), each row with logits; returns its code."""
+        L = self.rt.llama
+        batch = L.llama_batch_init(len(rows), 0, max(len(seqs) for _, _, seqs in rows))
+        try:
+            batch.n_tokens = len(rows)
+            for i, (token, pos, seqs) in enumerate(rows):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, pos, len(seqs), 1
+                for j, seq in enumerate(seqs):
+                    batch.seq_id[i][j] = seq
+            return L.llama_decode(self.ptr, batch)
+        finally:
+            L.llama_batch_free(batch)
+
     def logits(self, i: int = -1) -> np.ndarray:
         """A copy of the logits of output i of the last batch."""
         p = self.rt.llama.llama_get_logits_ith(self.ptr, i)
@@ -281,15 +297,69 @@ class Context:
         self.rt.lib.st3_report(self.ptr, out, n + 1)
         return json.loads(out.value)
 
+    @property
+    def _memory(self) -> object:
+        return self.rt.llama.llama_get_memory(self.ptr)
+
     def clear(self) -> None:
         """Empty the cache."""
-        self.rt.llama.llama_memory_clear(self.rt.llama.llama_get_memory(self.ptr), True)
+        self.rt.llama.llama_memory_clear(self._memory, True)
 
     def positions(self, seq: int = 0) -> tuple[int, int]:
         """Smallest and largest position in the cache, (-1, -1) where it is empty."""
         L = self.rt.llama
-        memory = L.llama_get_memory(self.ptr)
-        return L.llama_memory_seq_pos_min(memory, seq), L.llama_memory_seq_pos_max(memory, seq)
+        return L.llama_memory_seq_pos_min(self._memory, seq), L.llama_memory_seq_pos_max(self._memory, seq)
+
+    def held(self, layer: int, seq: int = 0) -> np.ndarray:
+        """st3_positions: the positions of a sequence that a layer holds. Raises NativeError."""
+        n = self.rt.lib.st3_positions(self.ptr, seq, layer, None, 0)
+        if n < 0:
+            raise NativeError(self.rt.last_error())
+        out = np.empty(n, np.int32)
+        if self.rt.lib.st3_positions(self.ptr, seq, layer, out.ctypes.data_as(C.POINTER(C.c_int32)), n) != n:
+            raise NativeError("the number of positions changed")
+        return out.astype(np.int64)
+
+    def seq_rm(self, seq: int, p0: int = -1, p1: int = -1) -> bool:
+        """llama_memory_seq_rm."""
+        return self.rt.llama.llama_memory_seq_rm(self._memory, seq, p0, p1)
+
+    def seq_cp(self, src: int, dst: int, p0: int = -1, p1: int = -1) -> None:
+        """llama_memory_seq_cp."""
+        self.rt.llama.llama_memory_seq_cp(self._memory, src, dst, p0, p1)
+
+    def seq_keep(self, seq: int) -> None:
+        """llama_memory_seq_keep."""
+        self.rt.llama.llama_memory_seq_keep(self._memory, seq)
+
+    def seq_add(self, seq: int, p0: int, p1: int, by: int) -> None:
+        """llama_memory_seq_add."""
+        self.rt.llama.llama_memory_seq_add(self._memory, seq, p0, p1, by)
+
+    def seq_div(self, seq: int, p0: int, p1: int, by: int) -> None:
+        """llama_memory_seq_div."""
+        self.rt.llama.llama_memory_seq_div(self._memory, seq, p0, p1, by)
+
+    def save(self, seq: int | None = None) -> bytes:
+        """The state of a sequence, or of the whole context. Raises NativeError."""
+        L = self.rt.llama
+        size = L.llama_state_get_size(self.ptr) if seq is None else L.llama_state_seq_get_size(self.ptr, seq)
+        raw = (C.c_uint8 * max(1, size))()
+        if seq is None:
+            n = L.llama_state_get_data(self.ptr, raw, size)
+        else:
+            n = L.llama_state_seq_get_data(self.ptr, raw, size, seq)
+        if n != size or not n:
+            raise NativeError(f"a state of {size} bytes, {n} of them written")
+        return bytes(raw)
+
+    def restore(self, raw: bytes, seq: int | None = None) -> int:
+        """Put a saved state back; returns the bytes read, 0 where it is refused."""
+        L = self.rt.llama
+        data = (C.c_uint8 * max(1, len(raw))).from_buffer_copy(raw or b"\0")
+        if seq is None:
+            return L.llama_state_set_data(self.ptr, data, len(raw))
+        return L.llama_state_seq_set_data(self.ptr, data, len(raw), seq)
 
     def abort_when(self, stop: Callable[[], bool] | None) -> None:
         """Set (or, with None, remove) a function that ends the running decode by returning True."""

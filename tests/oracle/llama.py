@@ -1,11 +1,25 @@
-"""A LLaMA decoder in double precision, read from a GGUF, with pruned prefill and decode.
+"""A LLaMA decoder in double precision, read from a GGUF, with pruned prefill, decode and annealing.
 
 A prompt is a list of pieces: token ids (text) or an `Image` of embeddings. One residual row is one prompt
-position; a cut drops rows, and what is left keeps its order and its rotary position.
+position; a cut drops rows, and what is left keeps its order and its rotary position. Visual tokens are named by their
+index over all images of a conversation in order.
+
+`follow` holds, for each stage, the positions that the code under test has there after a batch. Then these stay, and not
+the oracle's own choice (which every `Cut` still tells): so each cut and each step is judged from the state that the
+code was in.
+
+Readings, where the method leaves room:
+- A batch makes one record for every image whose prefill it is or comes after, in every stage; the scoring rows of
+  `text` are the batch's rows after its last image (all of them where it has none).
+- An image that came by an ordinary batch waits for its question, and has no records and no t until then. Such a batch
+  itself records nothing: nobody asks or answers in it.
+- An image of an ordinary batch has no grid: a square where its length is one, else one row.
+- A record is of one stage: with `-sum` a term is averaged over its layers, else it is the last one's (as at a cut).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +29,7 @@ import numpy as np
 
 from . import rounding
 from .attention import probabilities
-from .schedule import Schedule, best
+from .schedule import Schedule, Term, best
 
 Array = np.ndarray
 TEXT_ROWS = 512  # at most so many rows of text score
@@ -36,18 +50,27 @@ Piece = list[int] | Image
 
 @dataclass
 class Layer:
-    """What a layer remembers: rotated keys, values [n_head_kv, n, head], as the cache's type holds them."""
+    """What a layer remembers: rotated keys, values [n_head_kv, n, head] as the cache's type holds them.
+
+    `pos` [n] are their positions, `visual` [n] names the visual tokens; -1 is text.
+    """
 
     k: Array
     v: Array
+    pos: Array
+    visual: Array
+
+    def only(self, cells: Array) -> Layer:
+        """The layer with these cells (a mask [n]) alone."""
+        return Layer(self.k[:, cells], self.v[:, cells], self.pos[cells], self.visual[cells])
 
 
 @dataclass
 class Cut:
     """A cut as the oracle sees it: what was there, how it ranked, and what it would keep.
 
-    `left` are visual indices (over all images in order) before the cut, `score` and `rank` belong to them,
-    `image` says whose they are, `kept` is the oracle's choice.
+    `left` are visual indices before the cut, `score` and `rank` belong to them, `image` says whose they are, `kept` is
+    the oracle's choice. A step's removal is a cut in this sense too, one for each stage.
     """
 
     left: Array
@@ -78,13 +101,91 @@ class Cut:
 
 
 @dataclass
+class Seen:
+    """An image in a conversation: tokens [first, first + n) at positions [p0, p0 + n), `number` in the sequence.
+
+    `n0`, `total` are of each stage: tokens held after prefill, and the sum of the records [n]. `t` counts generated
+    tokens; `waits` says that no question has seen it yet.
+    """
+
+    first: int
+    n: int
+    nx: int
+    ny: int
+    p0: int
+    number: int
+    waits: bool = True
+    t: int = 0
+    records: int = 0
+    n0: list[int] = field(default_factory=list)
+    total: list[Array] = field(default_factory=list)
+
+    @property
+    def ids(self) -> Array:
+        """Its visual indices."""
+        return np.arange(self.first, self.first + self.n)
+
+    def start(self, result: Result) -> None:
+        """Its prefill is over: from here on it is annealed."""
+        n_stages = result.stage(len(result.layers) - 1) + 1
+        self.waits = False
+        self.n0 = [int(np.isin(result.held(s), self.ids).sum()) for s in range(n_stages)]
+        self.total = [np.zeros(self.n) for _ in range(n_stages)]
+
+
+@dataclass
 class Result:
-    """Logits of the last position, the cuts, and the caches for `Decoder.step`."""
+    """A conversation: logits of the last position, caches, images, and the cuts of the last prefill or question.
+
+    `steps` are the removals of the last generated token, one `Cut` for each stage.
+    """
 
     logits: Array
     cuts: list[Cut] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
     n_pos: int = 0
+    schedule: Schedule | None = None
+    images: list[Seen] = field(default_factory=list)
+    steps: list[Cut] = field(default_factory=list)
+    continues: bool = False  # the last batch ended in an image
+
+    @property
+    def n_visual(self) -> int:
+        """Visual tokens of all images."""
+        return sum(im.n for im in self.images)
+
+    def stage(self, layer: int) -> int:
+        """The stage that a layer belongs to."""
+        return sum(cut < layer for cut in self.schedule.cuts) if self.schedule else 0
+
+    def members(self, stage: int) -> list[int]:
+        """The layers of a stage."""
+        return [i for i in range(len(self.layers)) if self.stage(i) == stage]
+
+    def held(self, stage: int) -> Array:
+        """Visual indices that a stage holds, ascending."""
+        at = self.layers[self.members(stage)[0]].visual
+        return at[at >= 0]
+
+    def visual(self, positions: Array, images: list[Seen] | None = None) -> Array:
+        """The visual indices, of these images alone, among positions."""
+        out = [np.zeros(0, np.int64)]
+        for im in self.images if images is None else images:
+            out.append(im.first + positions[(positions >= im.p0) & (positions < im.p0 + im.n)] - im.p0)
+        return np.concatenate(out)
+
+    def add(self, p0: int, n: int, nx: int, ny: int) -> Seen:
+        """One more image at the end."""
+        number = self.images[-1].number + 1 if self.images else 0
+        self.images.append(Seen(self.n_visual, n, nx, ny, p0, number))
+        return self.images[-1]
+
+    def _keep(self, stage: int, images: list[Seen], stay: Array) -> None:
+        """Of these images, leave `stay` alone in a stage."""
+        theirs = np.concatenate([np.zeros(0, np.int64), *[im.ids for im in images]])
+        for i in self.members(stage):
+            at = self.layers[i].visual
+            self.layers[i] = self.layers[i].only(~np.isin(at, theirs) | np.isin(at, stay))
 
 
 class Decoder:
@@ -110,6 +211,7 @@ class Decoder:
         if n_rot != self.head:
             raise ValueError("only whole heads are rotated here")
         self.freqs = base ** (-np.arange(0, self.head, 2) / self.head)
+        self.order: np.random.Generator | None = None  # set: F16 values are summed in F16, in this random order
         self._tensors = {t.name: t for t in reader.tensors}
         self._reader = reader
         if "rope_freqs.weight" in self._tensors:
@@ -139,8 +241,8 @@ class Decoder:
         even, odd = y[..., 0::2], y[..., 1::2]
         return np.stack([even * c - odd * s, even * s + odd * c], -1).reshape(y.shape)
 
-    def _layer(self, i: int, x: Array, pos: Array, past: Layer | None, kv: str) -> tuple[Array, Array, Layer, Array]:
-        """Run a layer; returns its output, its (unrounded) queries, its cache and the mask."""
+    def _layer(self, i: int, x: Array, pos: Array, past: Layer, visual: Array, kv: str) -> tuple[Array, Array, Layer]:
+        """Run a layer; returns its output, its (unrounded) queries and its cache."""
         quantized = kv not in ("F32", "F16")
         turn_k = rounding.rotation_size(self.head, True) if quantized else 0
         turn_v = rounding.rotation_size(self.head, False) if quantized else 0
@@ -148,23 +250,127 @@ class Decoder:
         q = rounding.rotate(self._heads(y, f"blk.{i}.attn_q.weight", pos), turn_k)
         k = rounding.stored(rounding.rotate(self._heads(y, f"blk.{i}.attn_k.weight", pos), turn_k), kv)
         v = rounding.stored(rounding.rotate(self._heads(y, f"blk.{i}.attn_v.weight", None), turn_v), kv)
-        if past:
-            k, v = np.concatenate([past.k, k], 1), np.concatenate([past.v, v], 1)
-        n, n_kv = len(x), k.shape[1]
-        mask = np.where(np.arange(n_kv)[None, :] > np.arange(n_kv - n, n_kv)[:, None], -np.inf, 0.0)
-        asked = rounding.stored(q, kv) if quantized or n < TILE_ROWS else q
-        p = probabilities(asked, k, mask, self.head**-0.5)
-        out = rounding.rotate(p @ np.repeat(v, self.n_head // self.n_head_kv, 0), turn_v)
-        x = x + out.swapaxes(0, 1).reshape(n, -1) @ self.w(f"blk.{i}.attn_output.weight").T
+        k, v = np.concatenate([past.k, k], 1), np.concatenate([past.v, v], 1)
+        now = Layer(k, v, np.append(past.pos, pos), np.append(past.visual, visual))
+        asked = rounding.stored(q, kv) if quantized or len(x) < TILE_ROWS else q
+        p, of_head = self._attention(asked, now), np.repeat(now.v, self.n_head // self.n_head_kv, 0)
+        if self.order is not None and kv == "F16" and len(x) < TILE_ROWS:
+            out = rounding.sum_in_f16(p, of_head, self.order.permutation(of_head.shape[1]))
+        else:
+            out = rounding.rotate(p @ of_head, turn_v)
+        x = x + out.swapaxes(0, 1).reshape(len(x), -1) @ self.w(f"blk.{i}.attn_output.weight").T
         y = self._norm(x, f"blk.{i}.ffn_norm.weight")
         gate = y @ self.w(f"blk.{i}.ffn_gate.weight").T
         up = y @ self.w(f"blk.{i}.ffn_up.weight").T
         x = x + (gate / (1 + np.exp(-gate)) * up) @ self.w(f"blk.{i}.ffn_down.weight").T
-        return x, q, Layer(k, v), mask
+        return x, q, now
+
+    def _attention(self, q: Array, layer: Layer) -> Array:
+        """Causal probabilities [n_head, n_q, n] of queries that belong to the newest cells."""
+        n, n_kv = q.shape[1], layer.k.shape[1]
+        mask = np.where(np.arange(n_kv)[None, :] > np.arange(n_kv - n, n_kv)[:, None], -np.inf, 0.0)
+        return probabilities(q, layer.k, mask, self.head**-0.5)
+
+    def _received(self, term: Term, q: Array, layer: Layer, n_text: int, n_visual: int) -> Array:
+        """What a term makes of the attention that each visual token of the layer gets: [n_visual], 0 where dropped."""
+        rows = 1 if term.queries == "last" else min(n_text, TEXT_ROWS)
+        p = self._attention(q[:, -rows:], layer)[:, :, layer.visual >= 0]
+        out = np.zeros(n_visual)
+        out[layer.visual[layer.visual >= 0]] = p.mean((0, 1)) if term.reduce == "mean" else p.max((0, 1))
+        return out
 
     def _logits(self, row: Array) -> Array:
         name = "output.weight" if "output.weight" in self._tensors else "token_embd.weight"
         return self.w(name) @ self._norm(row, "output_norm.weight")
+
+    def _batch(
+        self,
+        result: Result,
+        x: Array,
+        visual: Array,
+        kv: str,
+        asked: list[Seen],
+        follow: list[Array] | None = None,
+    ) -> None:
+        """Run rows [n, width], named by `visual`, through all layers: logits, caches, records.
+
+        `asked` are the images whose prefill this batch is. Where it holds them the cuts drop rows between layers, else
+        they take cells when all layers have run.
+        """
+        schedule, pos = result.schedule, np.arange(result.n_pos, result.n_pos + len(x))
+        cuts = schedule.cuts if schedule else ()
+        pruned = bool(asked) and asked[0].first in visual
+        n_text = len(x) - 1 - int(np.flatnonzero(visual >= 0)[-1]) if (visual >= 0).any() else len(x)
+        terms = {*(schedule.terms if asked else ()), *schedule.record_terms} if schedule and result.images else set()
+        received: dict[Term, list[Array]] = {t: [] for t in terms}
+        result.n_pos += len(x)
+        result.cuts = []
+        for i in range(self.n_layer):
+            x, q, layer = self._layer(i, x, pos, result.layers[i], visual, kv)
+            result.layers[i] = layer
+            for t in terms:
+                received[t].append(self._received(t, q, layer, n_text, result.n_visual))
+            if pruned and i in cuts:
+                stay = self._cut(result, i, asked, received, follow)
+                rows = (visual < 0) | np.isin(visual, stay)
+                x, pos, visual = x[rows], pos[rows], visual[rows]
+        result.logits = self._logits(x[-1])
+        if not pruned and asked:
+            for n_cut, i in enumerate(cuts):
+                result._keep(n_cut + 1, asked, self._cut(result, i, asked, received, follow))
+        for im in asked:
+            im.start(result)
+        for im in result.images if asked or visual.max(initial=-1) < 0 else []:
+            if not im.waits and schedule and schedule.anneal != "none":
+                im.records += 1
+                for stage, total in enumerate(im.total):
+                    for t in schedule.record_terms:
+                        layers = result.members(stage) if t.summed else result.members(stage)[-1:]
+                        total += np.mean([received[t][i] for i in layers], 0)[im.ids] / len(schedule.record_terms)
+
+    def _cut(
+        self, result: Result, i: int, asked: list[Seen], received: dict[Term, list[Array]], follow: list[Array] | None
+    ) -> Array:
+        """The cut after layer i: adds it to the result, and returns what stays of the images."""
+        schedule, n_cut = result.schedule, len(result.cuts)
+        assert schedule is not None
+        score = np.zeros(result.n_visual)
+        for t in schedule.terms:
+            score += (np.mean(received[t][: i + 1], axis=0) if t.summed else received[t][i]) / len(schedule.terms)
+        if n_cut == 0:
+            left = np.concatenate([im.ids for im in asked])
+        else:
+            left = result.cuts[-1].kept if follow is None else result.visual(follow[n_cut], asked)
+        cut = self._choose(schedule, asked, left, score, [schedule.counts(im.n)[n_cut] for im in asked])
+        result.cuts.append(cut)
+        return cut.kept if follow is None else result.visual(follow[n_cut + 1], asked)
+
+    def _choose(
+        self,
+        schedule: Schedule,
+        images: list[Seen],
+        left: Array,
+        score: Array,
+        counts: list[int],
+        annealing: bool = False,
+    ) -> Cut:
+        """Rank the tokens `left` of these images (score [n_visual]) and keep the best, counts[i] of images[i]."""
+        by_chance = schedule.anneal_random if annealing else schedule.random
+        rank, owner, own = np.zeros(len(score)), np.full(len(score), -1), []
+        for i, (im, n) in enumerate(zip(images, counts, strict=True)):
+            mine = left[np.isin(left, im.ids)]
+            bias = schedule.bias(im.nx, im.ny, n, im.number, by_chance)
+            rank[mine] = (0 if by_chance else score[mine]) + bias[mine - im.first]
+            owner[mine] = i
+            own.append(mine[best(rank[mine], n)])
+        left = left[owner[left] >= 0]
+        return Cut(left, owner[left], score[left], rank[left], np.concatenate([np.zeros(0, np.int64), *own]))
+
+    def begin(self, schedule: Schedule | None = None) -> Result:
+        """An empty conversation."""
+        none = np.zeros((self.n_head_kv, 0, self.head))
+        layers = [Layer(none, none, *np.zeros((2, 0), np.int64)) for _ in range(self.n_layer)]
+        return Result(np.zeros(0), layers=layers, schedule=schedule)
 
     def prefill(
         self,
@@ -172,73 +378,69 @@ class Decoder:
         schedule: Schedule | None = None,
         kv: str = "F32",
         follow: list[Array] | None = None,
+        result: Result | None = None,
     ) -> Result:
-        """Prefill from position 0 on.
-
-        With `follow` the rows kept at each cut are these, and not the oracle's own (which every `Cut` still
-        tells): so each cut is judged from the state that the code under test was in.
-        """
-        x = self.embed(pieces)
-        pos = np.arange(len(x))
-        sizes = [len(p.embd) if isinstance(p, Image) else 0 for p in pieces]
-        images = [p for p in pieces if isinstance(p, Image)]
-        image = np.concatenate(
-            [
-                np.full(n or len(p), sum(s > 0 for s in sizes[:at]) if n else -1)
-                for at, (p, n) in enumerate(zip(pieces, sizes, strict=True))
-            ]
-        )
-        visual = np.where(image >= 0, np.cumsum(image >= 0) - 1, -1)
-        first = np.concatenate([[0], np.cumsum([len(im.embd) for im in images])])
-        result = Result(np.zeros(0), n_pos=len(x))
-        counts = [schedule.counts(len(im.embd)) for im in images] if schedule else []
-        sums = {t: np.zeros(first[-1]) for t in schedule.terms} if schedule else {}
-        for i in range(self.n_layer):
-            x, q, layer, mask = self._layer(i, x, pos, None, kv)
-            result.layers.append(layer)
-            if not images or not schedule or i > max(schedule.cuts, default=-1):
-                continue
-            rows_seen = visual >= 0
-            at = visual[rows_seen]
-            n_text = len(x) - 1 - int(np.flatnonzero(rows_seen)[-1]) if rows_seen.any() else 1
-            now = {}
-            for term in schedule.terms:
-                rows = 1 if term.queries == "last" else min(n_text, TEXT_ROWS)
-                p = probabilities(q[:, -rows:], layer.k, mask[-rows:], self.head**-0.5)[:, :, rows_seen]
-                now[term] = np.zeros(first[-1])
-                now[term][at] = p.mean((0, 1)) if term.reduce == "mean" else p.max((0, 1))
-                sums[term] += now[term]
-            if i not in schedule.cuts:
-                continue
-            n_cut = schedule.cuts.index(i)
-            score = np.mean([sums[t][at] / (i + 1) if t.summed else now[t][at] for t in schedule.terms], axis=0)
-            bias = np.concatenate(
-                [
-                    schedule.bias(im.nx or len(im.embd), im.ny or 1, c[n_cut])
-                    for im, c in zip(images, counts, strict=True)
-                ]
-            )[at]
-            rank = schedule.weight * score + bias
-            whose = image[rows_seen]
-            own = np.concatenate([at[whose == j][best(rank[whose == j], c[n_cut])] for j, c in enumerate(counts)])
-            result.cuts.append(Cut(at, whose, score, rank, own))
-            stay = own if follow is None else np.asarray(follow[n_cut])
-            rows = ~rows_seen | np.isin(visual, stay)
-            x, pos, image, visual = x[rows], pos[rows], image[rows], visual[rows]
-        result.logits = self._logits(x[-1])
+        """Prefill in one batch, pruned if there is a schedule: from position 0, or going on from `result`."""
+        result = self.begin(schedule) if result is None else result
+        names, asked, at = [], [], result.n_pos
+        for p in pieces:
+            n = len(p.embd) if isinstance(p, Image) else len(p)
+            if isinstance(p, Image):
+                asked.append(result.add(at, n, p.nx or n, p.ny or 1))
+            names.append(asked[-1].ids if isinstance(p, Image) else np.full(n, -1))
+            at += n
+        self._batch(result, self.embed(pieces), np.concatenate(names), kv, asked, follow)
+        result.continues = False
         return result
 
-    def step(self, result: Result, token: int, kv: str = "F32") -> Array:
+    def picture(self, result: Result, image: Image, kv: str = "F32") -> None:
+        """An ordinary batch of embeddings: an image that waits for its question, or more of the one just before.
+
+        `image` has the grid of all that came so far, or none.
+        """
+        n = len(image.embd)
+        if result.continues:
+            last = result.images[-1]
+            last.n += n
+        else:
+            last = result.add(result.n_pos, n, 0, 0)
+        side = math.isqrt(last.n)
+        likely = (side, side) if side**2 == last.n else (last.n, 1)
+        last.nx, last.ny = (image.nx, image.ny) if image.nx * image.ny == last.n else likely
+        self._batch(result, image.embd.astype(np.float64), last.ids[-len(image.embd) :], kv, [])
+        result.continues = True
+
+    def text(self, result: Result, tokens: list[int], kv: str = "F32", follow: list[Array] | None = None) -> Array:
+        """A batch of tokens whose last row is an output: the question of images that wait. Returns its logits.
+
+        These images are cut down by the rule of the cuts in prefill, once all layers have run.
+        """
+        waiting = [im for im in result.images if im.waits] if result.schedule else []
+        self._batch(result, self.w("token_embd.weight")[tokens], np.full(len(tokens), -1), kv, waiting, follow)
+        result.continues = False
+        return result.logits
+
+    def step(self, result: Result, token: int, kv: str = "F32", follow: list[Array] | None = None) -> Array:
         """Append one generated token (in place) and return the next logits.
 
-        Its position is the unpruned one; in each layer it sees what that layer kept.
+        Before it, each image that had its question is annealed. The token's position is the unpruned one; in each
+        layer it sees what that layer kept.
         """
-        x = self.w("token_embd.weight")[[token]]
-        pos = np.array([result.n_pos])
-        for i in range(self.n_layer):
-            x, _, result.layers[i], _ = self._layer(i, x, pos, result.layers[i], kv)
-        result.n_pos += 1
-        result.logits = self._logits(x[-1])
+        schedule, result.steps = result.schedule, []
+        images = [im for im in result.images if not im.waits] if schedule else []
+        for stage in range(result.stage(self.n_layer - 1) + 1 if images else 0):
+            left, score, counts = result.held(stage), np.zeros(result.n_visual), []
+            for im in images:
+                score[im.ids] = im.total[stage] / max(1, im.records)
+                due = schedule.target_before(im.n0[stage], im.t + 1)
+                counts.append(int(np.isin(left, im.ids).sum()) if due is None else due)
+            cut = self._choose(schedule, images, left, score, counts, annealing=True)
+            result.steps.append(cut)
+            result._keep(stage, images, cut.kept if follow is None else result.visual(follow[stage], images))
+        self._batch(result, self.w("token_embd.weight")[[token]], np.array([-1]), kv, [])
+        result.continues = False
+        for im in images:
+            im.t += 1
         return result.logits
 
 

@@ -42,3 +42,11 @@ def rotate(x: Array, size: int) -> Array:
     if not size:
         return x
     return (x.reshape(*x.shape[:-1], -1, size) @ hadamard(size)).reshape(x.shape)
+
+
+def sum_in_f16(p: Array, v: Array, order: Array) -> Array:
+    """p [h, q, n] @ v [h, n, d] as the CPU sums F16 values for few queries: cell by cell, in F16."""
+    out = np.zeros((*p.shape[:2], v.shape[2]), np.float16)
+    for cell in order:
+        out = (out + p[:, :, cell, None] * v[:, None, cell]).astype(np.float16)
+    return out.astype(np.float64)

@@ -1,4 +1,15 @@
-"""The schedule arithmetic of DESIGN.md, "The method"."""
+"""The schedule arithmetic of DESIGN.md, "The method".
+
+Readings, where the method leaves room:
+- `anneal_tokens`, `anneal_floor` and `anneal_interval` have one default each; presets differ in `anneal` alone.
+- `anneal_score` falls back to the score that cuts use, so to `random` for the preset `random`; given explicitly it
+  wins over the preset. Its terms are written as those of `score`.
+- `exponential` with the floor 0 is refused; a floor of 0 is fine for the other curves.
+- A first cut after the last layer is refused, but where `keep` or `budget` is 1: then there is one stage, and
+  annealing alone.
+- A random order belongs to an image by its number among the images of its sequence, and is the same at every cut and
+  at every step.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +19,8 @@ from functools import lru_cache
 
 import numpy as np
 
+DEFAULT_SCORE = "text-max"
+CURVES = ("none", "linear", "cosine", "exponential")
 PRESETS = ("off", "st3", "pvtp", "fastv", "pyramiddrop", "vtw", "random", "downsample")
 
 
@@ -39,7 +52,10 @@ class Term:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A resolved schedule. `weight` is w of `w * score + bias`; `random` says that the bias is a hash."""
+    """A resolved schedule. `weight` is w of `w * score + bias`; `random` says that the bias is a permutation.
+
+    The `anneal_*` fields are of the steps after prefill: its own terms, and its own `random` (w is then 0).
+    """
 
     n_layer: int
     cuts: tuple[int, ...]
@@ -49,6 +65,18 @@ class Schedule:
     coverage: float = 0.0
     weight: int = 1
     random: bool = False
+    seed: int = 0
+    anneal: str = "none"
+    anneal_tokens: int = 64
+    anneal_floor: float = 0.3
+    anneal_interval: int = 1
+    anneal_terms: tuple[Term, ...] = ()
+    anneal_random: bool = False
+
+    @property
+    def record_terms(self) -> tuple[Term, ...]:
+        """The terms that are recorded for the steps after prefill."""
+        return () if self.anneal == "none" or self.anneal_random else self.anneal_terms
 
     def counts(self, n: int) -> list[int]:
         """How many of an image's n tokens are left after each cut."""
@@ -71,11 +99,36 @@ class Schedule:
         """Mean over layers of kept / given, for the real counts."""
         return sum(self.per_layer(sizes)) / (self.n_layer * sum(sizes))
 
-    def bias(self, nx: int, ny: int, kept: int) -> np.ndarray:
-        """Coverage as a bias at a cut that leaves `kept` tokens of an nx x ny image."""
-        out = np.zeros(nx * ny)
-        out[list(spread_order(nx, ny)[: round_half_up(self.coverage * kept)])] = 1.0
+    def bias(self, nx: int, ny: int, kept: int, number: int = 0, random: bool | None = None) -> np.ndarray:
+        """Bias where `kept` tokens of the nx x ny image of that number stay: coverage, and the order if random.
+
+        `random` says whether the score is a random order; None: as at the cuts.
+        """
+        by_chance = self.random if random is None else random
+        out = random_order(self.seed, number, nx * ny) if by_chance else np.zeros(nx * ny)
+        out[list(spread_order(nx, ny)[: round_half_up(self.coverage * kept)])] += 1.0
         return out
+
+    def share(self, t: int) -> float:
+        """a(t): the share of its tokens that a stage keeps after t generated tokens."""
+        x, floor = min(t / self.anneal_tokens, 1.0), self.anneal_floor
+        if self.anneal == "linear":
+            return 1 - (1 - floor) * x
+        if self.anneal == "cosine":
+            return floor + (1 - floor) * (1 + math.cos(math.pi * x)) / 2
+        if self.anneal == "exponential":
+            return floor**x
+        return 1.0
+
+    def target(self, n0: int, t: int) -> int:
+        """How many of the n0 tokens of an image that a stage held after prefill it may hold at t."""
+        return min(n0, max(self.min_keep, round_half_up(n0 * self.share(t))))
+
+    def target_before(self, n0: int, t: int) -> int | None:
+        """The target at the start of the decode of generated token t (1, 2, ...); None where nothing is due."""
+        if self.anneal == "none" or (t - 1) % self.anneal_interval:
+            return None
+        return self.target(n0, t + self.anneal_interval - 1)
 
 
 def cut_layers(n_layer: int, start: int, stride: int) -> tuple[int, ...]:
@@ -114,6 +167,12 @@ def resolve(
     min_keep: int | None = None,
     score: str | None = None,
     coverage: float | None = None,
+    seed: int = 0,
+    anneal: str | None = None,
+    anneal_tokens: int = 64,
+    anneal_floor: float = 0.3,
+    anneal_interval: int = 1,
+    anneal_score: str | None = None,
 ) -> Schedule:
     """A preset with any of its keys given otherwise. Raises ValueError where native code must refuse."""
     if preset not in PRESETS or preset == "off":
@@ -125,14 +184,16 @@ def resolve(
         "fastv": (3, n_layer, 0.5, 1, "last-mean", 0.0),
         "pyramiddrop": (quarter, quarter, 0.5, 1, "last-mean", 0.0),
         "vtw": (max(1, n_layer // 2), n_layer, 0.0, 0, "last-mean", 0.0),
-        "downsample": (eighth, eighth, None, 1, "last-mean", 1.0),
-    }.get(preset, (eighth, eighth, None, 1, "last-mean", 0.0))
+        "downsample": (eighth, eighth, None, 1, DEFAULT_SCORE, 1.0),
+    }.get(preset, (eighth, eighth, None, 1, DEFAULT_SCORE, 0.0))
     start = d_start if start is None else start
     stride = d_stride if stride is None else stride
     coverage = d_coverage if coverage is None else coverage
-    if not 1 <= start < n_layer or stride < 1 or not 0 <= coverage <= 1:
+    if not 1 <= start <= n_layer or stride < 1 or not 0 <= coverage <= 1:
         raise ValueError(f"start {start}, stride {stride} or coverage {coverage} out of range")
     cuts = cut_layers(n_layer, start, stride)
+    if not cuts and 1.0 not in (keep, budget):
+        raise ValueError(f"no layer follows a cut after layer {start - 1}")
     if keep is None and budget is None and d_keep is not None:
         keep = d_keep
     if keep is None:
@@ -142,15 +203,35 @@ def resolve(
         keep = solve_keep(n_layer, cuts, budget)
     elif not 0 <= keep <= 1:
         raise ValueError(f"keep {keep} out of range")
+    anneal = ("linear" if preset == "st3" else "none") if anneal is None else anneal
+    if anneal not in CURVES:
+        raise ValueError(f"unknown curve {anneal!r}")
+    if anneal_tokens < 1 or anneal_interval < 1 or not 0 <= anneal_floor <= 1:
+        raise ValueError(f"{anneal_tokens} tokens, interval {anneal_interval} or floor {anneal_floor} out of range")
+    if anneal == "exponential" and anneal_floor == 0:
+        raise ValueError("an exponential curve never reaches 0")
+    terms = Term.parse(d_score if score is None else score)
+    if anneal_score is None:
+        anneal_terms, anneal_random = terms, preset == "random"
+    else:
+        anneal_random = anneal_score == "random"
+        anneal_terms = () if anneal_random else Term.parse(anneal_score)
     return Schedule(
         n_layer,
         cuts,
         keep,
         d_min if min_keep is None else min_keep,
-        Term.parse(d_score if score is None else score),
+        terms,
         coverage,
         0 if preset == "random" else 1,
         preset == "random",
+        seed,
+        anneal,
+        anneal_tokens,
+        anneal_floor,
+        anneal_interval,
+        anneal_terms,
+        anneal_random,
     )
 
 
@@ -165,6 +246,24 @@ def spread_order(nx: int, ny: int) -> tuple[int, ...]:
         far = np.minimum(far, (x - x[last]) ** 2 + (y - y[last]) ** 2)
         order.append(int(np.argmax(far)))
     return tuple(order)
+
+
+@lru_cache(maxsize=64)
+def _random_order(seed: int, number: int, n: int) -> tuple[float, ...]:
+    draw = np.random.MT19937()
+    draw._legacy_seeding((seed + 0x9E3779B9 * (number + 1)) % 2**32)
+    order = list(range(n))
+    for i in range(n, 1, -1):
+        j = int(draw.random_raw()) % i
+        order[i - 1], order[j] = order[j], order[i - 1]
+    rank = np.empty(n)
+    rank[order] = np.arange(n) / n
+    return tuple(rank)
+
+
+def random_order(seed: int, number: int, n: int) -> np.ndarray:
+    """Ranks in [0, 1) of an image's n tokens: Fisher and Yates's shuffle from the end, drawn by a Mersenne Twister."""
+    return np.array(_random_order(seed, number, n))
 
 
 def best(rank: np.ndarray, n: int) -> np.ndarray:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import random_model
 
-from oracle import attention, rounding, schedule
+from oracle import attention, llama, rounding, schedule
 
 
 def test_budget_of_the_design() -> None:
@@ -64,3 +65,184 @@ def test_rotation_keeps_products() -> None:
     assert rounding.rotation_size(192, True) == 64
     assert rounding.rotation_size(128, True) == 128
     assert rounding.rotation_size(80, True) == 0
+
+
+def test_annealing_curves() -> None:
+    """Breaks if a curve does not fall from 1 to its floor over its tokens, or has another shape."""
+    want = {
+        "none": [1, 1, 1, 1, 1, 1],
+        "linear": [1, 0.8, 0.6, 0.4, 0.2, 0.2],
+        "cosine": [1, 0.2 + 0.4 * (1 + 2**-0.5), 0.6, 0.2 + 0.4 * (1 - 2**-0.5), 0.2, 0.2],
+        "exponential": [1, 0.2**0.25, 0.2**0.5, 0.2**0.75, 0.2, 0.2],
+    }
+    for curve, shares in want.items():
+        s = schedule.resolve(8, anneal=curve, anneal_tokens=4, anneal_floor=0.2)
+        assert [s.share(t) for t in (0, 1, 2, 3, 4, 1000)] == pytest.approx(shares)
+
+
+def test_annealing_targets() -> None:
+    """Breaks if a target rounds otherwise, undercuts min_keep, or cells are freed off the interval or too late."""
+    s = schedule.resolve(8, anneal="linear", anneal_tokens=10, anneal_floor=0.0, min_keep=3)
+    assert [s.target(15, t) for t in range(11)] == [15, 14, 12, 11, 9, 8, 6, 5, 3, 3, 3]
+    assert s.target(2, 10) == 2
+    s = schedule.resolve(8, anneal="linear", anneal_tokens=10, anneal_floor=0.0, anneal_interval=4)
+    assert [s.target_before(100, t) for t in range(1, 11)] == [60, None, None, None, 20, None, None, None, 1, None]
+
+
+def test_annealing_defaults() -> None:
+    """Breaks if a preset other than st3 anneals, a key cannot say otherwise, or a score is not inherited."""
+    for preset in schedule.PRESETS[1:]:
+        s = schedule.resolve(16, preset)
+        assert s.anneal == ("linear" if preset == "st3" else "none")
+        assert (s.anneal_tokens, s.anneal_floor, s.anneal_interval) == (64, 0.3, 1)
+        assert s.anneal_random == (preset == "random")
+        assert schedule.resolve(16, preset, anneal="cosine").anneal == "cosine"
+    assert schedule.resolve(16, score="text-max-sum").anneal_terms == schedule.Term.parse("text-max-sum")
+    assert schedule.resolve(16, "random", anneal_score="last-max").anneal_terms == schedule.Term.parse("last-max")
+    alone = schedule.resolve(16, keep=1.0, start=16)
+    assert alone.cuts == () and alone.counts(9) == [] and alone.per_layer([9]) == [9] * 16
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"anneal": "sudden"},
+        {"anneal": ""},
+        {"anneal_tokens": 0},
+        {"anneal_floor": -0.1},
+        {"anneal_floor": 1.1},
+        {"anneal_floor": float("nan")},
+        {"anneal": "exponential", "anneal_floor": 0.0},
+        {"anneal_interval": 0},
+        {"anneal_score": "first-mean"},
+        {"anneal_score": ""},
+        {"anneal_score": "random+last-mean"},
+        {"start": 16, "budget": 0.5},
+        {"start": 17, "keep": 1.0},
+    ],
+)
+def test_annealing_errors(keys: dict) -> None:
+    """Breaks if a schedule that makes no sense is resolved."""
+    with pytest.raises(ValueError, match=r"."):
+        schedule.resolve(16, **keys)
+
+
+def test_random_order() -> None:
+    """Breaks if the generator is not the standard's mt19937, or if images and seeds share their order."""
+    draw = np.random.MT19937()
+    draw._legacy_seeding(5489)
+    numbers = draw.random_raw(10000)
+    assert (int(numbers[0]), int(numbers[-1])) == (3499211612, 4123659995)  # the second one is in the C++ standard
+    got = schedule.random_order(7, 0, 50)
+    assert sorted(np.rint(got * 50)) == list(range(50))
+    assert not np.array_equal(got, schedule.random_order(8, 0, 50))
+    assert not np.array_equal(got, schedule.random_order(7, 1, 50))
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> llama.Decoder:
+    path = tmp_path_factory.mktemp("oracle") / "model.gguf"
+    random_model.write(path, random_model.Shape(5, 64, 4, 2, 96, n_vocab=272), "F32", 11)
+    return llama.Decoder(path)
+
+
+def prompt() -> list[llama.Piece]:
+    rng = np.random.default_rng(12)
+    a, b = (llama.Image(rng.standard_normal((n * n, 64)).astype(np.float32), n, n) for n in (4, 3))
+    return [[1, 5], a, [6], b, [7, 8, 9]]
+
+
+def test_steps_are_one_long_prompt(decoder: llama.Decoder) -> None:
+    """Breaks if a cache, a position or a mask of the oracle's own steps or batches is off."""
+    pieces, more = prompt(), [20, 21, 22, 23, 24]
+    want = decoder.prefill([*pieces, more]).logits
+    stepped = decoder.prefill(pieces)
+    for token in more:
+        decoder.step(stepped, token)
+    asked = decoder.prefill(pieces)
+    decoder.text(asked, more)
+    parts = decoder.begin()
+    for piece in [*pieces, more]:
+        if isinstance(piece, llama.Image):
+            decoder.picture(parts, piece)
+        else:
+            decoder.text(parts, piece)
+    for got in (stepped, asked, parts):
+        assert llama.nmse(got.logits, want) < 1e-9  # keys and values are rounded to F32
+    assert [(im.first, im.n, im.p0) for im in parts.images] == [(0, 16, 2), (16, 9, 19)]
+
+
+def test_removed_tokens_are_unseen_from_then_on(decoder: llama.Decoder) -> None:
+    """Breaks if a removal hides a token from other layers, too late, too early, or hides another one."""
+    pieces, tokens = prompt(), [20, 21, 22, 23, 24, 25]
+    s = schedule.resolve(5, start=2, stride=2, keep=1.0, anneal="linear", anneal_tokens=6, anneal_floor=0.1)
+    result = decoder.prefill(pieces, s)
+    held = [[result.layers[i].visual for i in range(5)]]
+    for token in tokens:
+        decoder.step(result, token)
+        held.append([layer.visual for layer in result.layers])
+    assert [len(h[0]) - len(tokens[:t]) - 6 for t, h in enumerate(held)] == [25, 22, 17, 14, 10, 6, 3]
+    # the same by one pass over all rows, in which the row of token t does not see what is gone by then
+    x = decoder.embed([*pieces, tokens])
+    n, names = len(x), np.concatenate([[-1] * 2, range(16), [-1], range(16, 25), [-1] * 9])
+    for i in range(5):
+        mask = np.where(np.tril(np.ones((n, n))) > 0, 0.0, -np.inf)
+        for t in range(len(tokens)):
+            mask[n - len(tokens) + t, (names >= 0) & ~np.isin(names, held[t + 1][i])] = -np.inf
+        y = decoder._norm(x, f"blk.{i}.attn_norm.weight")
+        q, k = (decoder._heads(y, f"blk.{i}.attn_{c}.weight", np.arange(n)) for c in "qk")
+        p = attention.probabilities(q, k, mask, decoder.head**-0.5)
+        v = np.repeat(decoder._heads(y, f"blk.{i}.attn_v.weight", None), 2, 0)
+        x = x + (p @ v).swapaxes(0, 1).reshape(n, -1) @ decoder.w(f"blk.{i}.attn_output.weight").T
+        y = decoder._norm(x, f"blk.{i}.ffn_norm.weight")
+        gate = y @ decoder.w(f"blk.{i}.ffn_gate.weight").T
+        up = y @ decoder.w(f"blk.{i}.ffn_up.weight").T
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ decoder.w(f"blk.{i}.ffn_down.weight").T
+    assert llama.nmse(result.logits, decoder._logits(x[-1])) < 1e-9
+
+
+def test_records_accumulate(decoder: llama.Decoder) -> None:
+    """Breaks if the prefill, a step or a question is not one record each, or scores are not their mean."""
+    s = schedule.resolve(5, start=2, stride=2, keep=0.5, anneal="cosine", score="last-mean", anneal_tokens=30)
+    result = decoder.prefill(prompt(), s)
+    assert [im.records for im in result.images] == [1, 1]
+    for im in result.images:
+        for stage in range(3):
+            inside = np.isin(im.ids, result.held(stage))
+            assert (im.total[stage][inside] > 0).all() and im.total[stage][inside].sum() < 1
+    decoder.step(result, 20)
+    decoder.text(result, [21, 22])
+    assert [(im.records, im.t) for im in result.images] == [(3, 1), (3, 1)]
+    decoder.prefill([prompt()[1], [30]], result=result)
+    assert [(im.records, im.t, im.number) for im in result.images] == [(4, 1, 0), (4, 1, 1), (1, 0, 2)]
+    before = [im.total[1].copy() for im in result.images]
+    decoder.step(result, 23)
+    for im, total in zip(result.images, before, strict=True):
+        inside = np.isin(im.ids, result.held(1))
+        assert ((im.total[1] > total) == inside).all()
+    cut = result.steps[1]
+    assert np.array_equal(
+        cut.score,
+        np.concatenate(
+            [b[np.isin(im.ids, cut.left)] / n for im, b, n in zip(result.images, before, (4, 4, 1), strict=True)]
+        ),
+    )
+
+
+def test_evict_only_sees_what_the_cuts_of_a_full_model_would(decoder: llama.Decoder) -> None:
+    """Breaks if images wait after their question, a cut reads another layer, or cells of other stages leave."""
+    s = schedule.resolve(5, start=1, stride=2, keep=0.5, score="last-mean-sum", anneal="none")
+    _, a, _, b, question = prompt()
+    result = decoder.begin(s)
+    decoder.picture(result, a)
+    decoder.picture(result, b)
+    assert [(im.n, im.waits) for im in result.images] == [(25, True)], "what directly goes on is the same image"
+    decoder.text(result, question)
+    whole = [llama.Image(np.concatenate([a.embd, b.embd]), 5, 5), question]
+    assert llama.nmse(result.logits, decoder.prefill(whole).logits) < 1e-9, "the question itself sees everything"
+    assert [len(result.held(s)) for s in range(3)] == result.images[0].n0 == [25, 13, 7]
+    pruned = decoder.prefill(whole, s)
+    assert np.array_equal(result.cuts[0].kept, pruned.cuts[0].kept), "no row was dropped before the first cut"
+    assert set(result.held(2)) < set(result.held(1))
+    decoder.text(result, [30])
+    assert result.images[0].n0 == [25, 13, 7] and result.cuts == []
