@@ -101,3 +101,34 @@ def make(number: int, seed: int) -> Case:
     n_text = int(rng.integers(1, 12)) if rng.random() < 0.25 else int(rng.integers(66, 90))
     kv = "Q8_0" if number % 3 == 2 else "F16"
     return Case(number, model, kv, keys, prompt(rng, shape, 1 + number // 2 % 3, n_text))
+
+
+def make_annealed(number: int, seed: int) -> Case:
+    """Case `number` of annealing: models, caches, curves and numbers of images take turns, the rest is drawn.
+
+    A third of the cases anneals without pruning. No target is near a half, where languages may round differently.
+    """
+    rng = np.random.default_rng([seed, 2, number])
+    model = list(SHAPES)[number % len(SHAPES)]
+    shape = SHAPES[model]
+    keys: dict[str, str | int | float] = {
+        "st3.preset": "random" if rng.random() < 0.1 else "st3",
+        "st3.start": int(rng.integers(1, max(2, shape.n_layer // 2))),
+        "st3.stride": int(rng.choice([1, 1, 2, 3, shape.n_layer])),
+        "st3.keep": 1.0 if number % 3 == 0 else float(rng.integers(16, 60)) / 64,
+        "st3.score": SCORES[number % len(SCORES)],
+        "st3.coverage": float(rng.choice([0.0, 0.0, 0.0, 0.25, 0.5, 1.0])),
+        "st3.min_keep": int(rng.integers(0, 6)),
+        "st3.seed": int(rng.integers(0, 2**32)),
+        "st3.anneal": ("linear", "cosine", "exponential", "linear", "cosine", "exponential", "none")[number % 7],
+        "st3.anneal_tokens": int(rng.integers(1, 40)),
+        "st3.anneal_floor": float(rng.uniform(0.02, 0.8)) if rng.random() < 0.85 else 1.0,
+        "st3.anneal_interval": int(rng.choice([1, 1, 1, 2, 3, 5])),
+    }
+    if keys["st3.anneal"] == "linear" and rng.random() < 0.2:
+        keys["st3.anneal_floor"] = 0.0
+    if rng.random() < 0.5:
+        keys["st3.anneal_score"] = str(rng.choice([*SCORES, "random", "random"]))
+    kv = "Q8_0" if number // 2 % 3 == 2 else "F16"
+    n_text = int(rng.integers(1, 12)) if rng.random() < 0.4 else int(rng.integers(66, 90))
+    return Case(number, model, kv, keys, prompt(rng, shape, (1, 3)[number // 3 % 2], n_text))

@@ -57,4 +57,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the counters and the seed."""
     if TALLY:
         words = ", ".join(f"{v} {k}" for k, v in TALLY.items())
-        terminalreporter.write_line(f"pruned prefill against the oracle (seed {SEED}): {words}")
+        terminalreporter.write_line(f"against the oracle (seed {SEED}): {words}")

@@ -12,7 +12,7 @@ from native_runtime import Context, Image, Model
 from oracle import llama as oracle
 
 SHAPE = cases.SHAPES["gqa-32"]
-KEYS = {"st3.preset": "st3", "st3.keep": 0.5, "st3.start": 1, "st3.stride": 2}
+KEYS = {"st3.preset": "pvtp", "st3.keep": 0.5, "st3.start": 1, "st3.stride": 2}
 N_PROMPT = 2 + 81 + 70
 
 

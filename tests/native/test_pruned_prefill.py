@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 
 import cases
 import numpy as np
 import pytest
+from annealing import NEAR_TIE, decoder, native
 from cases import SEED
 from native_runtime import Context, Image, Model
 from oracle import llama as oracle
 
-NEAR_TIE = 1e-4
 N_CASES = 100
 
 
-@lru_cache(maxsize=8)
-def decoder(path) -> oracle.Decoder:
-    return oracle.Decoder(path)
-
-
-def native(pieces) -> list:
-    """The oracle's pieces as the runtime's."""
-    return [Image(p.embd, p.nx, p.ny) if isinstance(p, oracle.Image) else p for p in pieces]
+def held(pieces, kept: list[np.ndarray]) -> list[np.ndarray]:
+    """The positions of visual tokens in each stage, given the indices kept at each cut."""
+    sizes = [(len(p.embd), True) if isinstance(p, oracle.Image) else (len(p), False) for p in pieces]
+    positions = np.flatnonzero(np.concatenate([np.full(n, visual) for n, visual in sizes]))
+    return [positions, *(positions[k] for k in kept)]
 
 
 def check_kept(path, case: cases.Case, kept: list[np.ndarray], tally: dict[str, int]) -> oracle.Result:
@@ -32,7 +28,7 @@ def check_kept(path, case: cases.Case, kept: list[np.ndarray], tally: dict[str, 
     A quantized cache turns the last bit of a number into a step of its code, so there the oracle's own choice may
     hang on rounding: such a cut is counted apart where the oracle, with its input off by 1e-6, chooses likewise.
     """
-    result = decoder(path).prefill(case.pieces, case.schedule, case.kv, follow=kept)
+    result = decoder(path).prefill(case.pieces, case.schedule, case.kv, follow=held(case.pieces, kept))
     for i, (cut, got) in enumerate(zip(result.cuts, kept, strict=True)):
         tally["cuts"] = tally.get("cuts", 0) + 1
         assert np.all(np.diff(got) > 0), f"cut {i}: indices not ascending"
@@ -56,7 +52,7 @@ def chosen_by_rounding(path, case: cases.Case, kept: list[np.ndarray], cut: int)
             else p
             for p in case.pieces
         ]
-        wobbled = decoder(path).prefill(pieces, case.schedule, case.kv, follow=kept)
+        wobbled = decoder(path).prefill(pieces, case.schedule, case.kv, follow=held(pieces, kept))
         if wobbled.cuts[cut].margin(kept[cut]) < NEAR_TIE:
             return True
     return False
@@ -96,13 +92,13 @@ def test_decode_continues(rt, random_gguf, model_name: str, kv: str) -> None:
     shape = cases.SHAPES[model_name]
     rng = np.random.default_rng([SEED, 1, shape.n_layer])
     pieces = cases.prompt(rng, shape, 2, 70)
-    keys = {"st3.preset": "st3", "st3.keep": 0.5, "st3.start": 1, "st3.stride": 1, "st3.score": "text-max-sum"}
+    keys = {"st3.preset": "pvtp", "st3.keep": 0.5, "st3.start": 1, "st3.stride": 1, "st3.score": "text-max-sum"}
     path = random_gguf(shape)
     with Model(rt, path, keys) as model, Context(model, n_ctx=512, kv=kv) as ctx:
         assert ctx.prefill(native(pieces)) == 0
         kept = ctx.kept(shape.n_layer - 1)
         case = cases.Case(0, model_name, kv, keys, pieces)
-        result = decoder(path).prefill(pieces, case.schedule, kv, follow=kept)
+        result = decoder(path).prefill(pieces, case.schedule, kv, follow=held(pieces, kept))
         assert ctx.positions() == (0, result.n_pos - 1)
         for _ in range(12):
             got = ctx.logits()

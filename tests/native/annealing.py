@@ -1,0 +1,172 @@
+"""A conversation with native code and the oracle's beside it.
+
+Native code goes first; the oracle then follows the tokens that it holds, and says for each choice what it would have
+chosen itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from cases import SEED
+from native_runtime import Context, Image
+from oracle import llama as oracle
+from oracle.schedule import Schedule
+
+NEAR_TIE = 1e-4
+MOST_ERROR = 1e-3  # NMSE of logits
+WOBBLES = 24
+
+
+@lru_cache(maxsize=8)
+def decoder(path: Path) -> oracle.Decoder:
+    """The oracle of a file."""
+    return oracle.Decoder(path)
+
+
+def native(pieces: list[oracle.Piece]) -> list:
+    """The oracle's pieces as the runtime's."""
+    return [Image(p.embd, p.nx, p.ny) if isinstance(p, oracle.Image) else p for p in pieces]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What was decoded ("prefill", "text", "picture", "step"), and the positions that each stage held afterwards."""
+
+    kind: str
+    what: object
+    held: list[np.ndarray]
+
+
+@dataclass
+class Conversation:
+    """A native sequence and the oracle's. `tally` counts choices and doubts under `name`.
+
+    Every method decodes one batch and asserts: all layers of a stage hold the same, text is complete, counts are the
+    schedule's, logits are the oracle's. A choice that the oracle does not share is a doubt, which `close` settles.
+    """
+
+    ctx: Context
+    path: Path
+    schedule: Schedule
+    kv: str
+    tally: dict[str, int]
+    name: str = "annealing"
+    seq: int = 0
+    turns: list[Turn] = field(default_factory=list)
+    doubts: list[tuple[int, int, float]] = field(default_factory=list)  # turn, stage, margin
+    worst: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.result = decoder(self.path).begin(self.schedule)
+
+    @property
+    def at(self) -> int:
+        """The next position."""
+        return self.result.n_pos
+
+    def prefill(self, pieces: list[oracle.Piece]) -> None:
+        """A pruned prompt."""
+        assert self.ctx.prefill(native(pieces), p0=self.at, seq=self.seq) == 0, self.ctx.rt.last_error()
+        self.follow("prefill", pieces)
+
+    def text(self, tokens: list[int]) -> None:
+        """A batch of several tokens, the last one with logits: a question."""
+        assert self.ctx.decode(tokens, self.at, seq=self.seq) == 0
+        self.follow("text", tokens)
+
+    def picture(self, image: oracle.Image) -> None:
+        """A batch of embeddings, as llama.cpp's own tools decode a picture."""
+        assert self.ctx.decode(image.embd, self.at, outputs="none", seq=self.seq) == 0
+        self.follow("picture", image)
+
+    def step(self, token: int) -> None:
+        """A generated token."""
+        assert self.ctx.decode([token], self.at, seq=self.seq) == 0
+        self.follow("step", token)
+
+    def follow(self, kind: str, what: object, check_logits: bool | None = None) -> None:
+        """Let the oracle follow a batch that native code has decoded already."""
+        stages = [self.result.members(s)[0] for s in range(len(self.schedule.cuts) + 1)]
+        self.turns.append(Turn(kind, what, [self.ctx.held(layer, self.seq) for layer in stages]))
+        for stage, cut in run(decoder(self.path), self.result, self.turns[-1], self.kv).items():
+            if len(cut.kept) < len(cut.left):
+                self.count("choices")
+            margin = cut.margin(self._got(self.result, stage, cut, self.turns[-1]))
+            assert margin < np.inf, f"{kind} {len(self.turns)}, stage {stage}: {self._difference(stage, cut)}"
+            if margin > 0:
+                self.doubts.append((len(self.turns) - 1, stage, margin))
+        for i, layer in enumerate(self.result.layers):
+            held = self.ctx.held(i, self.seq)
+            assert np.array_equal(held, np.sort(layer.pos)), f"{kind} {len(self.turns)}, layer {i}: {held}"
+        if kind != "picture" if check_logits is None else check_logits:
+            error = oracle.nmse(self.ctx.logits(), self.result.logits)
+            self.worst = max(self.worst, error)
+            assert error <= MOST_ERROR, f"{kind} {len(self.turns)}: NMSE {error:.1e}"
+
+    @staticmethod
+    def _got(result: oracle.Result, stage: int, cut: oracle.Cut, turn: Turn) -> np.ndarray:
+        images = [im for im in result.images if np.isin(im.ids, cut.left).any()]
+        return result.visual(turn.held[stage], images)
+
+    def _difference(self, stage: int, cut: oracle.Cut) -> str:
+        got = self._got(self.result, stage, cut, self.turns[-1])
+        return f"{len(cut.left)} before, kept {got.tolist()}, oracle {cut.kept.tolist()}"
+
+    def count(self, word: str, n: int = 1) -> None:
+        """Add to the tally."""
+        key = f"{self.name} {word}"
+        self.tally[key] = self.tally.get(key, 0) + n
+
+    def close(self) -> None:
+        """Settle the doubts: each must be a near-tie, or be decided by what a cache's type rounds.
+
+        A quantized cache turns the last bit of a number into a step of its code; an F16 cache has values summed in F16,
+        in the order of its cells. One of the oracles whose images are off by a relative 1e-6, and that sum F16 in any
+        order, then chooses as native code did. Such choices are counted apart.
+        """
+        self.count("conversations")
+        worst = f"{self.name} {self.kv} worst logits NMSE x 1e-9"
+        self.tally[worst] = max(self.tally.get(worst, 0), round(self.worst * 1e9))
+        doubts = {(turn, stage): margin for turn, stage, margin in self.doubts if margin >= NEAR_TIE}
+        self.count("near-ties", len(self.doubts) - len(doubts))
+        self.count("choices decided by rounding", len(doubts))
+        for n in range(WOBBLES if doubts else 0):
+            self._settle_by_rounding(doubts, np.random.default_rng([SEED, n]))
+        assert not doubts, f"(turn, stage): margin of choices that the oracle does not share: {doubts}"
+
+    def _settle_by_rounding(self, doubts: dict[tuple[int, int], float], rng: np.random.Generator) -> None:
+        dec = decoder(self.path)
+        result, dec.order = dec.begin(self.schedule), rng
+        try:
+            for i, turn in enumerate(self.turns[: 1 + max((turn for turn, _ in doubts), default=-1)]):
+                turn = replace(turn, what=wobble(turn.what, rng))
+                for stage, cut in run(dec, result, turn, self.kv).items():
+                    if (i, stage) in doubts and cut.margin(self._got(result, stage, cut, turn)) < NEAR_TIE:
+                        del doubts[i, stage]
+        finally:
+            dec.order = None
+
+
+def run(dec: oracle.Decoder, result: oracle.Result, turn: Turn, kv: str) -> dict[int, oracle.Cut]:
+    """Let the oracle follow a turn; returns the choice that it had in each stage."""
+    if turn.kind == "step":
+        dec.step(result, turn.what, kv, turn.held)
+        return dict(enumerate(result.steps))
+    if turn.kind == "picture":
+        dec.picture(result, turn.what, kv)
+    elif turn.kind == "text":
+        dec.text(result, turn.what, kv, turn.held)
+    else:
+        dec.prefill(turn.what, kv=kv, follow=turn.held, result=result)
+    return dict(enumerate(result.cuts, 1))
+
+
+def wobble(what: object, rng: np.random.Generator) -> object:
+    """The same prompt with images off by a relative 1e-6."""
+    if isinstance(what, oracle.Image):
+        return replace(what, embd=what.embd * (1 + 1e-6 * rng.standard_normal(what.embd.shape)))
+    return [wobble(p, rng) if isinstance(p, oracle.Image) else p for p in what] if isinstance(what, list) else what
