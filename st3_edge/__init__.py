@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .config import PRESETS, ST3Config
-from .errors import ConfigError, ImageError, LibraryError, ModelError, PromptError, St3Error
+from .config import CURVES, PRESETS, ST3Config
+from .errors import ConfigError, ImageError, LibraryError, ModelError, PromptError, St3Error, StateError
 from .report import Report
 
 if TYPE_CHECKING:
     from .llava import Llava
 
 __all__ = [
+    "CURVES",
     "PRESETS",
     "ConfigError",
     "ImageError",
@@ -31,6 +32,7 @@ __all__ = [
     "Report",
     "ST3Config",
     "St3Error",
+    "StateError",
 ]
 
 

@@ -10,6 +10,7 @@ from .errors import ConfigError
 
 Override = bool | int | float | str
 
+CURVES = ("none", "linear", "cosine", "exponential")
 PRESETS = ("off", "st3", "pvtp", "fastv", "pyramiddrop", "vtw", "random", "downsample")
 
 _SCORE_TERM = re.compile(r"(last|text)-(mean|max)(-sum)?")
@@ -33,6 +34,14 @@ class ST3Config:
     coverage  [0, 1]: share of the kept tokens chosen evenly over the picture, whatever their score
     seed      >= 0: of the preset "random"
 
+    While an answer grows, visual tokens go on leaving (annealing):
+
+    anneal           one of CURVES: how their share falls from 1 to anneal_floor; "none": they stay
+    anneal_tokens    >= 1: generated tokens until anneal_floor is reached
+    anneal_floor     [0, 1]: share of what prefill kept that is left in the end; above 0 for "exponential"
+    anneal_interval  >= 1: tokens leave at every so many generated ones
+    anneal_score     terms as score's, or "random": which of them leave; None: by score
+
     Raises ConfigError where a value is of the wrong type or outside its range.
     """
 
@@ -45,23 +54,42 @@ class ST3Config:
     score: str | None = None
     coverage: float | None = None
     seed: int | None = None
+    anneal: str | None = None
+    anneal_tokens: int | None = None
+    anneal_floor: float | None = None
+    anneal_interval: int | None = None
+    anneal_score: str | None = None
 
     def __post_init__(self) -> None:
         if self.preset is not None and self.preset not in PRESETS:
             raise ConfigError(f"unknown preset {self.preset!r}; there are: {', '.join(PRESETS)}")
         if self.budget is not None and self.keep is not None:
             raise ConfigError("budget and keep exclude each other: keep is solved from budget")
+        if self.anneal is not None and self.anneal not in CURVES:
+            raise ConfigError(f"anneal must be one of {', '.join(CURVES)}, not {self.anneal!r}")
+        if self.anneal == "exponential" and self.anneal_floor == 0:
+            raise ConfigError("anneal_floor must be above 0 with anneal exponential, which never reaches it")
         self._real("budget", above=True)
         self._real("keep")
         self._real("coverage")
+        self._real("anneal_floor")
         self._int("start", 1)
         self._int("stride", 1)
         self._int("min_keep", 0)
         self._int("seed", 0)
-        if self.score is not None:
-            terms = self.score.split("+") if isinstance(self.score, str) else [""]
-            if not all(_SCORE_TERM.fullmatch(t) for t in terms) or len(self.score) > _MAX_STR:
-                raise ConfigError(f"score {self.score!r} is not terms like last-mean, text-max-sum joined by '+'")
+        self._int("anneal_tokens", 1)
+        self._int("anneal_interval", 1)
+        self._terms("score")
+        if self.anneal_score != "random":
+            self._terms("anneal_score")
+
+    def _terms(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        terms = value.split("+") if isinstance(value, str) else [""]
+        if not all(_SCORE_TERM.fullmatch(t) for t in terms) or len(value) > _MAX_STR:
+            raise ConfigError(f"{name} {value!r} is not terms like last-mean, text-max-sum joined by '+'")
 
     def _real(self, name: str, above: bool = False) -> None:
         value = getattr(self, name)
@@ -80,6 +108,6 @@ class ST3Config:
 
     def overrides(self) -> dict[str, Override]:
         """The `kv_overrides` of `llama_cpp.Llama`: only the keys given, of the types that st3.h names."""
-        real = {"budget", "keep", "coverage"}
+        real = {"budget", "keep", "coverage", "anneal_floor"}
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         return {f"st3.{name}": float(v) if name in real else v for name, v in given.items()}

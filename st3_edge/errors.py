@@ -25,6 +25,10 @@ class PromptError(St3Error):
     """Messages that cannot become a prompt: empty, malformed, or longer than the context."""
 
 
+class StateError(St3Error):
+    """A conversation cannot be written to a file, or a file holds none that this model can go on with."""
+
+
 def one_line(text: object) -> str:
     """`text` with every run of white space and control characters made one space."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())

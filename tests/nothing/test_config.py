@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from st3_edge import PRESETS, ConfigError, ST3Config
+from st3_edge import CURVES, PRESETS, ConfigError, ST3Config
 
 SHARES = st.floats(0, 1)
 WHOLE = st.integers(1, 2**32 - 1)
@@ -26,14 +26,20 @@ def test_nothing_given_overrides_the_preset_only():
     min_keep=WHOLE,
     coverage=SHARES | st.sampled_from([0, 1]),
     seed=WHOLE,
+    anneal=st.sampled_from(CURVES),
+    anneal_tokens=WHOLE,
+    anneal_floor=st.floats(0.01, 1) | st.just(1),
+    anneal_interval=WHOLE,
+    anneal_score=st.sampled_from(["random", "last-mean", "text-max-sum+last-mean"]),
 )
 def test_overrides_have_the_types_that_the_bindings_tell_apart(**values):
     # broken if an int such as budget=1 went out as an integer, or a count as a real: the library refuses those
     overrides = ST3Config(**values).overrides()
     assert overrides == {f"st3.{name}": value for name, value in values.items()}
     for key, value in overrides.items():
-        kind = {"st3.preset": str, "st3.budget": float, "st3.coverage": float}.get(key, int)
-        assert type(value) is kind
+        strings, reals = ("preset", "anneal", "anneal_score"), ("budget", "coverage", "anneal_floor")
+        name = key.removeprefix("st3.")
+        assert type(value) is (str if name in strings else float if name in reals else int)
 
 
 @given(st.floats().filter(lambda x: not 0 < x <= 1))
@@ -66,12 +72,27 @@ def test_a_budget_outside_its_range_is_refused(value):
         ("score", "first-mean"),
         ("score", 3),
         ("score", "+".join(["last-mean"] * 13)),
+        ("score", "random"),
+        ("anneal", "cubic"),
+        ("anneal", 1),
+        ("anneal_tokens", 0),
+        ("anneal_floor", 1.01),
+        ("anneal_floor", math.nan),
+        ("anneal_interval", 0),
+        ("anneal_score", "best"),
     ],
 )
 def test_a_value_of_the_wrong_type_or_range_is_refused(name, value):
     # broken if any field went unchecked: the value would reach native code
     with pytest.raises(ConfigError, match=name):
         ST3Config(**{name: value})
+
+
+def test_an_exponential_curve_needs_a_floor_that_it_can_reach():
+    # broken if a floor of 0 reached native code, which refuses it when a model loads
+    with pytest.raises(ConfigError, match="anneal_floor"):
+        ST3Config(anneal="exponential", anneal_floor=0)
+    ST3Config(anneal="linear", anneal_floor=0)
 
 
 def test_budget_and_keep_exclude_each_other():
