@@ -72,8 +72,8 @@ def last_error() -> str:
     return (_st3().st3_last_error() or b"").decode("utf-8", "replace")
 
 
-def prefill(context: Any, pieces: Sequence[Piece]) -> int:
-    """Prefills `pieces` into the empty sequence 0. Returns 0 or an error code of st3_prefill."""
+def prefill(context: Any, p0: int, pieces: Sequence[Piece]) -> int:
+    """Prefills `pieces` into sequence 0, which ends before p0. Returns 0 or an error code of st3_prefill."""
     array = (_Piece * len(pieces))()
     keep_alive = []
     for slot, piece in zip(array, pieces, strict=True):
@@ -86,7 +86,7 @@ def prefill(context: Any, pieces: Sequence[Piece]) -> int:
             slot.nx, slot.ny = piece.nx, piece.ny
         slot.n = len(data)
         keep_alive.append(data)
-    return int(_st3().st3_prefill(context, 0, 0, array, len(pieces)))
+    return int(_st3().st3_prefill(context, 0, p0, array, len(pieces)))
 
 
 def kept(context: Any, i_cut: int) -> list[int]:
@@ -106,3 +106,34 @@ def report(context: Any) -> dict[str, Any]:
     _st3().st3_report(context, buffer, size)
     result: dict[str, Any] = json.loads(buffer.value)
     return result
+
+
+def remove(context: Any, p0: int) -> bool:
+    """Frees the positions of sequence 0 from p0 on. False where the memory cannot forget a part of a sequence."""
+    lib = _libs.load().lib
+    memory = lib.llama_get_memory(context)
+    if p0 == 0:
+        lib.llama_memory_clear(memory, False)
+        return True
+    return bool(lib.llama_memory_seq_rm(memory, 0, p0, -1))
+
+
+def n_positions(context: Any) -> int:
+    """The position that follows all of sequence 0."""
+    lib = _libs.load().lib
+    return int(lib.llama_memory_seq_pos_max(lib.llama_get_memory(context), 0)) + 1
+
+
+def get_state(context: Any) -> bytes:
+    """What sequence 0 holds, as llama.cpp writes it."""
+    lib = _libs.load().lib
+    size = lib.llama_state_seq_get_size(context, 0)
+    buffer = (ctypes.c_uint8 * size)()
+    return bytes(memoryview(buffer)[: lib.llama_state_seq_get_data(context, buffer, size, 0)])
+
+
+def set_state(context: Any, state: bytes) -> bool:
+    """Replaces sequence 0 by what `get_state` gave; False where llama.cpp refuses it: the sequence may be lost then."""
+    lib = _libs.load().lib
+    buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+    return bool(lib.llama_state_seq_set_data(context, buffer, len(state), 0) == len(state))

@@ -65,6 +65,7 @@ def _numbers(console: Console, st3: Llava, off: Llava, scene: demo.Scene) -> Non
     console.stage("measuring")
     for _ in range(_ROUNDS):
         for llava, of_llava in reports.items():
+            llava.reset()
             for _ in _stream(llava, scene, _CAPTION, max_tokens=1):
                 pass
             assert llava.last_report is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
+import hashlib
 import io
 import os
 import stat
@@ -35,6 +37,11 @@ class RGB:
     height: int
     data: bytes
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of size and pixels, in hex: equal for equal pictures, wherever they came from."""
+        return hashlib.sha256(f"{self.width}x{self.height}:".encode() + self.data).hexdigest()
+
 
 ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | RGB
 
@@ -59,6 +66,13 @@ def load(source: ImageSource) -> RGB:
     if isinstance(source, (str, os.PathLike)):
         return _open(_read(source), f"picture {_name(source)}")
     raise ImageError(f"a picture is a path, bytes, a data: URL or a PIL image, not {type(source).__name__}")
+
+
+def data_url(path: str) -> str:
+    """A picture file as a `data:` URL, which JSON can hold. Raises ImageError as `load` does."""
+    data = _read(path)
+    _open(data, f"picture {_name(path)}")
+    return "data:;base64," + base64.b64encode(data).decode()
 
 
 def _name(source: str | os.PathLike[str]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import fnmatch
+import functools
+import json
 import os
 import threading
 import time
@@ -14,11 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import _gguf, _libs, _log, _native, demo
+from . import _gguf, _libs, _log, _native, demo, state
 from ._text import TextStream
 from .chat import ChatTemplate, Message, read_messages
 from .config import ST3Config
-from .errors import ConfigError, ModelError, PromptError, St3Error, one_line
+from .conversation import REVISIT, Conversation, Embeddings, Image, Record, Unit, n_positions, reusable
+from .errors import ConfigError, ModelError, PromptError, St3Error, StateError, one_line
 from .images import ImageSource, load
 from .report import Milliseconds, Report, Trace
 from .sampling import Sampling, response_grammar
@@ -46,7 +49,7 @@ _CONTROL_OR_UNKNOWN = 1 << 3 | 1 << 0  # llama_token_attr
 
 
 class Llava:
-    """A text model and its vision half (mmproj), loaded, with one conversation-less context.
+    """A text model and its vision half (mmproj), loaded, with one conversation in its KV cache.
 
         with Llava.demo() as llava:
             answer = llava.ask("picture.png", "What color is the star?")
@@ -60,9 +63,13 @@ class Llava:
     n_gpu_layers              layers to offload where a GPU backend was built; -1: all
     type_k, type_v            KV cache types, of KV_TYPES
     seed                      of sampling, where a call gives none; None: another one each call
+    revisit                   what a new question sees of pictures that an earlier one asked about: "turn": all of
+                              them, pruned anew by this question; "never": what the first question left of them
+    image_cache_bytes         visual tokens that are kept for the next time that a picture is seen, at most
     chat_template             Jinja; None: the model file's own, and where it has none Vicuna's
     verbose                   llama.cpp's log to standard error
-    on_stage                  called with "encode", "prefill" and "decode" as each of a call begins
+    on_stage                  called with "encode", "prefill" and "decode" as each of a call begins; without "encode"
+                              where no picture is encoded
 
     Raises ModelError, ConfigError or LibraryError. Not for several threads at once: a second call waits for a step of
     the first to end, and then ends the first's answer.
@@ -81,6 +88,8 @@ class Llava:
         type_k: str = "f16",
         type_v: str = "f16",
         seed: int | None = None,
+        revisit: str = REVISIT[0],
+        image_cache_bytes: int = 256 * 2**20,
         chat_template: str | None = None,
         verbose: bool = False,
         on_stage: Callable[[str], None] | None = None,
@@ -90,6 +99,8 @@ class Llava:
         _check_int("n_ubatch", n_ubatch, 1, MAX_CTX)
         _check_int("n_threads", n_threads, 1, 1024)
         _check_int("n_gpu_layers", n_gpu_layers, -1, 2**31 - 1)
+        _check_int("image_cache_bytes", image_cache_bytes, 0, 2**62)
+        _check_revisit(revisit)
         for name, kv_type in (("type_k", type_k), ("type_v", type_v)):
             if kv_type not in KV_TYPES:
                 raise ConfigError(f"{name} is one of {', '.join(KV_TYPES)}, not {kv_type!r}")
@@ -101,9 +112,12 @@ class Llava:
             _log.verbose()
 
         self.config = config = config or ST3Config()
-        self.model_path = model_name
+        self.model_path, self._mmproj_path = model_name, mmproj_name
+        self._kv_types = f"{type_k}, {type_v}"
         self.last_report: Report | None = None
         self._seed = seed
+        self._revisit = revisit
+        self._embeddings = Embeddings(image_cache_bytes)
         self._on_stage = on_stage or (lambda _: None)
         self._lib = bindings.lib
         self._lock = threading.Lock()
@@ -139,6 +153,7 @@ class Llava:
             raise ModelError(
                 f"model {model_name!r} cannot be used" + (f": {reason}" if reason else _log.why() or f": {e}")
             ) from e
+        self._conversation = Conversation(lambda p0: _native.remove(self._llama.ctx, p0))
         try:
             self._vision = Vision(mmproj_name, self._llama.model, n_threads=threads_batch, use_gpu=n_gpu_layers != 0)
             self._vocab = self._llama._model.vocab
@@ -241,17 +256,20 @@ class Llava:
         response_format: Mapping[str, Any] | None = None,
         logit_bias: Mapping[Any, float] | None = None,
         model: str | None = None,
+        revisit: str | None = None,
         trace: bool = False,
     ) -> Response | Iterator[Response]:
         """Answers messages in the OpenAI shape (see `st3_edge.chat.read_messages`), as llama-cpp-python does.
 
         Returns a chat.completion object, or with stream=True an iterator of chat.completion.chunk objects. The former,
         and the last of the latter, also hold "st3": the call's report as `Report.to_dict()` gives it; `last_report` is
-        the object. Every call starts from an empty context. max_tokens: None, or below 1: as many as the context
-        holds. Sampling options: see `st3_edge.sampling.Sampling`; penalties look at the answer's last 64 tokens.
-        trace=True fills the report's trace.
+        the object. What the KV cache holds of these messages, from the calls before, is not computed again.
+        max_tokens: None, or below 1: as many as the context holds. Sampling options: see
+        `st3_edge.sampling.Sampling`; penalties look at the answer's last 64 tokens. revisit: the class's, for this
+        call. trace=True fills the report's trace.
 
-        Raises before any work PromptError, ImageError or ConfigError; St3Error where llama.cpp fails.
+        Raises before any work PromptError, ImageError or ConfigError; St3Error where llama.cpp fails. The conversation
+        so far can go on after each of them, and after an answer that was not read to its end.
         """
         sampling = Sampling(
             temperature=temperature,
@@ -269,10 +287,12 @@ class Llava:
         stops = [stop] if isinstance(stop, str) else list(stop or [])
         if not all(isinstance(s, str) for s in stops):
             raise ConfigError("stop is a string or a list of strings")
+        if revisit is not None:
+            _check_revisit(revisit)
         self._check_open()
         prompt = self._template.render(read_messages(messages))
         tokenized = self._vision.tokenize(prompt.parts, self._llama.token_bos() if prompt.bos else None)
-        n_prompt = tokenized.n_tokens
+        n_prompt = n_positions(tokenized.units)
         room = self.n_ctx - n_prompt
         if room < 1:
             raise PromptError(
@@ -281,7 +301,7 @@ class Llava:
             )
         limit = room if max_tokens is None or max_tokens < 1 else min(max_tokens, room)
         sampler = sampling.chain(self._llama._model, self._n_vocab)
-        pieces = self._generate(tokenized, sampler, limit, TextStream(stops), trace)
+        pieces = self._generate(tokenized, sampler, limit, TextStream(stops), revisit or self._revisit, trace)
 
         head: Response = {
             "id": f"chatcmpl-{uuid.uuid4()}",
@@ -317,12 +337,82 @@ class Llava:
         picture = load(image)
         with self._lock:
             self._check_open()
-            pieces = self._vision.tokenize([picture]).pieces()
-        return np.concatenate([p.embd for p in pieces if isinstance(p, _native.Visual)])
+            tokenized = self._vision.tokenize([picture])
+            images = [unit for unit in tokenized.units if isinstance(unit, Image)]
+            visual = self._look(tokenized, images, Milliseconds(0.0, 0.0, 0.0, 0.0))
+        return np.concatenate([visual[image].embd for image in images])
+
+    def reset(self) -> None:
+        """Forgets the conversation: the next call computes its whole prompt. Ends a streamed answer."""
+        with self._lock:
+            self._check_open()
+            self._call += 1
+            self._conversation.cut(0)
+
+    def save_state(self, path: Path, messages: Any = None) -> None:
+        """Writes the conversation to a file: what the KV cache holds, and the embeddings of its pictures.
+
+        `messages`: kept beside it, for `load_state` to return; anything that JSON can hold. The file is whole or not
+        there, and what it replaces stays until it is. Raises StateError where that cannot be.
+        """
+        with self._lock:
+            self._check_open()
+            conversation = self._conversation
+            conversation.cut(len(conversation.units))
+            known = {u: v for u in conversation.units if isinstance(u, Image) and (v := self._embeddings.get(u))}
+            native = _native.get_state(self._llama.ctx)
+            saved = state.Saved(self._belongs_to, conversation.record, native, known, messages)
+        state.write(path, saved)
+
+    def load_state(self, path: Path) -> Any:
+        """Goes on with the conversation of a file that `save_state` wrote; returns the messages that it was given.
+
+        The next call with the same messages and a new question computes no more than it would have. Ends a streamed
+        answer. Raises StateError where the file is damaged, or another model's, schedule's or KV cache type's: the
+        conversation before goes on then.
+        """
+        self._check_open()
+        saved = state.read(path, self._belongs_to, n_vocab=self._n_vocab, n_embd=self._llama.n_embd())
+        if saved.record.n_positions > self.n_ctx:
+            raise StateError(f"the conversation has {saved.record.n_positions} positions and n_ctx is {self.n_ctx}")
+        with self._lock:
+            self._check_open()
+            before = self._conversation.record, _native.get_state(self._llama.ctx)
+            try:
+                _log.forget()
+                if not self._replace(saved.record, saved.native):
+                    raise StateError(f"state file {os.fspath(path)!r} cannot be used{_log.why()}")
+            except BaseException:
+                self._replace(*before)
+                raise
+            self._call += 1
+            for image, visual in saved.embeddings.items():
+                self._embeddings.put(image, visual)
+        return saved.messages
+
+    def _replace(self, record: Record, native: bytes) -> bool:
+        context = self._llama.ctx
+
+        def load() -> bool:
+            return _native.set_state(context, native) and _native.n_positions(context) == record.n_positions
+
+        return self._conversation.replace(record, load)
+
+    @functools.cached_property
+    def _belongs_to(self) -> dict[str, str]:
+        """What a saved conversation is good for."""
+        return {
+            "model": state.fingerprint(self.model_path),
+            "vision half": state.fingerprint(self._mmproj_path),
+            "schedule": json.dumps(self.config.overrides(), sort_keys=True),
+            "KV cache type": self._kv_types,
+            "llama.cpp": f"{_libs.load().llama.__version__}, st3 {_libs.ABI_VERSION}",
+        }
 
     def close(self) -> None:
         """Frees both models. Called again it does nothing."""
         with self._lock:
+            self._call += 1
             if hasattr(self, "_vision"):
                 self._vision.close()
             self._llama.close()
@@ -350,16 +440,16 @@ class Llava:
         assert report is not None
         yield {**chunk({}, report.finish_reason), "st3": report.to_dict()}
 
-    def _generate(self, tokenized: Tokenized, sampler: Any, limit: int, text: TextStream, trace: bool) -> Iterator[str]:
+    def _generate(
+        self, tokenized: Tokenized, sampler: Any, limit: int, text: TextStream, revisit: str, trace: bool
+    ) -> Iterator[str]:
         """Prefills, then yields the answer piece by piece; `last_report` is kept up to date."""
         with self._lock:
             self._check_open()
             self._call += 1
             call = self._call
-            report = self._prefill(tokenized, trace)
-            self.last_report = report
+            self.last_report = report = self._prefill(tokenized, revisit, trace)
         self._on_stage("decode")
-        position = tokenized.n_tokens
         token = 0
         while True:
             with self._lock:
@@ -368,8 +458,7 @@ class Llava:
                     raise St3Error("another call on this Llava began before this answer had ended")
                 started = time.perf_counter()
                 if report.n_generated:
-                    self._decode(token, position)
-                    position += 1
+                    self._decode(token)
                 token = sampler.sample(self._llama._ctx, -1)
                 report.ms.decode += _ms_since(started)
             if self._lib.llama_vocab_is_eog(self._vocab, token):
@@ -381,48 +470,83 @@ class Llava:
             yield piece
             if text.stopped:
                 report.finish_reason = "stop"
-                return
+                break
             if report.n_generated >= limit:
                 break
         piece = text.finish()
         report.answer += piece
+        with self._lock:
+            if call == self._call:
+                report.end(self._native_report())
         yield piece
 
-    def _prefill(self, tokenized: Tokenized, trace: bool) -> Report:
+    def _prefill(self, tokenized: Tokenized, revisit: str, trace: bool) -> Report:
+        """Brings the KV cache to the end of the prompt, from where it already is."""
+        conversation, context, wanted = self._conversation, self._llama.ctx, tokenized.units
         ms = Milliseconds(load=self._load_ms, encode=0.0, prefill=0.0, decode=0.0)
-        self._on_stage("encode")
-        started = time.perf_counter()
-        pieces = tokenized.pieces()
-        ms.encode = _ms_since(started)
+        anneals = _native.report(context).get("anneal", {}).get("curve", "none") != "none"
+        reused = reusable(conversation.units, wanted, conversation.record.spans, revisit=revisit, anneals=anneals)
+        visual = self._look(tokenized, wanted[reused:], ms)
+        if conversation.cut(reused) != reused:
+            reused = 0
+            visual = self._look(tokenized, wanted, ms)
+        n_reused = conversation.n_positions
 
-        context = self._llama.ctx
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(context), False)
-        _log.forget()
         self._on_stage("prefill")
         started = time.perf_counter()
-        code = _native.prefill(context, pieces)
+        _log.forget()
+        with conversation.adding(wanted[reused:], lambda: bool(_native.report(context)["mode"] != "off")):
+            code = _native.prefill(context, n_reused, _pieces(wanted[reused:], visual))
+            if code:
+                reason = _native.last_error()
+                raise St3Error(f"prefill failed ({code})" + (f": {reason}" if reason else _log.why()))
         ms.prefill = _ms_since(started)
-        if code:
-            reason = _native.last_error()
-            raise St3Error(f"prefill failed ({code})" + (f": {reason}" if reason else _log.why()))
-        native = _native.report(context)
-        if not trace:
-            return Report.from_native(native, ms)
-        kept = [_native.kept(context, i) for i in range(len(native["cuts"]))]
-        return Report.from_native(native, ms, Trace(tokenized.ids, self._top_logits(), kept))
+        native = self._native_report()
+        traced = None
+        if trace:
+            ids = [-1 if isinstance(unit, Image) else unit for unit in wanted]
+            traced = Trace(ids, self._top_logits(), [_native.kept(context, i) for i in range(len(native["cuts"]))])
+        return Report.from_native(native, ms, n_reused, traced)
+
+    def _look(self, tokenized: Tokenized, units: Sequence[Unit], ms: Milliseconds) -> dict[Image, _native.Visual]:
+        """The embeddings of the images among `units`; those that are not known are encoded."""
+        images = dict.fromkeys(unit for unit in units if isinstance(unit, Image))
+        known = {image: self._embeddings.get(image) for image in images}
+        if any(visual is None for visual in known.values()):
+            self._on_stage("encode")
+        started = time.perf_counter()
+        result = {}
+        for image, visual in known.items():
+            if visual is None:
+                visual = tokenized.encode(image)
+                self._embeddings.put(image, visual)
+                ms.encode = _ms_since(started)
+            result[image] = visual
+        return result
+
+    def _native_report(self) -> dict[str, Any]:
+        """What `st3_report` says of the conversation."""
+        native = _native.report(self._llama.ctx)
+        if native["mode"] == "off":  # stock memory, which knows of no images: it holds all of them, in every layer
+            native["given"] = self._conversation.n_visual
+            native["per_layer"] = [native["given"]] * len(native["per_layer"])
+            native["held"] = native["per_layer"]
+        native.setdefault("held", native["per_layer"])
+        return native
 
     def _top_logits(self) -> list[list[float]]:
         logits = np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._llama.ctx, -1), (self._n_vocab,))
         top = np.argsort(-logits, kind="stable")[:_TOP_LOGITS]
         return [[int(i), float(logits[i])] for i in top]
 
-    def _decode(self, token: int, position: int) -> None:
+    def _decode(self, token: int) -> None:
         batch = self._llama._batch
-        batch.set_batch([token], n_past=position, logits_all=False)
+        batch.set_batch([token], n_past=self._conversation.n_positions, logits_all=False)
         _log.forget()
-        code = self._lib.llama_decode(self._llama.ctx, batch.batch)
-        if code:
-            raise St3Error(f"decoding failed ({code}){_log.why()}")
+        with self._conversation.adding([token]):
+            code = self._lib.llama_decode(self._llama.ctx, batch.batch)
+            if code:
+                raise St3Error(f"decoding failed ({code}){_log.why()}")
 
     def _token_bytes(self, token: int, first: bool) -> bytes:
         """The bytes of a token; the space that SentencePiece puts before a word is dropped where the answer begins."""
@@ -442,6 +566,27 @@ class Llava:
         ids = [i for i in range(self._n_vocab) if lib.llama_vocab_get_attr(vocab, i) & _CONTROL_OR_UNKNOWN]
         # A form of one character would be in ordinary text.
         return [text for i in ids if len(text := self._token_text(i)) > 1]
+
+
+def _pieces(units: Sequence[Unit], visual: Mapping[Image, _native.Visual]) -> list[_native.Piece]:
+    """Units as `_native.prefill` takes them: runs of text, and images between."""
+    pieces: list[_native.Piece] = []
+    text: list[int] = []
+    for unit in (*units, None):
+        if isinstance(unit, int):
+            text.append(unit)
+            continue
+        if text:
+            pieces.append(_native.Text(np.array(text, np.int32)))
+            text = []
+        if unit is not None:
+            pieces.append(visual[unit])
+    return pieces
+
+
+def _check_revisit(value: Any) -> None:
+    if value not in REVISIT:
+        raise ConfigError(f"revisit is one of {', '.join(REVISIT)}, not {value!r}")
 
 
 def _check_int(name: str, value: Any, low: int, high: int) -> None:

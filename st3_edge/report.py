@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -19,15 +19,17 @@ class Schedule:
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """given: visual tokens of the prompt; per_layer: how many each decoder layer holds after prefill."""
+    """given: visual tokens of all the conversation's images; per_layer: how many each decoder layer holds after
+    prefill; held: how many at the end of the answer."""
 
     given: int
     per_layer: list[int]
+    held: list[int]
 
 
 @dataclass(frozen=True)
 class KVBytes:
-    """Bytes of the KV cache after prefill. live: cells in use; full: what stock would have in use."""
+    """Bytes of the KV cache. live: cells in use; full: what stock would have in use."""
 
     allocated: int
     live: int
@@ -36,7 +38,8 @@ class KVBytes:
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations of the decoder's prefill, a multiply and an add counted as 2; prefill_full: without pruning."""
+    """Operations of the decoder's prefill, of what was not reused, a multiply and an add counted as 2; prefill_full:
+    without pruning."""
 
     prefill: int
     prefill_full: int
@@ -44,8 +47,8 @@ class Flops:
 
 @dataclass
 class Milliseconds:
-    """Wall time. load: both model files; encode: the vision tower, all pictures; prefill: the prompt through the
-    decoder; decode: from the first sampled token to the last."""
+    """Wall time. load: both model files; encode: the vision tower, pictures it had not seen lately (0.0: none);
+    prefill: what was not reused of the prompt through the decoder; decode: from the first sampled token to the last."""
 
     load: float
     encode: float
@@ -56,7 +59,7 @@ class Milliseconds:
 @dataclass(frozen=True)
 class Trace:
     """prompt_tokens: ids, -1 once for each image; first_logits_top: the ten largest logits after prefill as
-    [id, logit]; kept: for each cut, the visual indices kept, over all images in order."""
+    [id, logit]; kept: for each cut, the visual indices kept, over all images of this prefill in order."""
 
     prompt_tokens: list[int]
     first_logits_top: list[list[float]]
@@ -66,7 +69,8 @@ class Trace:
 @dataclass
 class Report:
     """answer and finish_reason ("stop" or "length") grow with a streamed answer; n_generated: tokens of the answer;
-    mode: "pruned-prefill", "evict-only" or "off"; reason: why not pruned, or None."""
+    mode: "pruned-prefill", "evict-only" or "off"; reason: why not pruned, or None; reused: positions of the prompt that
+    were in the cache; kv_bytes: after prefill; kv_bytes_end: at the end of the answer, as visual_tokens.held."""
 
     answer: str
     finish_reason: str
@@ -78,10 +82,14 @@ class Report:
     kv_bytes: KVBytes
     flops: Flops
     ms: Milliseconds
+    reused: int
+    kv_bytes_end: KVBytes
     trace: Trace | None = None
 
     @classmethod
-    def from_native(cls, native: dict[str, Any], ms: Milliseconds, trace: Trace | None = None) -> Report:
+    def from_native(
+        cls, native: dict[str, Any], ms: Milliseconds, reused: int = 0, trace: Trace | None = None
+    ) -> Report:
         """A report with no answer yet, from the object of `st3_report` (native/st3.h)."""
         return cls(
             answer="",
@@ -90,11 +98,28 @@ class Report:
             mode=native["mode"],
             reason=native["reason"],
             schedule=Schedule(native["preset"], native["cuts"], native["counts"], float(native["budget"])),
-            visual_tokens=VisualTokens(native["given"], native["per_layer"]),
+            visual_tokens=VisualTokens(native["given"], native["per_layer"], native["held"]),
             kv_bytes=KVBytes(**native["kv_bytes"]),
             flops=Flops(**native["flops"]),
             ms=ms,
+            reused=reused,
+            kv_bytes_end=KVBytes(**native["kv_bytes"]),
             trace=trace,
+        )
+
+    def end(self, native: dict[str, Any]) -> None:
+        """The answer has ended; `native`: `st3_report`'s object now."""
+        self.visual_tokens = replace(self.visual_tokens, held=native["held"])
+        self.kv_bytes_end = KVBytes(**native["kv_bytes"])
+
+    def summary(self) -> str:
+        """One line for a person."""
+        kv, ms, visual = self.kv_bytes_end, self.ms, self.visual_tokens
+        return (
+            f"[{self.mode}{f' ({self.reason})' if self.reason else ''}: {visual.given} visual tokens, "
+            f"{self.schedule.budget:.0%} kept over the layers; {self.reused} tokens reused; "
+            f"KV {kv.live / 1e6:.1f} of {kv.full / 1e6:.1f} MB; "
+            f"encode {ms.encode:.0f} ms, prefill {ms.prefill:.0f} ms, decode {ms.decode:.0f} ms]"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,15 +4,18 @@ in their place."""
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from . import _libs, _log
-from ._native import Piece, Text, Visual
+from ._native import Visual
+from .conversation import Image, Unit
 from .errors import ImageError, ModelError, PromptError
 from .images import RGB
 
@@ -50,7 +53,7 @@ class Vision:
         """
         mtmd = self._mtmd
         chunks = mtmd.mtmd_input_chunks_init()
-        result = Tokenized(self, chunks, bos)
+        result = Tokenized(self, chunks, Counter(part.digest for part in parts if isinstance(part, RGB)), bos)
         bitmaps = []
         try:
             inputs = []
@@ -58,6 +61,7 @@ class Vision:
                 if isinstance(part, RGB):
                     pixels = (ctypes.c_uint8 * len(part.data)).from_buffer_copy(part.data)
                     bitmaps.append(mtmd.mtmd_bitmap_init(part.width, part.height, pixels))
+                    mtmd.mtmd_bitmap_set_id(bitmaps[-1], part.digest.encode())
                     inputs.append(mtmd.mtmd_input_part(None, bitmaps[-1]))
                 else:
                     text = part.encode()
@@ -87,58 +91,41 @@ class Vision:
 
 
 class Tokenized:
-    """A prompt in tokens, not yet encoded."""
+    """A prompt in tokens, not yet encoded. `pictures`: how often each picture is in it, by digest."""
 
-    def __init__(self, vision: Vision, chunks: Any, bos: int | None) -> None:
-        self._vision, self._chunks, self._bos = vision, chunks, bos
+    def __init__(self, vision: Vision, chunks: Any, pictures: Counter[str], bos: int | None) -> None:
+        self._vision, self._chunks, self._pictures, self._bos = vision, chunks, pictures, bos
         self._mtmd = vision._mtmd
         weakref.finalize(self, self._mtmd.mtmd_input_chunks_free, chunks)
 
-    def _each(self) -> list[Any]:
+    @property
+    def units(self) -> list[Unit]:
+        """Its text tokens and images, in order."""
+        return self._read[0]
+
+    def encode(self, image: Image) -> Visual:
+        """The embeddings of one of its images."""
+        return self._vision.encode(self._read[1][image])
+
+    @functools.cached_property
+    def _read(self) -> tuple[list[Unit], dict[Image, Any]]:
+        """Units, and the chunk of each image."""
         mtmd = self._mtmd
-        return [mtmd.mtmd_input_chunks_get(self._chunks, i) for i in range(self.n_chunks)]
-
-    @property
-    def n_chunks(self) -> int:
-        return int(self._mtmd.mtmd_input_chunks_size(self._chunks))
-
-    @property
-    def n_tokens(self) -> int:
-        """All tokens of the prompt, visual ones too: the positions that it takes."""
-        count = sum(self._mtmd.mtmd_input_chunk_get_n_tokens(chunk) for chunk in self._each())
-        return int(count) + (self._bos is not None)
-
-    @property
-    def ids(self) -> list[int]:
-        """The token ids, with one -1 for each image."""
-        ids = [] if self._bos is None else [self._bos]
-        for chunk in self._each():
-            text = self._text(chunk)
-            ids += [-1] if text is None else text
-        return ids
-
-    def pieces(self) -> list[Piece]:
-        """Encodes the pictures; the prompt as `_native.prefill` takes it."""
-        pieces: list[Piece] = []
-        pending = [] if self._bos is None else [self._bos]
-        for chunk in self._each():
-            text = self._text(chunk)
-            if text is not None:
-                pending += text
+        chunks = [mtmd.mtmd_input_chunks_get(self._chunks, i) for i in range(mtmd.mtmd_input_chunks_size(self._chunks))]
+        digests = [(mtmd.mtmd_input_chunk_get_id(chunk) or b"").decode() for chunk in chunks]  # "": text
+        n_chunks, seen = Counter(digests), Counter[str]()
+        units: list[Unit] = [] if self._bos is None else [self._bos]
+        images = {}
+        for chunk, digest in zip(chunks, digests, strict=True):
+            if not digest:
+                n = ctypes.c_size_t()
+                tokens = mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(n))
+                units += tokens[: n.value]
                 continue
-            if pending:
-                pieces.append(Text(np.array(pending, np.int32)))
-                pending = []
-            pieces.append(self._vision.encode(chunk))
-        if pending:
-            pieces.append(Text(np.array(pending, np.int32)))
-        return pieces
-
-    def _text(self, chunk: Any) -> list[int] | None:
-        """The ids of a text chunk; None for an image's."""
-        mtmd = self._mtmd
-        if mtmd.mtmd_input_chunk_get_type(chunk) != mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
-            return None
-        n = ctypes.c_size_t()
-        tokens = mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(n))
-        return list(tokens[: n.value])
+            # A picture that is there twice has the same parts twice.
+            part = seen[digest] % (n_chunks[digest] // self._pictures[digest])
+            seen[digest] += 1
+            image = Image(digest, part, mtmd.mtmd_input_chunk_get_n_tokens(chunk))
+            units.append(image)
+            images[image] = chunk
+        return units, images

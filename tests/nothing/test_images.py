@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from st3_edge import ImageError
-from st3_edge.images import MAX_BYTES, RGB, load
+from st3_edge.images import MAX_BYTES, RGB, data_url, load
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
@@ -194,3 +194,27 @@ def test_any_data_url_is_refused_in_our_words(rest):
     # broken by an exception of base64's or urllib's that is let through
     with pytest.raises(ImageError):
         load("data:" + rest)
+
+
+def test_a_digest_is_of_the_pixels_and_the_size(tmp_path):
+    # broken if it were of the file, or of the bytes without their shape
+    pixels = np.random.default_rng(3).integers(0, 256, (4, 6, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    for name in ("a.png", "b.bmp"):
+        image.save(tmp_path / name)
+    digests = {load(source).digest for source in (image, tmp_path / "a.png", str(tmp_path / "b.bmp"))}
+    assert len(digests) == 1
+    changed = pixels.copy()
+    changed[3, 5, 2] ^= 1
+    others = [Image.fromarray(changed), Image.fromarray(pixels.reshape(6, 4, 3))]
+    assert len({load(other).digest for other in others} | digests) == 3
+
+
+def test_a_data_url_holds_the_file_itself(tmp_path):
+    # broken if the picture were encoded anew, with loss or at another size
+    path = tmp_path / "a.jpg"
+    Image.fromarray(np.random.default_rng(4).integers(0, 256, (32, 32, 3), np.uint8)).save(path)
+    assert load(data_url(str(path))) == load(path)
+    path.write_text("no picture")
+    with pytest.raises(ImageError):
+        data_url(str(path))

@@ -19,6 +19,7 @@ NATIVE = {
     "budget": 0.75,
     "given": 4,
     "per_layer": [4, 2],
+    "held": [4, 2],
     "kv_bytes": {"allocated": 100, "live": 60, "full": 80},
     "flops": {"prefill": 7, "prefill_full": 9},
 }
@@ -29,10 +30,12 @@ KEYS = {
     "mode": str,
     "reason": type(None),
     "schedule": {"preset": str, "cuts": list, "counts": list, "budget": float},
-    "visual_tokens": {"given": int, "per_layer": list},
+    "visual_tokens": {"given": int, "per_layer": list, "held": list},
     "kv_bytes": {"allocated": int, "live": int, "full": int},
     "flops": {"prefill": int, "prefill_full": int},
     "ms": {"load": float, "encode": float, "prefill": float, "decode": float},
+    "reused": int,
+    "kv_bytes_end": {"allocated": int, "live": int, "full": int},
 }
 
 
@@ -56,6 +59,18 @@ def test_the_object_has_the_documented_keys_and_types():
 def test_a_trace_adds_its_keys_beside_the_others():
     # broken if it were nested, or there without being asked for
     trace = Trace([1, -1, 2], [[2, 0.5]], [[0, 3]])
-    plain = Report.from_native(NATIVE, Milliseconds(1.0, 2.0, 3.0, 4.0), trace).to_dict()
+    plain = Report.from_native(NATIVE, Milliseconds(1.0, 2.0, 3.0, 4.0), trace=trace).to_dict()
     assert plain.keys() == {*KEYS, "prompt_tokens", "first_logits_top", "kept"}
     assert plain["kept"] == [[0, 3]]
+
+
+def test_the_end_of_an_answer_changes_what_is_held_then_and_nothing_else():
+    # broken if annealing during the answer were told as what prefill left, or not told
+    report = Report.from_native(NATIVE, Milliseconds(1.0, 2.0, 3.0, 4.0), 5)
+    before = report.to_dict()
+    report.end({**NATIVE, "held": [2, 1], "kv_bytes": {"allocated": 90, "live": 30, "full": 99}})
+    after = report.to_dict()
+    assert after.pop("kv_bytes_end") == {"allocated": 90, "live": 30, "full": 99}
+    assert after["visual_tokens"].pop("held") == [2, 1]
+    assert before.pop("kv_bytes_end") == NATIVE["kv_bytes"] and before["visual_tokens"].pop("held") == [4, 2]
+    assert after == before and after["reused"] == 5
