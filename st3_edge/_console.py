@@ -8,11 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 _TICK_S = 0.2
 _SHOW_AFTER_S = 1.0
 INTERRUPTED = 130
+
+T = TypeVar("T")
 
 
 def _own(stream: TextIO | None, descriptor: int) -> TextIO:
@@ -81,13 +83,13 @@ class Console:
             stream.flush()
 
 
-def run(console: Console, work: Callable[[], int]) -> int:
-    """Runs `work` in a thread and returns its exit code; its exceptions are raised here.
+def run(console: Console, work: Callable[[], T], stop: Callable[[], None] | None = None) -> T:
+    """Runs `work` in a thread and returns its result; its exceptions are raised here.
 
     While native code computes, Python's main thread would not see Ctrl-C: so the computing is done beside it. On
-    Ctrl-C the process ends at once, with exit code 130.
+    Ctrl-C the process ends at once, with exit code 130; with `stop` the first one calls it, for `work` to end soon.
     """
-    result: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
+    result: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
 
     def target() -> None:
         try:
@@ -95,18 +97,25 @@ def run(console: Console, work: Callable[[], int]) -> int:
         except BaseException as e:
             result.put(e)
 
-    threading.Thread(target=target, daemon=True).start()
-    try:
-        while True:
+    thread = threading.Thread(target=target, daemon=True)
+    begun = False
+    while True:
+        try:
+            if not begun:
+                begun = True  # before it: Ctrl-C can come while start() waits for the thread
+                thread.start()
             try:
                 outcome = result.get(timeout=_TICK_S)
                 break
             except queue.Empty:
                 console.tick()
-    except KeyboardInterrupt:
-        console.note("\nst3-edge: interrupted")
-        # No clean-up: the working thread may be inside native code, which cannot be stopped.
-        os._exit(INTERRUPTED)
+        except KeyboardInterrupt:
+            if stop is None:
+                console.note("\nst3-edge: interrupted")
+                # No clean-up: the working thread may be inside native code, which cannot be stopped.
+                os._exit(INTERRUPTED)
+            stop()
+            stop = None
     console.stage(None)
     if isinstance(outcome, BaseException):
         raise outcome

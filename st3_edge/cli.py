@@ -1,4 +1,4 @@
-"""The command line: `st3-edge demo`, `ask` and `doctor`."""
+"""The command line: `st3-edge demo`, `ask`, `chat` and `doctor`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ._console import INTERRUPTED, Console, run
-from .config import PRESETS, ST3Config
+from .config import CURVES, PRESETS, ST3Config
+from .conversation import REVISIT
 from .errors import ModelError, PromptError, St3Error, one_line
 
 if TYPE_CHECKING:
@@ -58,14 +60,49 @@ def _parser() -> argparse.ArgumentParser:
         metavar="IMAGE... QUESTION",
         help="picture files (PNG, JPEG, WebP, GIF, BMP, TIFF, PPM) or data: URLs, and last the question",
     )
-    files = ask.add_argument_group("model (default: the small one that comes with the package)")
+    answer = _shared_options(ask)
+    answer.add_argument("--json", action="store_true", help="print one JSON object with the answer and what ST3 did")
+    answer.add_argument(
+        "--trace", action="store_true", help="with --json: also prompt tokens, first logits and the visual tokens kept"
+    )
+
+    chat = commands.add_parser(
+        "chat",
+        help="talk about pictures, question after question",
+        description="A conversation in the terminal, offline. What was read before is kept: a second question about a "
+        "picture comes back sooner. Ctrl-C stops an answer, Ctrl-D leaves.",
+        epilog="In the chat: /image FILE shows a picture with the next question, /reset begins anew, /report tells "
+        "what ST3 did, /save FILE and /load FILE keep and fetch a conversation, /quit leaves.",
+    )
+    chat.add_argument("images", nargs="*", metavar="IMAGE", help="picture files to begin with")
+    _shared_options(chat).add_argument(
+        "--revisit",
+        choices=REVISIT,
+        default=REVISIT[0],
+        help="turn: each question looks at all of the pictures again; never: at what the first one left of them, which "
+        f"is sooner (default {REVISIT[0]})",
+    )
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="tell what is installed and whether it works",
+        description="Tells versions, libraries, CPU features and devices, and what is missing. Exit code 1 if "
+        "something keeps the package from working.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _shared_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """What every command that loads a model takes; returns the group of the answer's options."""
+    files = parser.add_argument_group("model (default: the small one that comes with the package)")
     files.add_argument("--model", metavar="M.gguf", help="the text model of a LLaVA, in GGUF")
     files.add_argument("--mmproj", metavar="P.gguf", help="the vision half of the same LLaVA, in GGUF")
     files.add_argument(
         "--n-ctx", type=int, default=4096, metavar="N", help="room for prompt and answer, in tokens (default 4096)"
     )
     files.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: those that this machine has)")
-    st3 = ask.add_argument_group("pruning (what is not given, the preset decides)")
+    st3 = parser.add_argument_group("pruning (what is not given, the preset decides)")
     st3.add_argument(
         "--preset", default="st3", metavar="NAME", help=f"{', '.join(PRESETS)} (default st3; off: nothing is dropped)"
     )
@@ -89,7 +126,16 @@ def _parser() -> argparse.ArgumentParser:
     st3.add_argument(
         "--coverage", type=float, metavar="C", help="share of the kept tokens spread evenly over the picture, 0 to 1"
     )
-    answer = ask.add_argument_group("answer")
+    st3.add_argument(
+        "--anneal",
+        metavar="CURVE",
+        help=f"how visual tokens leave while the answer grows: {', '.join(CURVES)} (none: they stay)",
+    )
+    st3.add_argument("--anneal-tokens", type=int, metavar="N", help="words or so until --anneal-floor is reached")
+    st3.add_argument(
+        "--anneal-floor", type=float, metavar="R", help="share of the kept tokens that is left in the end, 0 to 1"
+    )
+    answer = parser.add_argument_group("answer")
     answer.add_argument(
         "--max-tokens", type=int, default=256, metavar="N", help="longest answer, in tokens (default 256)"
     )
@@ -100,31 +146,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="T",
         help="0: always the likeliest word (default); 1: much chance",
     )
-    answer.add_argument("--json", action="store_true", help="print one JSON object with the answer and what ST3 did")
-    answer.add_argument(
-        "--trace", action="store_true", help="with --json: also prompt tokens, first logits and the visual tokens kept"
-    )
-
-    doctor = commands.add_parser(
-        "doctor",
-        help="tell what is installed and whether it works",
-        description="Tells versions, libraries, CPU features and devices, and what is missing. Exit code 1 if "
-        "something keeps the package from working.",
-    )
-    doctor.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser
+    return answer
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    # argparse takes positionals in one run only: a question behind an option is left over.
-    if arguments.command == "ask" and not any(word.startswith("-") for word in rest):
-        arguments.inputs += rest
+    # argparse takes positionals in one run only: what stands behind an option is left over.
+    if arguments.command in ("ask", "chat") and not any(word.startswith("-") for word in rest):
+        (arguments.inputs if arguments.command == "ask" else arguments.images).extend(rest)
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command is None and not arguments.version:
-        parser.error("say what to do: demo, ask or doctor")
+        parser.error("say what to do: demo, ask, chat or doctor")
     if arguments.command == "ask" and len(arguments.inputs) < 2:
         parser.error("ask needs at least one picture, and last the question")
     return arguments
@@ -137,7 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = Console()
         if arguments.version:
             return _version(console)
-        command = {"demo": _demo, "ask": _ask, "doctor": _doctor}[arguments.command]
+        command = {"demo": _demo, "ask": _ask, "chat": _chat, "doctor": _doctor}[arguments.command]
+        if command is _chat:  # it reads lines, and Ctrl-C means something else there
+            return command(console, arguments)
         return run(console, lambda: command(console, arguments))
     except St3Error as e:
         console.note(f"st3-edge: error: {one_line(e)}")
@@ -179,25 +215,12 @@ def _ask(console: Console, arguments: argparse.Namespace) -> int:
     *pictures, question = arguments.inputs
     if not question.strip():
         raise PromptError("the question is empty")
-    config = ST3Config(
-        preset=arguments.preset,
-        budget=arguments.budget,
-        start=arguments.start,
-        stride=arguments.stride,
-        keep=arguments.keep,
-        min_keep=arguments.min_keep,
-        score=arguments.score,
-        coverage=arguments.coverage,
-    )
-    if (arguments.model is None) != (arguments.mmproj is None):
-        raise ModelError("--model and --mmproj belong together: the text model and the vision half of one LLaVA")
+    config = _config(arguments)
 
     # Before the model: loading a large one takes long, and a bad picture would be told of only then.
     content = [{"type": "image", "image": images.load(picture)} for picture in pictures]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-    console.stage("loading the model")
     with _load(console, arguments, config) as llava:
-        console.stage(None)
         chunks: Any = llava.create_chat_completion(
             messages,
             stream=True,
@@ -215,25 +238,39 @@ def _ask(console: Console, arguments: argparse.Namespace) -> int:
         console.say(json.dumps(report.to_dict()))
         return 0
     console.say()
-    kv, ms, visual = report.kv_bytes, report.ms, report.visual_tokens
-    console.note(
-        f"[{report.mode}{f' ({report.reason})' if report.reason else ''}: {visual.given} visual tokens, "
-        f"{report.schedule.budget:.0%} kept over the layers; KV {kv.live / 1e6:.1f} of {kv.full / 1e6:.1f} MB; "
-        f"encode {ms.encode:.0f} ms, prefill {ms.prefill:.0f} ms, decode {ms.decode:.0f} ms]"
-    )
+    console.note(report.summary())
     return 0
+
+
+def _chat(console: Console, arguments: argparse.Namespace) -> int:
+    from . import _chat, images
+
+    config = _config(arguments)
+    pictures = [images.data_url(picture) for picture in arguments.images]
+    with run(console, lambda: _load(console, arguments, config)) as llava:
+        return _chat.Chat(console, llava, pictures, arguments.max_tokens, arguments.temperature).loop()
+
+
+def _config(arguments: argparse.Namespace) -> ST3Config:
+    if (arguments.model is None) != (arguments.mmproj is None):
+        raise ModelError("--model and --mmproj belong together: the text model and the vision half of one LLaVA")
+    return ST3Config(**{f.name: getattr(arguments, f.name) for f in fields(ST3Config) if hasattr(arguments, f.name)})
 
 
 def _load(console: Console, arguments: argparse.Namespace, config: ST3Config) -> Llava:
     from . import demo
     from .llava import Llava
 
+    console.stage("loading the model")
     model, mmproj = (arguments.model, arguments.mmproj) if arguments.model else demo.model_paths()
-    return Llava(
+    llava = Llava(
         model,
         mmproj,
         config,
         n_ctx=arguments.n_ctx,
         n_threads=arguments.threads,
         on_stage=lambda stage: console.stage(_STAGES[stage]),
+        revisit=getattr(arguments, "revisit", REVISIT[0]),
     )
+    console.stage(None)
+    return llava

@@ -23,6 +23,8 @@ KEYS = [
     "kv_bytes",
     "flops",
     "ms",
+    "reused",
+    "kv_bytes_end",
 ]
 
 
@@ -52,7 +54,8 @@ def test_json_is_one_object_of_the_documented_shape(ask, picture):
     layers = got["visual_tokens"]["per_layer"]
     assert layers == sorted(layers, reverse=True) and layers[-1] < layers[0] == 576
     assert got["schedule"]["budget"] == pytest.approx(sum(layers) / len(layers) / 576, abs=1e-4)
-    assert got["kv_bytes"]["live"] < got["kv_bytes"]["full"] <= got["kv_bytes"]["allocated"]
+    kv = got["kv_bytes"]
+    assert kv["live"] < kv["full"] and kv["live"] <= kv["allocated"]
     assert got["flops"]["prefill"] < got["flops"]["prefill_full"]
     assert all(value > 0 for value in got["ms"].values())
 
@@ -124,7 +127,7 @@ def test_doctor_finds_everything(command):
     done = command("doctor", "--json")
     assert done.returncode == 0, done.stdout
     found = json.loads(done.stdout)
-    assert found["problems"] == [] and found["abi"] == 1 and found["devices"]
+    assert found["problems"] == [] and found["abi"] == 2 and found["devices"]
     assert found["demo_model"].keys() == {"model", "mmproj", "pictures"}
     assert "all is well" in command("doctor").stdout
 

@@ -88,12 +88,13 @@ def test_doctor_tells_what_is_missing(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "demo, ask or doctor"),
+        ([], "demo, ask, chat or doctor"),
         (["fly"], "fly"),
         (["ask"], "required"),
         (["ask", "What?"], "at least one picture"),
         (["ask", "a.png", "What?", "--budget", "much"], "--budget"),
         (["ask", "a.png", "What?", "--nonsense"], "--nonsense"),
+        (["chat", "--revisit", "always"], "--revisit"),
         (["demo", "a.png"], "a.png"),
     ],
 )
@@ -115,6 +116,10 @@ def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path, arguments, says):
         (["--score", "best"], "score"),
         (["--model", "a.gguf"], "--mmproj"),
         (["--mmproj", "a.gguf"], "--model"),
+        (["--anneal", "cubic"], "anneal must be one of"),
+        (["--anneal-tokens", "0"], "anneal_tokens"),
+        (["--anneal-floor", "1.5"], "anneal_floor"),
+        (["--anneal", "exponential", "--anneal-floor", "0"], "above 0"),
         (["--n-ctx", "-5"], "n_ctx"),
         (["--threads", "0"], "n_threads"),
         (["--model", "none.gguf", "--mmproj", "none.gguf"], "No such file"),
@@ -128,6 +133,8 @@ def test_settings_out_of_range_are_told_before_anything_is_loaded(tmp_path, pict
 def test_a_bad_picture_is_told_before_anything_is_loaded(tmp_path):
     # broken if a person waited for a large model to load first
     one_line_error(command("ask", "a.png", "What?", lib_dir=tmp_path), 1, "No such file")
+    one_line_error(command("chat", "a.png", lib_dir=tmp_path), 1, "No such file")
+    one_line_error(command("chat", "--revisit", "never", "a.png", lib_dir=tmp_path), 1, "No such file")
 
 
 def test_an_empty_question_is_refused(tmp_path):
@@ -142,9 +149,9 @@ def test_options_may_stand_between_the_pictures_and_the_question(tmp_path):
     one_line_error(done, 1, "unknown preset")
 
 
-@pytest.mark.parametrize("arguments", [["-h"], ["ask", "-h"], ["demo", "-h"], ["doctor", "-h"], ["--version"]])
+@pytest.mark.parametrize("arguments", ["-h", "ask -h", "demo -h", "chat -h", "doctor -h", "--version"])
 def test_help_and_version_go_to_standard_output(tmp_path, arguments):
     # broken by a '%' in a help text, or help that needs libraries
-    done = command(*arguments, lib_dir=tmp_path)
+    done = command(*arguments.split(), lib_dir=tmp_path)
     assert done.returncode == 0
     assert done.stdout and not done.stderr

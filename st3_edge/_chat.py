@@ -1,0 +1,98 @@
+"""`st3-edge chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from . import images
+from ._console import Console, run
+from .errors import St3Error, one_line
+from .llava import Llava
+
+_HELP = """\
+/image FILE   show a picture with the next question
+/reset        begin anew
+/report       what ST3 did for the last answer
+/save FILE    keep the conversation
+/load FILE    go on with one that was kept
+/quit         leave (Ctrl-D does too; Ctrl-C stops an answer)"""
+
+
+class Chat:
+    """The messages so far, and what a line does. `pictures`: data URLs, shown with the next question."""
+
+    def __init__(
+        self, console: Console, llava: Llava, pictures: list[str], max_tokens: int, temperature: float
+    ) -> None:
+        self._console, self._llava = console, llava
+        self._pictures = pictures
+        self._options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
+        self._messages: list[dict[str, Any]] = []
+
+    def loop(self) -> int:
+        """Reads lines and does them until the input ends."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  input() then edits its line
+        prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+        self._console.note("Ask, or /help tells what else there is.")
+        while True:
+            try:
+                line = input(prompt).strip()
+                if line in ("/quit", "/exit"):
+                    return 0
+                if line:
+                    self._do(line)
+            except EOFError:
+                return 0
+            except KeyboardInterrupt:
+                self._console.note("\n(/quit leaves)")
+            except St3Error as e:
+                self._console.note(f"st3-edge: error: {one_line(e)}")
+
+    def _do(self, line: str) -> None:
+        command, _, rest = line.partition(" ")
+        path = Path(rest.strip()).expanduser()
+        if not command.startswith("/"):
+            self._ask(line)
+        elif command == "/image" and rest:
+            self._pictures.append(images.data_url(str(path)))
+        elif command == "/save" and rest:
+            self._llava.save_state(path, self._messages)
+        elif command == "/load" and rest:
+            messages = self._llava.load_state(path)
+            self._messages = messages if isinstance(messages, list) else []
+            self._console.note(f"({len(self._messages) // 2} questions so far)")
+        elif command == "/reset":
+            self._llava.reset()
+            self._messages = []
+            self._pictures.clear()
+        elif command == "/report":
+            report = self._llava.last_report
+            self._console.note(f"{report.summary()}\n{json.dumps(report.to_dict())}" if report else "(no answer yet)")
+        else:
+            self._console.note(_HELP)
+
+    def _ask(self, text: str) -> None:
+        content = [*({"type": "image", "image": url} for url in self._pictures), {"type": "text", "text": text}]
+        question = {"role": "user", "content": content}
+        stopped = threading.Event()
+        said: list[str] = []
+
+        def answer() -> None:
+            chunks: Any = self._llava.create_chat_completion([*self._messages, question], stream=True, **self._options)
+            for chunk in chunks:
+                said.append(chunk["choices"][0]["delta"].get("content", ""))
+                self._console.say(said[-1], end="")
+                if stopped.is_set():
+                    chunks.close()
+
+        run(self._console, answer, stopped.set)
+        self._console.say()
+        if any(said):
+            self._messages += [question, {"role": "assistant", "content": "".join(said)}]
+            self._pictures.clear()

@@ -1,0 +1,152 @@
+"""`st3-edge chat`: what its lines do, with a stand-in for the model."""
+
+import io
+import itertools
+import os
+import signal
+
+import pytest
+from PIL import Image
+
+from st3_edge import PromptError, StateError, images
+from st3_edge._chat import Chat
+
+
+class Console:
+    """Takes down what goes where."""
+
+    def __init__(self) -> None:
+        self.out, self.err = "", ""
+
+    def say(self, text="", end="\n") -> None:
+        self.out += text + end
+
+    def note(self, text, end="\n") -> None:
+        self.err += text + end
+
+    def tick(self) -> None: ...
+
+    def stage(self, name) -> None: ...
+
+
+class Model:
+    """Says `words`, piece by piece; takes down what it was asked and told."""
+
+    last_report = None
+
+    def __init__(self, words=("one", " two")) -> None:
+        self.words, self.asked, self.calls, self.closed = words, [], [], False
+
+    def create_chat_completion(self, messages, **options):
+        assert options["stream"]
+        self.asked.append(messages)
+        return self._chunks()
+
+    def _chunks(self):
+        try:
+            yield {"choices": [{"delta": {"role": "assistant"}}]}
+            for word in self.words() if callable(self.words) else self.words:
+                yield {"choices": [{"delta": {"content": word}}]}
+        finally:
+            self.closed = True
+
+    def reset(self) -> None:
+        self.calls.append("reset")
+
+    def save_state(self, path, messages) -> None:
+        self.calls.append(("save", str(path)))
+        self.kept = messages
+
+    def load_state(self, path):
+        self.calls.append(("load", str(path)))
+        if "bad" in str(path):
+            raise StateError("it is bad")
+        return self.kept
+
+
+@pytest.fixture
+def talk(monkeypatch):
+    """talk(model, *lines, pictures=[]): the console after these lines, the last of which ends the input."""
+
+    def run(model, *lines, pictures=()) -> Console:
+        console = Console()
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        assert Chat(console, model, list(pictures), 9, 0.0).loop() == 0
+        return console
+
+    return run
+
+
+def test_questions_and_answers_follow_each_other(talk):
+    # broken if an answer were left out of the conversation, or notes were mixed into the answers
+    model = Model()
+    console = talk(model, "a?", "", "b?")
+    assert console.out == "one two\none two\n"
+    roles = [[m["role"] for m in messages] for messages in model.asked]
+    assert roles == [["user"], ["user", "assistant", "user"]]
+    assert model.asked[1][1]["content"] == "one two"
+
+
+def test_a_picture_is_shown_with_one_question_and_stays_in_the_conversation(talk, tmp_path):
+    # broken if it were sent again with each question, forgotten, or kept as a path that can change
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4), "red").save(path)
+    model = Model()
+    console = talk(model, f"/image {path}", "a?", "b?", pictures=[images.data_url(str(path))])
+    kinds = [[part["type"] for part in message["content"]] for message in model.asked[1][::2]]
+    assert kinds == [["image", "image", "text"], ["text"]]
+    assert images.load(model.asked[0][0]["content"][1]["image"]) == images.load(path)
+    assert "error" not in console.err
+
+
+def test_an_error_is_told_and_the_conversation_goes_on(talk, tmp_path):
+    # broken if it ended the program, or the question that failed stayed in the conversation
+    def fails():
+        raise PromptError("too long")
+        yield
+
+    model = Model(fails)
+    console = talk(model, "a?", f"/image {tmp_path}/none.png", "/load bad", "b?")
+    assert console.err.count("st3-edge: error: ") == 4
+    assert [len(messages) for messages in model.asked] == [1, 1]
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(talk):
+    # broken if the program ended, the answer went on, or what was said of it were lost
+    def endless():
+        for i in itertools.count():
+            if i == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield "x"
+
+    model = Model(endless)
+    console = talk(model, "a?")
+    assert model.closed
+    assert "xxx" in console.out
+
+    model.words = ("fine",)
+    chat = Chat(Console(), model, [], 9, 0.0)
+    chat._do("b?")
+    assert chat._messages[-1]["content"] == "fine"
+
+
+def test_an_answer_that_was_stopped_stays_as_far_as_it_came(talk):
+    # broken if the conversation held a question without an answer
+    def stopped_at_once():
+        os.kill(os.getpid(), signal.SIGINT)
+        while True:
+            yield "x"
+
+    model = Model(stopped_at_once)
+    talk(model, "a?", "/save f")
+    assert [message["role"] for message in model.kept] == ["user", "assistant"]
+    assert set(model.kept[1]["content"]) == {"x"}
+
+
+def test_commands_reach_the_model(talk):
+    # broken if one were taken for a question, or a path lost a part
+    model = Model()
+    console = talk(model, "a?", "/save my file", "/reset", "/load my file", "b?", "/report", "/what", "/quit", "c?")
+    assert model.calls == [("save", "my file"), "reset", ("load", "my file")]
+    assert [len(messages) for messages in model.asked] == [1, 3]
+    assert "1 questions so far" in console.err and "no answer yet" in console.err and "/image FILE" in console.err
