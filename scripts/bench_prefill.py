@@ -56,6 +56,17 @@ def random_weights(shape: str, file_type: str, cache: Path, seed: int = 1) -> Pa
     return path
 
 
+def prompt(model: native_runtime.Model, visual: int, text: int, seed: int = 1) -> list:
+    """Random pieces: 1/16 of the text tokens (at least BOS), an image of `visual` tokens, the rest of the text."""
+    rng = np.random.default_rng(seed)
+    side = int(visual**0.5)
+    grid = (side, side) if side * side == visual else (0, 0)
+    image = native_runtime.Image(rng.standard_normal((visual, model.n_embd)).astype(np.float32), *grid)
+    before = max(1, text // 16)
+    words = [1, *(int(t) for t in rng.integers(3, min(model.n_vocab, 32000), text - 1))]
+    return [words[:before], image, words[before:]]
+
+
 def once(ctx: native_runtime.Context, pieces: list) -> float:
     """Milliseconds of one prefill into an empty cache."""
     ctx.clear()
@@ -94,13 +105,7 @@ def main() -> None:
     keys |= {f"st3.{k}": v for k, v in (("score", args.score), ("coverage", args.coverage)) if v is not None}
     off, on = native_runtime.Model(rt, path), native_runtime.Model(rt, path, keys)
     visual = args.visual or random_model.SHAPES[args.shape].n_visual
-    rng = np.random.default_rng(1)
-    side = int(visual**0.5)
-    grid = (side, side) if side * side == visual else (0, 0)
-    image = native_runtime.Image(rng.standard_normal((visual, off.n_embd)).astype(np.float32), *grid)
-    before = max(1, args.text // 16)
-    words = [1, *(int(t) for t in rng.integers(3, min(off.n_vocab, 32000), args.text - 1))]
-    pieces = [words[:before], image, words[before:]]
+    pieces = prompt(off, visual, args.text)
     n = -(-(visual + args.text + 32) // 256) * 256
     ms: dict[str, list[float]] = {"off": [], "on": []}
     with (
