@@ -665,6 +665,10 @@ void st3_memory::evict(llama_seq_id seq_id) {
         image.pruned  = true;
         image.evicted = true;
     }
+}
+
+void st3_memory::trim() {
+    synchronize();
     for (auto & s : stages) {
         s->fit(s->n_used_max());
     }
@@ -904,7 +908,14 @@ bool st3_memory_context::next() {
     for (auto & s : stages) {
         s->next();
     }
-    return ++i_cur < ubatches.size();
+    if (++i_cur < ubatches.size()) {
+        return true;
+    }
+    // not before: the cells of every ubatch were chosen when the batch began
+    if (std::any_of(works.begin(), works.end(), [](const st3_work & work) { return !work.questions.empty(); })) {
+        mem->trim();
+    }
+    return false;
 }
 
 bool st3_memory_context::apply() {

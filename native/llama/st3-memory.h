@@ -137,6 +137,9 @@ class st3_memory : public llama_memory_i {
     finish(const llama_ubatch & ubatch, st3_work & work, const st3_plan * plan,
            const std::vector<llama_kv_cache::slot_info> & slots, ggml_tensor * out, ggml_backend_sched_t sched);
 
+    // Gives back memory that no cell needs. Between batches only.
+    void trim();
+
     const st3_kept_t & last_kept() const { return kept; }
 
     const st3_kv & stage(uint32_t i) const { return *stages[i]; }
