@@ -372,7 +372,7 @@ class Llava:
         conversation before goes on then.
         """
         self._check_open()
-        saved = state.read(path, self._belongs_to, n_vocab=self._n_vocab, n_embd=self._llama.n_embd())
+        saved = state.read(path, self._belongs_to, n_vocab=self._n_vocab, n_embd=self._vision.n_embd)
         if saved.record.n_positions > self.n_ctx:
             raise StateError(f"the conversation has {saved.record.n_positions} positions and n_ctx is {self.n_ctx}")
         with self._lock:

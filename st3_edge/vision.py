@@ -23,8 +23,9 @@ from .images import RGB
 class Vision:
     """A vision encoder with its projector (an "mmproj" GGUF), for one loaded text model.
 
-    `model`: the llama_model pointer, which must outlive this object. Raises ModelError where the file does not load,
-    does not fit the model, or needs what pruned prefill has not (M-RoPE positions, non-causal image attention).
+    `model`: the llama_model pointer, which must outlive this object. `n_embd`: how wide its embeddings are. Raises
+    ModelError where the file does not load, does not fit the model, or needs what pruned prefill has not (M-RoPE
+    positions, non-causal image attention).
     """
 
     def __init__(self, path: str, model: Any, *, n_threads: int, use_gpu: bool) -> None:
@@ -40,7 +41,7 @@ class Vision:
             raise ModelError(f"mmproj {path!r} cannot be used{_log.why()}")
         self.close = weakref.finalize(self, mtmd.mtmd_free, context)
         self._context = context
-        self._n_embd = bindings.lib.llama_model_n_embd_inp(model)
+        self.n_embd = bindings.lib.llama_model_n_embd_inp(model)
         if not mtmd.mtmd_support_vision(context):
             raise ModelError(f"mmproj {path!r} has no vision encoder")
         if mtmd.mtmd_decode_use_mrope(context) or mtmd.mtmd_decode_use_non_causal(context, None):
@@ -84,7 +85,7 @@ class Vision:
         if mtmd.mtmd_encode_chunk(self._context, chunk):
             raise ImageError(f"a picture cannot be encoded{_log.why()}")
         n = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
-        embd = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(self._context), (n, self._n_embd)).copy()
+        embd = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(self._context), (n, self.n_embd)).copy()
         # mtmd tells the patch grid of M-RoPE models only; the pictures of LLaVA's are square.
         side = math.isqrt(n)
         return Visual(embd, side, side) if side * side == n else Visual(embd, 0, 0)

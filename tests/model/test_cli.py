@@ -105,6 +105,15 @@ def test_score_and_coverage_change_what_is_kept(ask, picture):
     assert kept("--score", "last-mean", "--coverage", "0.5") != default
 
 
+def test_annealing_is_the_one_asked_for(ask, picture):
+    # broken if an option did not reach its key
+    options = ("--json", "--anneal", "linear", "--anneal-tokens", "4", "--anneal-floor", "0.5")
+    got = answered(ask(picture, "Describe the image.", *options))["visual_tokens"]
+    assert got["held"] == [max(1, int(0.5 * n + 0.5)) for n in got["per_layer"]]
+    got = answered(ask(picture, "Describe the image.", "--json", "--anneal", "none"))["visual_tokens"]
+    assert got["held"] == got["per_layer"]
+
+
 def test_off_drops_nothing(ask, picture):
     # broken if off were a schedule that keeps all, with its costs, or kept fewer
     got = answered(ask(picture, QUESTION, "--json", "--preset", "off"))
@@ -200,6 +209,37 @@ def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(ask, pictu
 def test_a_schedule_that_does_not_fit_the_model_is_refused(ask, picture, options):
     # broken if the library's reason were lost on the way
     refused(ask(picture, QUESTION, *options), "start")
+
+
+def chat(environment, lines: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "st3_edge", "chat", "--threads", "1", "--max-tokens", "6", *arguments]
+    return subprocess.run(command, input=lines, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_a_chat_goes_on_from_question_to_question_and_from_day_to_day(environment, picture, tmp_path):
+    # broken if a question saw no picture, or a conversation that was kept could not be gone on with
+    kept = tmp_path / "kept.st3"
+    first = chat(environment, f"{QUESTION}\nHow many shapes are there?\n/report\n/save {kept}\n", picture)
+    assert first.returncode == 0, first.stderr
+    assert len(first.stdout.splitlines()) == 2 and all(first.stdout.splitlines())
+    assert '"given": 576' in first.stderr and "error" not in first.stderr
+
+    second = chat(environment, f"/load {kept}\nIs there a blue ring?\n/report\n", "--revisit", "never")
+    assert second.returncode == 0 and len(second.stdout.splitlines()) == 1
+    assert "2 questions so far" in second.stderr and "error" not in second.stderr
+    report = json.loads(second.stderr.splitlines()[-1])
+    assert report["reused"] > 576 and report["ms"]["encode"] == 0
+
+
+def test_what_goes_wrong_in_a_chat_is_told_and_the_chat_goes_on(environment, picture, tmp_path):
+    # broken by a traceback, or if one bad line ended the program
+    lines = f"/image {tmp_path}/none.png\n/load {picture}\n{'word ' * 5000}\n/save {tmp_path}\n{QUESTION}\n"
+    done = chat(environment, lines, picture)
+    assert done.returncode == 0 and done.stdout.strip()
+    errors = [line for line in done.stderr.splitlines() if line.startswith("st3-edge: error: ")]
+    assert len(errors) == 4, done.stderr
+    for said, error in zip(("cannot be read", "does not begin", "n_ctx is", "cannot be written"), errors, strict=True):
+        assert said in error
 
 
 def test_ctrl_c_leaves_at_once_with_130(environment, picture):
