@@ -99,6 +99,15 @@ def test_a_picture_is_shown_with_one_question_and_stays_in_the_conversation(talk
     assert "error" not in console.err
 
 
+def test_reset_forgets_pictures_too(talk, tmp_path):
+    # broken if a picture of the conversation before were shown with the first question of the next
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4), "red").save(path)
+    model = Model()
+    talk(model, f"/image {path}", "/reset", "a?")
+    assert [part["type"] for part in model.asked[0][0]["content"]] == ["text"]
+
+
 def test_an_error_is_told_and_the_conversation_goes_on(talk, tmp_path):
     # broken if it ended the program, or the question that failed stayed in the conversation
     def fails():

@@ -147,11 +147,13 @@ def test_headers_that_somebody_made_are_refused(path):
         ("embeddings", [[*image[:3], 3, 3, 4, 3], header["embeddings"][1]]),
         ("embeddings", [[*image[:3], -2, -2, 4, 3], header["embeddings"][1]]),
         ("embeddings", [[*image[:3], 2, 2, 2**62, 3]]),
+        ("embeddings", [["red", 0, 3, *image[3:]], header["embeddings"][1]]),
         ("belongs_to", []),
         ("belongs_to", None),
     ]
     for key, value in changes:
-        path.write_bytes(forged(json.dumps({**header, key: value}).encode(), rest))
+        changed = {**header, key: value} if key != "units" else {**header, "units": value, "spans": []}
+        path.write_bytes(forged(json.dumps(changed).encode(), rest))
         with pytest.raises(StateError):
             read(path)
     for key in header:
