@@ -11,6 +11,7 @@
 //   st3.min_keep  u32   >= 0: a cut leaves an image at least this many tokens (or all it has)
 //   st3.score     str   terms joined by '+', each <last|text>-<mean|max>[-sum]; a score is the mean of its terms
 //                       last|text: the scoring queries are the last prompt token | the prompt text after the last image
+//                       (at most its last 512 tokens, and where the prompt is not pruned in one ubatch, the last ubatch's)
 //                       mean|max:  how heads and queries are reduced; -sum: averaged over all layers up to the cut
 //   st3.coverage  f32   [0, 1]: share of the kept tokens that is chosen evenly over the picture, whatever their score
 //   st3.seed      u32   seed of what is chosen at random

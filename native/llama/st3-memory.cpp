@@ -642,6 +642,7 @@ void st3_memory::evict(llama_seq_id seq_id) {
         const auto n_keep = schedule.counts((uint32_t) image.pos.size());
 
         auto ids = held(seq_id, image, 0).ids;
+        image.n0 = { (uint32_t) ids.size() };
         for (uint32_t s = 1; s < n_stage(); ++s) {
             auto rank = schedule.bias(image.nx, image.ny, n_keep[s], image.number, schedule.random);
             for (size_t i = 0; i < cut.tokens.size(); ++i) {
@@ -660,8 +661,8 @@ void st3_memory::evict(llama_seq_id seq_id) {
             const auto            before = held(seq_id, image, s).ids;
             std::set_difference(before.begin(), before.end(), ids.begin(), ids.end(), std::back_inserter(gone));
             drop(seq_id, image, s, gone);
+            image.n0.push_back((uint32_t) ids.size());
         }
-        image.n0      = n_keep;
         image.pruned  = true;
         image.evicted = true;
     }
@@ -721,7 +722,7 @@ void st3_memory::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_
         return;
     }
     if (!unified) {
-        images.rm(seq_id_dst, 0, p1);
+        images.rm(seq_id_dst, 0, std::numeric_limits<llama_pos>::max());
         synchronize();
     }
     images.cp(seq_id_src, seq_id_dst, p0, p1);
