@@ -1,4 +1,4 @@
-"""Just enough of ggml by way of ctypes to run one `ggml_attn_span` on the CPU backend."""
+"""Just enough of ggml by way of ctypes to run one `ggml_attn_span` on a backend."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ _SIGNATURES = {
 }
 
 
-class Cpu:
-    """The CPU backend of the libraries of a folder."""
+class Backend:
+    """The first backend of a kind (enum ggml_backend_dev_type) in the libraries of a folder."""
 
-    def __init__(self, folder: Path, threads: int = 2) -> None:
+    def __init__(self, folder: Path, kind: int) -> None:
         end = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
         for part, name in (("base", "ggml-base"), ("main", "ggml")):
             lib = C.CDLL(str(next(folder.glob(f"*{name}.{end}"))))
@@ -61,19 +61,12 @@ class Cpu:
                 function = getattr(lib, f)
                 function.restype, function.argtypes = result, arguments
                 setattr(self, f, function)
-        self.backend = self.ggml_backend_init_by_type(0, None)
+        self.backend = self.ggml_backend_init_by_type(kind, None)
         if not self.backend:
             self.ggml_backend_load_all_from_path(str(folder).encode())
-            self.backend = self.ggml_backend_init_by_type(0, None)
+            self.backend = self.ggml_backend_init_by_type(kind, None)
         if not self.backend:
-            raise RuntimeError("no CPU backend")
-        self.set_threads(threads)
-
-    def set_threads(self, n: int) -> None:
-        """Threads of the next graphs."""
-        reg = self.ggml_backend_dev_backend_reg(self.ggml_backend_get_device(self.backend))
-        address = self.ggml_backend_reg_get_proc_address(reg, b"ggml_backend_set_n_threads")
-        C.CFUNCTYPE(None, _P, C.c_int)(address)(self.backend, n)
+            raise LookupError(f"no backend of kind {kind}")
 
     def attn_span(
         self,
@@ -85,10 +78,12 @@ class Cpu:
         scale: float,
         reduce: str,
         cache_view: bool,
+        runs: int = 1,
     ) -> np.ndarray:
         """Run the op. q [n_head, n_q, d] float32; k: packed rows [n_head_kv, n_kv, bytes] (uint8).
 
-        With `cache_view` q and k lie as a cache has them, heads of one token side by side, and are permuted.
+        With `cache_view` q and k lie as a cache has them, heads of one token side by side, and are permuted. The graph
+        runs `runs` times: a GPU may record it and then play it back.
         """
         n_head, n_q, d = q.shape
         n_head_kv, n_kv, _ = k.shape
@@ -114,14 +109,15 @@ class Cpu:
             graph = self.ggml_new_graph(ctx)
             self.ggml_build_forward_expand(graph, out)
             if not self.ggml_backend_supports_op(self.backend, out):
-                raise NotImplementedError(f"CPU backend has no attn_span for {k_kind.name}")
+                raise NotImplementedError(f"no attn_span for {k_kind.name}")
             buffer = self.ggml_backend_alloc_ctx_tensors(ctx, self.backend)
             for t, data in ((tq, q), (tk, k), (tm, mask), (ti, ids.astype(np.int32))):
                 raw = np.ascontiguousarray(data)
                 assert raw.nbytes == self.ggml_nbytes(t)
                 self.ggml_backend_tensor_set(t, raw.ctypes.data, 0, raw.nbytes)
-            if self.ggml_backend_graph_compute(self.backend, graph):
-                raise RuntimeError("graph failed")
+            for _ in range(runs):
+                if self.ggml_backend_graph_compute(self.backend, graph):
+                    raise RuntimeError("graph failed")
             got = np.empty(len(ids), np.float32)
             self.ggml_backend_tensor_get(out, got.ctypes.data, 0, got.nbytes)
             return got
@@ -129,3 +125,17 @@ class Cpu:
             if buffer:
                 self.ggml_backend_buffer_free(buffer)
             self.ggml_free(ctx)
+
+
+class Cpu(Backend):
+    """The CPU backend."""
+
+    def __init__(self, folder: Path, threads: int = 2) -> None:
+        super().__init__(folder, 0)
+        self.set_threads(threads)
+
+    def set_threads(self, n: int) -> None:
+        """Threads of the next graphs."""
+        reg = self.ggml_backend_dev_backend_reg(self.ggml_backend_get_device(self.backend))
+        address = self.ggml_backend_reg_get_proc_address(reg, b"ggml_backend_set_n_threads")
+        C.CFUNCTYPE(None, _P, C.c_int)(address)(self.backend, n)

@@ -9,7 +9,7 @@ import native_runtime
 import numpy as np
 import pytest
 from cases import SEED
-from ggml_graph import Cpu
+from ggml_graph import Backend, Cpu
 from gguf import GGMLQuantizationType as Kind
 from oracle.attention import attn_span
 from oracle.llama import nmse
@@ -48,7 +48,7 @@ def causal(n_q: int, n_kv: int) -> np.ndarray:
     return np.where(late, -np.inf, 0.0).astype(np.float32)
 
 
-def check(cpu: Cpu, kind: str, d: int, heads: tuple[int, int], n_q: int, n_kv: int, reduce: str, **how) -> None:
+def check(backend: Backend, kind: str, d: int, heads: tuple[int, int], n_q: int, n_kv: int, reduce: str, **how) -> None:
     """Compare the op with the reference on random numbers."""
     rng = np.random.default_rng([SEED, d, *heads, n_q, n_kv])
     n_head, n_head_kv = heads
@@ -63,7 +63,9 @@ def check(cpu: Cpu, kind: str, d: int, heads: tuple[int, int], n_q: int, n_kv: i
     if ids is None:
         ids = np.sort(rng.choice(n_kv, max(1, n_kv * 2 // 3), replace=False))
     scale = d**-0.5
-    got = cpu.attn_span(q, packed, Kind[kind], mask, ids, scale, reduce, how.get("cache_view", True))
+    got = backend.attn_span(
+        q, packed, Kind[kind], mask, ids, scale, reduce, how.get("cache_view", True), how.get("runs", 1)
+    )
     want = attn_span(q, k, mask, ids, scale, reduce)
     assert np.isfinite(got).all()
     if np.any(want):

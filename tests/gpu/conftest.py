@@ -1,0 +1,30 @@
+"""Fixtures of the tests that need a GPU, and libraries that were built for it. Without one they are skipped."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+for folder in (ROOT / "tests", ROOT / "tests" / "native", ROOT / "scripts"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+import native_runtime  # noqa: E402
+from ggml_graph import Backend  # noqa: E402
+
+GPU = 1  # GGML_BACKEND_DEVICE_TYPE_GPU
+
+
+@pytest.fixture(scope="session")
+def gpu() -> Backend:
+    """The first GPU."""
+    folder = native_runtime.lib_dir()
+    if folder is None:
+        pytest.skip("no native libraries")
+    try:
+        return Backend(folder, GPU)
+    except LookupError:
+        pytest.skip(f"no GPU for the libraries in {folder}")
