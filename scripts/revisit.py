@@ -1,11 +1,12 @@
-"""Follow-up questions: does a picture that the first question has pruned still answer the second?
+"""Follow-up questions: does a picture that the first turn has pruned still answer the second?
 
 python scripts/revisit.py [--scenes 400] [--budgets 0.5,0.4,0.3] [--jobs 2] [--out docs/results/revisit]
 
-Each held-out scene is one conversation through `Llava.create_chat_completion`: a question, the model's own answer,
-then a question about another object. `never` leaves the picture as the first question pruned it, `turn` prunes it
-anew, `off` drops nothing. The second question alone, in a conversation of its own, stands beside them. Greedy answers,
-right on exact match; differences are paired by scene, with bootstrap 95 % intervals. Every picture is encoded once.
+Each held-out scene is two conversations through `Llava.create_chat_completion`. The first turn is a question, or
+`Describe the image.`, whose long answer gives annealing time; then the model's own answer, and a question about another
+object. `never` leaves the picture as the first turn left it, `turn` prunes it anew, `off` drops nothing. The second
+question alone, in a conversation of its own, stands beside them. Greedy answers, right on exact match; differences are
+paired by scene, with bootstrap 95 % intervals. Every picture is encoded once.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ import scenes  # noqa: E402
 
 from st3_edge import Llava, ST3Config  # noqa: E402
 
-MAX_TOKENS = 10
+FIRSTS = ("question", "description")
+MAX_TOKENS = {"question": 10, "description": 130}
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,13 @@ class Row:
 
 @dataclass
 class Asked:
-    """What a conversation came to: shares right, and the second turn's prefill in positions and operations."""
+    """What a conversation came to: (right, asked), objects for a description; visual tokens that a layer holds when
+    the second question is answered, mean; and that turn's prefill in positions and operations."""
 
-    first: bool
-    second: bool
-    alone: bool
+    first: tuple[int, int]
+    second: tuple[int, int]
+    alone: tuple[int, int]
+    held: float
     prefilled: int
     flops: int
 
@@ -79,65 +83,73 @@ def start_worker(table: list[Row]) -> None:
             _llavas[row.budget]._embeddings = _llavas[table[0].budget]._embeddings
 
 
-def talk(index: int) -> tuple[int, str, dict[str, Asked]] | None:
-    """The conversation about one scene, by every row."""
+def talk(index: int) -> tuple[int, dict[tuple[str, str], Asked]] | None:
+    """The conversations about one scene, by first turn and row."""
     questions = pair(index)
     if questions is None:
         return None
-    first, second = questions
-    picture = scenes.scene(index).image
+    scene = scenes.scene(index)
     out, alone = {}, {}
 
-    def ask(llava: Llava, messages: list[dict[str, Any]], revisit: str) -> Any:
-        return llava.create_chat_completion(messages, temperature=0, max_tokens=MAX_TOKENS, revisit=revisit)
+    def ask(llava: Llava, messages: list[dict[str, Any]], revisit: str, limit: int) -> Any:
+        return llava.create_chat_completion(messages, temperature=0, max_tokens=limit, revisit=revisit)
 
-    def user(question: scenes.Question, *pictures: Any) -> dict[str, Any]:
+    def user(text: str, *pictures: Any) -> dict[str, Any]:
         shown = [{"type": "image", "image": p} for p in pictures]
-        return {"role": "user", "content": [*shown, {"type": "text", "text": question.text}]}
+        return {"role": "user", "content": [*shown, {"type": "text", "text": text}]}
 
+    def right(response: Any, question: scenes.Question) -> tuple[int, int]:
+        return int(scenes.answer_right(response["st3"]["answer"], question.answer)), 1
+
+    first, second = questions
     for row in _rows:
-        llava = _llavas[row.budget]
+        llava, limit = _llavas[row.budget], MAX_TOKENS["question"]
         if row.budget not in alone:
             llava.reset()
-            said = ask(llava, [user(second, picture)], row.revisit)["st3"]["answer"]
-            alone[row.budget] = scenes.answer_right(said, second.answer)
-        llava.reset()
-        one = ask(llava, [user(first, picture)], row.revisit)
-        two = ask(llava, [user(first, picture), one["choices"][0]["message"], user(second)], row.revisit)
-        out[row.name] = Asked(
-            scenes.answer_right(one["st3"]["answer"], first.answer),
-            scenes.answer_right(two["st3"]["answer"], second.answer),
-            alone[row.budget],
-            two["usage"]["prompt_tokens"] - two["st3"]["reused"],
-            two["st3"]["flops"]["prefill"],
-        )
-    return index, f"{first.kind}, {second.kind}", out
+            alone[row.budget] = right(ask(llava, [user(second.text, scene.image)], row.revisit, limit), second)
+        for kind in FIRSTS:
+            opening = user(first.text if kind == "question" else scenes.CAPTION_QUESTION, scene.image)
+            llava.reset()
+            one = ask(llava, [opening], row.revisit, MAX_TOKENS[kind])
+            two = ask(llava, [opening, one["choices"][0]["message"], user(second.text)], row.revisit, limit)
+            said, report = one["st3"]["answer"], two["st3"]
+            out[kind, row.name] = Asked(
+                right(one, first) if kind == "question" else scenes.caption_objects_right(said, scene),
+                right(two, second),
+                alone[row.budget],
+                statistics.mean(report["visual_tokens"]["per_layer"]),
+                two["usage"]["prompt_tokens"] - report["reused"],
+                report["flops"]["prefill"],
+            )
+    return index, out
 
 
-def table(done: list[tuple[int, str, dict[str, Asked]]], names: list[Row]) -> list[dict[str, Any]]:
-    """One entry a row: shares right in per cent, differences in points, medians of the second turn's prefill."""
+def table(done: list[dict[tuple[str, str], Asked]], names: list[Row], kind: str) -> list[dict[str, Any]]:
+    """One entry a row: shares right in per cent, differences in points, what the second turn costs."""
 
     def right(name: str, key: str) -> np.ndarray:
-        return np.array([[getattr(asked[name], key), 1.0] for _, _, asked in done])
+        return np.array([getattr(asked[kind, name], key) for asked in done], float)
 
     out = []
     for row in names:
         entry: dict[str, Any] = asdict(row)
         for key in ("first", "second", "alone"):
-            entry[key] = round(100 * float(right(row.name, key)[:, 0].mean()), 2)
+            n_right, n_asked = right(row.name, key).sum(0)
+            entry[key] = round(float(100 * n_right / n_asked), 2)
         others = {"off": "off", "never": f"never @ {row.budget:g}" if row.revisit == "turn" else ""}
         for word, other in others.items():
             if other and other != row.name:
                 difference = interval(right(row.name, "second"), right(other, "second"), np.random.default_rng(1))
                 entry[f"second - {word}"] = difference
+        entry["held"] = round(statistics.mean(asked[kind, row.name].held for asked in done), 1)
         for key in ("prefilled", "flops"):
-            entry[key] = statistics.median(getattr(asked[row.name], key) for _, _, asked in done)
+            entry[key] = statistics.median(getattr(asked[kind, row.name], key) for asked in done)
         out.append(entry)
     return out
 
 
-def markdown(entries: list[dict[str, Any]], about: dict[str, Any]) -> str:
-    """The table as a page."""
+def markdown(tables: dict[str, list[dict[str, Any]]], about: dict[str, Any]) -> str:
+    """The tables as a page."""
 
     def span(value: list[float] | None) -> str:
         return "" if value is None else f"{value[0]:+.1f} [{value[1]:+.1f}, {value[2]:+.1f}]"
@@ -145,24 +157,29 @@ def markdown(entries: list[dict[str, Any]], about: dict[str, Any]) -> str:
     lines = [
         "# Follow-up questions on the embedded model",
         "",
-        f"{about['scenes']} held-out scenes, each one conversation: a question, the model's answer, a question about "
-        "another object. Per cent right on exact match, greedy. `@`: the budget; `never`: the picture stays as the "
-        "first question pruned it; `turn`: it is pruned anew by the second. `alone`: the second question in a "
-        "conversation of its own. Differences in points with 95 % intervals (paired by scene, "
-        f"{BOOTSTRAP} bootstrap draws). Prefill of the second turn: medians.",
+        f"{about['scenes']} held-out scenes, and for each a first turn, the model's answer, and a second question "
+        "about another object. Per cent right (of objects, for descriptions), greedy. `@`: the budget; `never`: the "
+        "picture stays as the first turn left it; `turn`: it is pruned anew by the second question; `alone`: the "
+        "second question in a conversation of its own; `held`: visual tokens that a layer holds when it is answered, "
+        f"mean. Differences in points with 95 % intervals (paired by scene, {BOOTSTRAP} bootstrap draws). Prefill of "
+        "the second turn: medians.",
         "",
         "The embedded model never saw a second turn in training: its questions shared a picture and could not see each "
         "other. What a first turn costs the second with nothing dropped is the difference of `off` to its `alone`.",
         "",
         f"`{about['command']}`, commit {about['commit']}, {about['processor']}.",
-        "",
-        "| | first | second | second alone | second - off | second - never | positions prefilled | MFLOP |",
-        "|---|---|---|---|---|---|---|---|",
     ]
-    for e in entries:
-        cells = [e["name"], *(f"{e[key]:.1f}" for key in ("first", "second", "alone"))]
-        cells += [span(e.get("second - off")), span(e.get("second - never"))]
-        lines.append("| " + " | ".join([*cells, f"{e['prefilled']:.0f}", f"{e['flops'] / 1e6:.0f}"]) + " |")
+    for kind, entries in tables.items():
+        lines += [
+            "",
+            f"## The first turn is a {kind}",
+            "| | first | second | alone | second - off | second - never | held | positions prefilled | MFLOP |",
+            "|---" * 9 + "|",
+        ]
+        for e in entries:
+            cells = [e["name"], *(f"{e[key]:.1f}" for key in ("first", "second", "alone"))]
+            cells += [span(e.get("second - off")), span(e.get("second - never")), f"{e['held']:.0f}"]
+            lines.append("| " + " | ".join([*cells, f"{e['prefilled']:.0f}", f"{e['flops'] / 1e6:.0f}"]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -182,18 +199,18 @@ def main() -> None:
                 done.append(result)
             print(f"\r{n}/{args.scenes}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    done.sort()
+    done.sort(key=lambda result: result[0])
     about = {
         "scenes": len(done),
         "command": f"python scripts/revisit.py --scenes {args.scenes} --budgets {args.budgets}",
         "commit": commit(),
         "processor": processor(),
     }
-    entries = table(done, names)
+    tables = {kind: table([asked for _, asked in done], names, kind) for kind in FIRSTS}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps({**about, "rows": entries}, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(markdown(entries, about))
-    print(markdown(entries, about))
+    args.out.with_suffix(".json").write_text(json.dumps({**about, **tables}, indent=1) + "\n")
+    args.out.with_suffix(".md").write_text(markdown(tables, about))
+    print(markdown(tables, about))
 
 
 if __name__ == "__main__":
