@@ -324,6 +324,12 @@ llama_memory_context_ptr st3_memory::init_batch(llama_batch_allocr & balloc, uin
 
     const auto failed = [] { return std::make_unique<st3_memory_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE); };
 
+    for (const auto & s : stages) {
+        if (s->get_has_shift()) {
+            LLAMA_LOG_ERROR("%s: a context shift could not be computed\n", __func__);
+            return failed();
+        }
+    }
     balloc.split_reset();
 
     std::vector<llama_ubatch> ubatches;
