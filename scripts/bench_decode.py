@@ -79,7 +79,7 @@ def measure(rt: native_runtime.Runtime, path: Path, keys: list[Keys], args: argp
 
 
 def summary(ms: np.ndarray) -> dict:
-    """Medians and quartiles of milliseconds float64 [2, n] (off, on) and of on / off step by step."""
+    """Quartiles of milliseconds float64 [2, n] (off, on), of on / off step by step, and how they compare."""
     quartiles = [[round(float(x), 4) for x in np.percentile(row, [25, 50, 75])] for row in (*ms, ms[1] / ms[0])]
     off, on, ratio = quartiles
     return {
@@ -88,6 +88,7 @@ def summary(ms: np.ndarray) -> dict:
         "ms_on": on,
         "ratio_of_steps": ratio,
         "ratio_of_medians": round(on[1] / off[1], 4),
+        "ratio_of_sums": round(float(ms[1].sum() / ms[0].sum()), 4),
         "ms_more": round(float(np.median(ms[1] - ms[0])), 4),
     }
 
