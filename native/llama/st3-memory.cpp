@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <bitset>
+#include <cmath>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
@@ -600,14 +601,17 @@ void st3_memory::absorb() {
                         if (image.scores.empty()) {
                             image.scores.assign(n_stage(), std::vector<float>(image.pos.size()));
                         }
-                        image.scores[s][index] += data[i];
+                        image.scores[s][index] += std::isfinite(data[i]) ? data[i] : 0.0f;  // NaN has no rank
                     }
                     data += record.n_ids[s];
                 }
                 if (record.cut && s < schedule.cuts.size()) {
                     auto & cut = cut_scores[record.seq_id];
                     cut.tokens.assign(record.tokens[s].begin(), record.tokens[s].begin() + record.n_fresh[s]);
-                    cut.scores.emplace_back(data, data + record.n_fresh[s]);
+                    cut.scores.emplace_back();
+                    for (uint32_t i = 0; i < record.n_fresh[s]; ++i) {
+                        cut.scores.back().push_back(std::isfinite(data[i]) ? data[i] : 0.0f);
+                    }
                     data += record.n_fresh[s];
                 }
             }

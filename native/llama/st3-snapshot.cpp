@@ -18,6 +18,7 @@
 #include "st3-memory.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
@@ -25,6 +26,9 @@ namespace {
 
 constexpr uint32_t MAGIC   = 0x53335453;  // "ST3S"
 constexpr uint32_t VERSION = 1;
+
+// Larger ones cannot have come from a decode; and arithmetic on positions, ours and llama.cpp's, must not overflow.
+constexpr llama_pos MAX_POS = 1 << 30;
 
 struct header {
     uint32_t magic;
@@ -175,12 +179,15 @@ st3_image get_image(reader & r, const st3_memory & mem) {
 
     if (n == 0 || uint64_t(image.nx) * image.ny != n || flags > 7 || n_counts != (image.pruned ? mem.n_stage() : 0) ||
         (n_scores != 0 && n_scores != mem.n_stage()) || (n_scores != 0 && image.n_records == 0) ||
-        std::any_of(image.pos.begin(), image.pos.end(), [](llama_pos p) { return p < -1; }) ||
+        std::any_of(image.pos.begin(), image.pos.end(), [](llama_pos p) { return p < -1 || p > MAX_POS; }) ||
         std::any_of(image.n0.begin(), image.n0.end(), [n](uint32_t c) { return c > n; })) {
         fail("the saved state holds an impossible image");
     }
     for (uint32_t s = 0; s < n_scores; ++s) {
         image.scores.push_back(r.get<float>(n));
+        if (!std::all_of(image.scores[s].begin(), image.scores[s].end(), [](float x) { return std::isfinite(x); })) {
+            fail("the saved state holds an impossible image");
+        }
     }
     return image;
 }
@@ -339,9 +346,9 @@ void st3_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_sta
             cell.ext.y   = r.get<llama_pos>();
             cell.ext.tok = r.get<llama_token>();
 
-            const auto owners = r.get<llama_seq_id>(r.get<uint32_t>());
-            if (owners.empty() || cell.pos < 0 || int64_t(cell.pos) - cell.shift < 0 ||
-                int64_t(cell.pos) - cell.shift > std::numeric_limits<llama_pos>::max()) {
+            const auto owners    = r.get<llama_seq_id>(r.get<uint32_t>());
+            const auto unshifted = int64_t(cell.pos) - cell.shift;
+            if (owners.empty() || cell.pos < 0 || cell.pos > MAX_POS || unshifted < 0 || unshifted > MAX_POS) {
                 fail("the saved state holds an impossible cell");
             }
             for (const auto id : owners) {
