@@ -2,6 +2,7 @@
 
 The user's way in is the package st3_edge; this is the thinner one that tests and timings want. Libraries come
 from $ST3_LIB_DIR, else from the package's lib folder. `lib_dir` must be decided before llama_cpp is imported.
+$ST3_GPU_LAYERS layers go to a GPU, where the libraries have one.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class Model:
     def __init__(self, rt: Runtime, path: Path, overrides: dict[str, Value] | None = None, repack: bool = True) -> None:
         L, self.rt = rt.llama, rt
         params = L.llama_model_default_params()
-        params.n_gpu_layers = 0
+        params.n_gpu_layers = int(os.environ.get("ST3_GPU_LAYERS", "0"))
         params.use_extra_bufts = repack
         items = list((overrides or {}).items())
         self._overrides = (L.llama_model_kv_override * (len(items) + 1))()

@@ -4,7 +4,7 @@
 // logit, and for each query the maximum and the sum of exponentials over the chunk. attn_span_reduce merges those of
 // all chunks, turns the logits of the cells asked for into probabilities and reduces them over the queries.
 //
-// A warp is 32 lanes (a simdgroup in Metal). All sums are F32: with F16 products the result would miss its tolerance.
+// A warp is 32 lanes (a simdgroup in Metal). Products and sums are F32.
 #pragma once
 
 #include "attn-span-args.h"

@@ -1,0 +1,134 @@
+"""The visual tokens that the embedded model keeps on a GPU and on the CPU, picture by picture.
+
+python scripts/gpu_parity.py [--images 200] [--budget 0.30] [--json OUT]
+
+Both start from the same embeddings, made on the CPU. Where the two keep other tokens at a cut, the oracle of the tests
+says how far apart their scores are in double precision; a relative margin below 1e-3 is a near-tie. Cuts after such a
+one start from other tokens and are not compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+for folder in (ROOT, ROOT / "tests", ROOT / "scripts", ROOT / "scripts" / "embedded_model"):
+    sys.path.insert(0, str(folder))
+
+import native_runtime  # noqa: E402
+import numpy as np  # noqa: E402
+import scenes  # noqa: E402
+from native_runtime import Context, Image, Model, Runtime, Vision  # noqa: E402
+
+from st3_edge import demo  # noqa: E402
+
+NEAR_TIE = 1e-3
+WHERE = {"cpu": {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}, "gpu": {"ST3_GPU_LAYERS": "999"}}
+
+
+def keys(budget: float) -> dict[str, native_runtime.Value]:
+    return {"st3.preset": "st3", "st3.budget": budget, "st3.anneal": "none"}
+
+
+def pieces(model: Model, number: int, embd: np.ndarray) -> list:
+    """The prompt of a picture: its first question."""
+    question = scenes.held_out_questions(number)[0].text
+    before = [model.rt.llama.llama_vocab_bos(model.vocab), *model.tokenize("USER: ")]
+    return [before, Image(embd, 24, 24), model.tokenize(f"\n{question} ASSISTANT:")]
+
+
+def work(args: argparse.Namespace, where: str) -> None:
+    """Run by a process of its own for each device: kept tokens of all pictures. The CPU's makes the embeddings."""
+    folder = native_runtime.lib_dir()
+    if folder is None:
+        raise SystemExit("no native libraries: set ST3_LIB_DIR")
+    rt, (path, mmproj) = Runtime(folder), demo.model_paths()
+    if where == "gpu" and not rt.llama.llama_supports_gpu_offload():
+        raise SystemExit(f"no GPU for the libraries in {folder}")
+    with Model(rt, path, keys(args.budget)) as model:
+        file = args.work / "embeddings.npy"
+        if where == "cpu":
+            vision = Vision(model, mmproj)
+            np.save(file, [vision.encode(np.asarray(scenes.scene(i).image)).embd for i in range(args.images)])
+            vision.close()
+        out = []
+        with Context(model, n_ctx=1024, threads=2) as ctx:
+            for i, embd in enumerate(np.load(file)):
+                ctx.clear()
+                if ctx.prefill(pieces(model, i, embd)):
+                    raise SystemExit(f"prefill failed: {rt.last_error()}")
+                n_cuts = len(ctx.report()["cuts"])
+                out.append({"kept": [k.tolist() for k in ctx.kept(n_cuts)], "token": int(np.argmax(ctx.logits()))})
+    (args.work / f"{where}.json").write_text(json.dumps(out))
+
+
+def margins(args: argparse.Namespace, both: list[tuple[dict, dict]]) -> list[dict]:
+    """Of each picture whose kept tokens differ: at which cut first, and how clear that is."""
+    from oracle import llama as oracle
+    from oracle import schedule
+
+    rt, (path, _) = Runtime(native_runtime.lib_dir()), demo.model_paths()
+    decoder, embeddings, out = oracle.Decoder(path), np.load(args.work / "embeddings.npy"), []
+    with Model(rt, path, keys(args.budget)) as model:
+        named = {k.removeprefix("st3."): v for k, v in keys(args.budget).items()}
+        plan = schedule.resolve(model.n_layer, **named)
+        for i, (cpu, gpu) in enumerate(both):
+            cut = next((c for c, (a, b) in enumerate(zip(cpu["kept"], gpu["kept"], strict=True)) if a != b), None)
+            if cut is None:
+                continue
+            before, image, after = pieces(model, i, embeddings[i])
+            first = len(before)
+            held = [np.arange(first, first + len(image.embd)), *(first + np.array(k, int) for k in cpu["kept"])]
+            prompt = [before, oracle.Image(image.embd, image.nx, image.ny), after]
+            seen = decoder.prefill(prompt, plan, "F16", follow=held).cuts[cut]
+            mine, theirs = np.array(cpu["kept"][cut]), np.array(gpu["kept"][cut])
+            margin = max(dataclasses.replace(seen, kept=a).margin(b) for a, b in ((mine, theirs), (theirs, mine)))
+            other = len(np.setdiff1d(mine, theirs))
+            out.append({"picture": i, "cut": cut, "tokens": other, "of": len(mine), "margin": float(margin)})
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--budget", type=float, default=0.3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--where", choices=WHERE, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.where:
+        work(args, args.where)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        args.work = Path(folder)
+        for where, env in WHERE.items():
+            command = [sys.executable, __file__, "--images", str(args.images), "--budget", str(args.budget)]
+            subprocess.run([*command, "--work", folder, "--where", where], env=os.environ | env, check=True)
+        cpu, gpu = (json.loads((args.work / f"{where}.json").read_text()) for where in WHERE)
+        both = list(zip(cpu, gpu, strict=True))
+        differing = margins(args, both)
+    ties = sum(d["margin"] < NEAR_TIE for d in differing)
+    result = {
+        "pictures": len(both),
+        "equal": len(both) - len(differing),
+        "near_ties": ties,
+        "other": len(differing) - ties,
+        "same_first_token": sum(a["token"] == b["token"] for a, b in both),
+        "differing": differing,
+    }
+    print(", ".join(f"{value} {name.replace('_', ' ')}" for name, value in result.items() if name != "differing"))
+    for d in differing:
+        print("picture {picture}: {tokens} of {of} tokens differ at cut {cut}, margin {margin:.1e}".format(**d))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
