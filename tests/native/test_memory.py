@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ctypes as C
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import cases
 import numpy as np
 import pytest
 from cases import SEED
-from native_runtime import Context, Image, Model
+from native_runtime import Context, Image, Model, lib_dir
 from oracle import llama as oracle
+from random_model import Shape
 
 SHAPE = cases.SHAPES["gqa-32"]
 KEYS = {"st3.preset": "pvtp", "st3.keep": 0.5, "st3.start": 1, "st3.stride": 2}
@@ -43,12 +49,11 @@ def generate(ctx: Context, at: int, n: int) -> list[np.ndarray]:
     return out
 
 
-def test_rewind(rt, ctx) -> None:
+def test_rewind(ctx) -> None:
     """Breaks if generated positions cannot be taken back from every stage, or prompt cells go with them."""
     assert ctx.prefill(prompt()) == 0
     first = generate(ctx, N_PROMPT, 6)
-    memory = rt.llama.llama_get_memory(ctx.ptr)
-    assert rt.llama.llama_memory_seq_rm(memory, 0, N_PROMPT + 2, -1)
+    assert ctx.seq_rm(0, N_PROMPT + 2)
     assert ctx.positions() == (0, N_PROMPT + 1)
     assert ctx.decode([int(np.argmax(first[2]))], N_PROMPT + 2) == 0
     assert oracle.nmse(ctx.logits(), first[3]) < 1e-9
@@ -94,59 +99,119 @@ def test_many_prompts(ctx) -> None:
             assert np.array_equal(last, want)
 
 
-def saved(rt, ctx) -> bytes:
-    """The state of sequence 0."""
-    size = rt.llama.llama_state_seq_get_size(ctx.ptr, 0)
-    assert size > 0
-    raw = (C.c_uint8 * size)()
-    assert rt.llama.llama_state_seq_get_data(ctx.ptr, raw, size, 0) == size
-    return bytes(raw)
-
-
-def restore(rt, ctx, raw: bytes) -> int:
-    """Bytes read, 0 where the state is refused."""
-    return rt.llama.llama_state_seq_set_data(ctx.ptr, (C.c_uint8 * max(1, len(raw)))(*raw), len(raw), 0)
-
-
-def test_state(rt, model, ctx) -> None:
+def test_state(model, ctx) -> None:
     """Breaks if a saved state is read back as another state."""
     assert ctx.prefill(prompt()) == 0
-    raw = saved(rt, ctx)
-    token = int(np.argmax(ctx.logits()))
-    assert ctx.decode([token], N_PROMPT) == 0
-    want = ctx.logits()
-    with Context(model, n_ctx=256) as other:
-        assert restore(rt, other, raw) == len(raw)
-        assert other.positions() == (0, N_PROMPT - 1)
-        assert other.decode([token], N_PROMPT) == 0
-        assert oracle.nmse(other.logits(), want) < 1e-9
+    for seq in (0, None):
+        raw = ctx.save(seq)
+        token = int(np.argmax(ctx.logits()))
+        at = ctx.positions()[1] + 1
+        assert ctx.decode([token], at) == 0
+        with Context(model, n_ctx=256) as other:
+            assert other.restore(raw, seq) == len(raw)
+            assert other.positions() == (0, at - 1)
+            assert other.decode([token], at) == 0
+            assert oracle.nmse(other.logits(), ctx.logits()) < 1e-9
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 1.0])
-def test_truncated_state(rt, ctx, model, share: float) -> None:
-    """Breaks if a truncated state crashes, or leaves the stages that came before its end filled."""
+def test_states_of_other_kinds_are_refused(rt, model, random_gguf, ctx) -> None:
+    """Breaks if a state is put where it does not belong: another model, cache type, schedule, or part of a context."""
     assert ctx.prefill(prompt()) == 0
-    raw = saved(rt, ctx)
-    with Context(model, n_ctx=256) as other:
-        assert restore(rt, other, raw[: int(share * (len(raw) - 1))]) == 0
-        assert other.positions() == (-1, -1)
+    one, whole = ctx.save(0), ctx.save()
+    before = ctx.positions()
+    assert ctx.restore(whole, 0) == 0 and ctx.restore(one) == 0
+    assert ctx.positions() == before
+    with Context(model, n_ctx=256, kv="Q8_0") as other:
+        assert other.restore(one, 0) == 0 and other.positions() == (-1, -1)
+    small = [[1, 5], Image(prompt()[1].embd[:30], 6, 5), prompt()[2]]
+    for shape, keys in (
+        (SHAPE, {**KEYS, "st3.stride": 3}),
+        (SHAPE, {"st3.preset": "off"}),
+        (cases.SHAPES["mha-64"], KEYS),
+    ):
+        with Model(rt, random_gguf(shape), keys) as m, Context(m, n_ctx=256) as other:
+            assert other.prefill(small) == 0
+            want = other.logits(), other.positions()
+            assert other.restore(one, 0) == 0 and other.restore(whole) == 0
+            assert other.positions() == want[1]
+            if keys is KEYS:
+                assert ctx.restore(other.save(0), 0) == 0
+    assert ctx.positions() == before
 
 
-def test_scrambled_state(rt, ctx, model) -> None:
-    """Breaks if counts, positions or types in a state are believed: a crash, or a context that is spoilt."""
-    assert ctx.prefill(prompt()) == 0
-    want, raw = ctx.logits(), saved(rt, ctx)
-    rng = np.random.default_rng(SEED)
-    with Context(model, n_ctx=256) as other:
-        for n in range(200):
+def next_logits(ctx: Context) -> np.ndarray:
+    """The logits after one more token, which is taken back."""
+    at = ctx.positions()[1] + 1
+    assert ctx.decode([5], at) == 0
+    out = ctx.logits()
+    assert ctx.seq_rm(0, at, -1)
+    return out
+
+
+@pytest.mark.parametrize("seq", [0, None], ids=["sequence", "whole"])
+def test_bad_states(rt, random_gguf, seq: int | None) -> None:
+    """Breaks if a truncated or damaged state is taken, crashes, or touches the running conversation before it fails."""
+    shape = Shape(3, 32, 1, 1, 32, n_vocab=272)
+    image = Image(np.random.default_rng([SEED, 10]).standard_normal((9, 32)).astype(np.float32), 3, 3)
+    keys = {"st3.preset": "st3", "st3.keep": 0.5, "st3.start": 1, "st3.stride": 1, "st3.anneal_tokens": 4}
+    rng = np.random.default_rng([SEED, 11])
+    with Model(rt, random_gguf(shape), keys) as model, Context(model, n_ctx=64) as ctx, Context(model, n_ctx=64) as c:
+        assert c.prefill([[1, 5], image, [6, 7, 8]]) == 0
+        raw = c.save(seq)
+        assert ctx.prefill([[1, 9, 5], image, [6, 9, 7, 8]]) == 0
+        for i in range(5):  # settled: from here on, a token that is taken back changes nothing
+            assert ctx.decode([7], 16 + i) == 0
+        held, want = [ctx.held(layer).tolist() for layer in range(3)], next_logits(ctx)
+
+        def check() -> None:
+            assert [ctx.held(layer).tolist() for layer in range(3)] == held
+            assert np.array_equal(next_logits(ctx), want)
+
+        def bad_states():
+            for n in [*range(256), *rng.integers(256, len(raw), 1000)]:
+                yield raw[: int(n)]
+            for at in rng.integers(0, len(raw), 10000 // 2):
+                # which sequence was saved is read by llama.cpp itself, and ignored
+                at = int(at) + 4 if seq == 0 and 4 <= at < 8 else int(at)
+                yield raw[:at] + bytes([raw[at] ^ 1 << int(rng.integers(8))]) + raw[at + 1 :]
+
+        for n, bad in enumerate(bad_states()):
+            assert ctx.restore(bad, seq) == 0, f"bad state {n}"
+            if n % 100 == 0:
+                check()
+        check()
+        assert ctx.restore(raw, seq) == len(raw)
+        assert np.array_equal(next_logits(ctx), next_logits(c))
+
+
+def test_false_counts_with_a_true_checksum(rt, random_gguf) -> None:
+    """Breaks if only the checksum guards a state: counts, positions and owners in it must be checked as well."""
+    shape = Shape(3, 32, 1, 1, 32, n_vocab=272)
+    image = Image(np.random.default_rng([SEED, 10]).standard_normal((9, 32)).astype(np.float32), 3, 3)
+    keys = {"st3.preset": "st3", "st3.keep": 0.5, "st3.start": 1, "st3.stride": 1}
+    rng = np.random.default_rng([SEED, 12])
+    with Model(rt, random_gguf(shape), keys) as model, Context(model, n_ctx=64) as ctx:
+        assert ctx.prefill([[1, 5], image, [6, 7, 8]]) == 0
+        raw, want, taken = ctx.save(0), ctx.logits(), 0
+        for _ in range(3000):
             bad = bytearray(raw)
-            for at in rng.integers(0, len(raw) if n % 2 else 64, 3):
-                bad[at] = int(rng.choice([0, 1, 0x7F, 0x80, 0xFF, int(rng.integers(256))]))
-            restore(rt, other, bytes(bad))
-            other.decode([5], other.positions()[1] + 1)
-            other.clear()
-        assert other.prefill(prompt()) == 0
-        assert np.array_equal(other.logits(), want)
+            word = 32 + 4 * int(rng.integers(0, 160))  # all before the first keys
+            bad[word : word + 4] = int(rng.choice([0, 1, 2**31 - 1, 2**31, 2**32 - 1, 7, 300])).to_bytes(4, "little")
+            bad[24:32] = checksum(bytes(bad[32:])).to_bytes(8, "little")
+            taken += ctx.restore(bytes(bad), 0) > 0
+            ctx.decode([5], ctx.positions()[1] + 1)
+        assert 0 < taken < 2500  # a value of a key is nobody's to judge
+        ctx.clear()
+        assert ctx.prefill([[1, 5], image, [6, 7, 8]]) == 0
+        assert np.array_equal(ctx.logits(), want)
+
+
+def checksum(body: bytes) -> int:
+    """That of st3-snapshot.cpp."""
+    out, whole = 0xCBF29CE484222325, body + bytes(-len(body) % 8)
+    for word in np.frombuffer(whole, "<u8").tolist():
+        out = (out ^ word) * 0x100000001B3 % 2**64
+    return out ^ len(body)
 
 
 def test_full_context(model) -> None:
@@ -176,3 +241,158 @@ def test_two_sequences(model, unified: bool) -> None:
             for seq in (1, 0):
                 assert ctx.decode([int(np.argmax(alone[seq][1 + step]))], N_PROMPT + step, seq=seq) == 0
                 assert oracle.nmse(ctx.logits(), alone[seq][2 + step]) < 1e-5
+
+
+# --- memory is paid as used ---
+
+
+def measure(path: Path, keys: dict, n_ctx: int) -> dict:
+    """What a process of its own (memory_probe.py) holds while it works in a context of that length."""
+    env = {k: v for k, v in os.environ.items() if k not in ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB")}
+    here = Path(__file__).resolve().parent
+    env["PYTHONPATH"] = str(here.parents[1] / "scripts")
+    args = [sys.executable, str(here / "memory_probe.py"), str(lib_dir()), str(path), json.dumps(keys), str(n_ctx)]
+    done = subprocess.run(args, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+def test_a_long_context_costs_what_it_holds(rt, random_gguf) -> None:
+    """Breaks if cells are allocated before they are needed, or the report tells less than the process has."""
+    shape = Shape(8, 512, 8, 8, 256, n_vocab=272)
+    keys = {"st3.preset": "st3", "st3.budget": 0.3, "st3.start": 1, "st3.stride": 1, "st3.anneal_tokens": 100}
+    got = measure(random_gguf(shape), keys, 32768)
+    cell = 2 * 2 * shape.n_embd  # K and V of a layer, two bytes
+    mib = 2**20
+    assert got["fresh"]["allocated"] <= 32 * cell * shape.n_layer
+    plain = not hasattr(C.CDLL(None), "__asan_init")  # which has its own use of memory
+    assert not plain or got["fresh"]["resident"] < 16 * mib, "512 MiB are the whole context"
+    for state in ("prefill", "answer"):
+        now = got[state]
+        assert now["live"] <= now["allocated"] <= 1.25 * now["live"] + 64 * cell * shape.n_layer
+        assert not plain or now["resident"] <= now["allocated"] + 48 * mib  # the rest is what computing takes
+    assert got["prefill"]["live"] < 0.4 * got["prefill"]["full"]
+    grown = got["answer"]["live"] - got["prefill"]["live"]
+    assert grown < 0.2 * 128 * cell * shape.n_layer, "annealing frees nearly what the answer takes"
+    assert got["cleared"]["live"] == 0
+
+
+def test_no_leak(rt, model) -> None:
+    """Breaks if a context, a growth, a state or a failed call keeps memory."""
+    in_use = heap()
+    if in_use is None:
+        pytest.skip("neither glibc's mallinfo2 nor a sanitizer tells what is allocated")
+
+    def work() -> None:
+        with Context(model, n_ctx=2048, n_seq=2) as ctx:
+            assert ctx.prefill(prompt()) == 0
+            assert ctx.prefill(prompt(), p0=5000) == -100
+            generate(ctx, N_PROMPT, 3)
+            raw = ctx.save(0)
+            assert ctx.restore(raw, 1) and not ctx.restore(raw[:-1], 0)
+            assert ctx.decode([7] * 400, N_PROMPT + 3) == 0
+            ctx.seq_rm(0, 20, 500)
+            ctx.seq_add(0, 500, -1, -480)
+            ctx.seq_cp(0, 1)
+            assert ctx.decode([7], ctx.positions(1)[1] + 1, seq=1) == 0
+
+    for _ in range(3):
+        work()
+    before = in_use()
+    for _ in range(8):
+        work()
+    assert in_use() - before < 100_000  # one cache alone is 600 kB
+
+
+def heap():
+    """A function that tells how many bytes are allocated in this process."""
+    libc = C.CDLL(None)
+    if hasattr(libc, "__sanitizer_get_current_allocated_bytes"):
+        libc.__sanitizer_get_current_allocated_bytes.restype = C.c_size_t
+        return libc.__sanitizer_get_current_allocated_bytes
+    if not hasattr(libc, "mallinfo2"):
+        return None
+
+    class Info(C.Structure):
+        _fields_ = [(n, C.c_size_t) for n in ("a", "o", "sb", "hb", "mapped", "us", "fs", "used", "f", "k")]
+
+    libc.mallinfo2.restype = Info
+    return lambda: (lambda i: i.used + i.mapped)(libc.mallinfo2())
+
+
+@pytest.mark.parametrize("unified", [False, True])
+def test_a_request_that_cannot_fit_changes_nothing(rt, model, unified: bool) -> None:
+    """Breaks if work begins before room is checked, the numbers are not told, or the conversation is touched."""
+    with Context(model, n_ctx=512, n_seq=2, unified=unified) as ctx, Context(model, n_ctx=512, n_seq=2) as calm:
+        for c in (ctx, calm):
+            assert c.prefill(prompt()) == 0
+        room = 512 if unified else 256
+        for pieces in (
+            [[7] * (room - N_PROMPT + 1)],
+            [*prompt(1), [7] * (room - 2 * N_PROMPT + 1)] if unified else prompt(1),
+        ):
+            n = sum(len(p.embd) if isinstance(p, Image) else len(p) for p in pieces)
+            assert ctx.prefill(pieces, p0=N_PROMPT) == -100
+            message = rt.last_error()
+            assert all(str(x) in message for x in (n, N_PROMPT, room)) and "\n" not in message.strip(), message
+            assert ctx.prefill([[1]], p0=N_PROMPT + 1) == -100, "a gap"
+            assert ctx.prefill([[1]], p0=0) == -100, "positions that are there"
+        for c in (ctx, calm):
+            assert c.decode([5], N_PROMPT) == 0
+        assert oracle.nmse(ctx.logits(), calm.logits()) < (1e-9 if unified else 1e-30)
+
+
+@pytest.mark.parametrize("kv", ["F16", "Q8_0"])
+def test_graphs_do_not_outlive_their_cells(rt, random_gguf, monkeypatch, kv: str) -> None:
+    """Breaks if a graph that was made before a cache grew, shrank or was annealed is used again afterwards."""
+    keys = {**KEYS, "st3.preset": "st3", "st3.anneal_tokens": 60, "st3.anneal_interval": 2}
+    got = []
+    for disable in ("", "1"):
+        monkeypatch.setenv("LLAMA_GRAPH_REUSE_DISABLE", disable) if disable else None
+        with Model(rt, random_gguf(SHAPE), keys) as m, Context(m, n_ctx=1024, kv=kv) as ctx:
+            assert ctx.prefill(prompt()) == 0
+            rows, at = [ctx.logits()], N_PROMPT
+            for i in range(150):
+                assert ctx.decode([3 + i % 300], at) == 0
+                rows.append(ctx.logits())
+                at += 1
+                if i == 100:  # far fewer cells
+                    ctx.seq_rm(0, N_PROMPT, N_PROMPT + 90)
+                    ctx.seq_rm(0, 10, 60)
+            got.append(np.array(rows))
+    assert np.array_equal(*got)
+
+
+@pytest.mark.parametrize("after", [0, 3, 9, 20])
+def test_an_aborted_context_shift_is_done_in_the_end(model, after: int) -> None:
+    """Breaks if a shift that is stopped in its middle is forgotten, done twice, or ends the process."""
+    got = []
+    for gone in (30, 180):
+        for stop in (False, True):
+            with Context(model, n_ctx=256) as ctx:
+                assert ctx.decode([3 + i for i in range(200)], 0) == 0
+                ctx.seq_rm(0, 10, 10 + gone)
+                ctx.seq_add(0, 10 + gone, -1, -gone)
+                if stop:
+                    calls = iter(range(10**9))
+                    ctx.abort_when(lambda calls=calls: next(calls) >= after)
+                    assert ctx.decode([5], 200 - gone) != 0
+                    ctx.abort_when(None)
+                assert ctx.decode([5], 200 - gone) == 0
+                got.append(ctx.logits())
+        assert oracle.nmse(got[-1], got[-2]) < 1e-9
+
+
+def test_divided_images_are_left_alone(rt, random_gguf) -> None:
+    """Breaks if an image whose positions were divided is annealed on: they do not tell its tokens apart any more."""
+    keys = {**KEYS, "st3.preset": "st3", "st3.anneal_tokens": 10}
+    with Model(rt, random_gguf(SHAPE), keys) as m, Context(m, n_ctx=256) as ctx:
+        assert ctx.prefill(prompt()) == 0
+        assert ctx.decode([5], N_PROMPT) == 0
+        before = [len(ctx.held(layer)) for layer in range(SHAPE.n_layer)]
+        ctx.seq_div(0, 2, 83, 2)
+        at = N_PROMPT + 1
+        for i in range(8):
+            assert ctx.decode([5], at + i) == 0
+        assert [len(ctx.held(layer)) for layer in range(SHAPE.n_layer)] == [n + 8 for n in before]
