@@ -41,7 +41,7 @@ constexpr double NO_MORE        = 1.0;  // a stride of all layers: one cut only
 
 const char * const DEFAULT_SCORE = "text-max";
 
-constexpr uint32_t DEFAULT_ANNEAL_TOKENS = 64;
+constexpr uint32_t DEFAULT_ANNEAL_TOKENS = 128;
 constexpr double   DEFAULT_ANNEAL_FLOOR  = 0.3;
 
 const preset PRESETS[] = {

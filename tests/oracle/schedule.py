@@ -67,7 +67,7 @@ class Schedule:
     random: bool = False
     seed: int = 0
     anneal: str = "none"
-    anneal_tokens: int = 64
+    anneal_tokens: int = 128
     anneal_floor: float = 0.3
     anneal_interval: int = 1
     anneal_terms: tuple[Term, ...] = ()
@@ -169,7 +169,7 @@ def resolve(
     coverage: float | None = None,
     seed: int = 0,
     anneal: str | None = None,
-    anneal_tokens: int = 64,
+    anneal_tokens: int = 128,
     anneal_floor: float = 0.3,
     anneal_interval: int = 1,
     anneal_score: str | None = None,
