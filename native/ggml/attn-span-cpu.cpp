@@ -2,6 +2,7 @@
 
 #include "attn-span.h"
 #include "ggml-cpu-impl.h"
+#include "ggml-cpu.h"
 #include "ggml-impl.h"
 #include "vec.h"
 
@@ -46,7 +47,11 @@ void ggml_compute_forward_attn_span(const ggml_compute_params * params, ggml_ten
     const int64_t n_rep  = q->ne[2] / k->ne[2];
     const int64_t n_rows = n_rep * q->ne[1];  // queries of one KV head, numbered query-first
 
-    const ggml_to_float_t to_float = ggml_get_type_traits(k->type)->to_float;
+    // ggml's own conversion of F16 goes number by number, the CPU backend's by vectors
+    const ggml_to_float_t to_float =
+            k->type == GGML_TYPE_F16 ?
+                    [](const void * x, float * y, int64_t n) { ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) x, y, n); } :
+                    ggml_get_type_traits(k->type)->to_float;
     GGML_ASSERT(k->type == GGML_TYPE_F32 || to_float);
 
     const size_t n_work = work_floats(dst);

@@ -225,15 +225,19 @@ static ggml_tensor * attention_of(
     }
     const int64_t n_query = q->ne[1] * q->ne[2];
 
-    ggml_tensor * p = ggml_soft_max_ext(ctx, ggml_mul_mat(ctx, k, q), mask, scale, 0.0f);  // [n_kv, n_rows, n_head]
+    // a matrix product rounds the queries to the type of a quantized K, and some devices to F16
+    ggml_tensor * kq = ggml_mul_mat(ctx, ggml_is_quantized(k->type) ? ggml_cast(ctx, k, GGML_TYPE_F32) : k, q);
+    ggml_prec_set_acc(kq, GGML_PREC_F32);
+
+    ggml_tensor * p = ggml_soft_max_ext(ctx, kq, mask, scale, 0.0f);  // [n_kv, n_rows, n_head]
 
     p = ggml_cont(ctx, ggml_transpose(ctx, ggml_reshape_2d(ctx, p, k->ne[1], n_query)));
-    p = ggml_get_rows(ctx, p, ids);  // [n_query, n_span]
     if (max) {
         p = ggml_pool_2d(ctx, p, GGML_OP_POOL_MAX, (int) n_query, 1, (int) n_query, 1, 0, 0);
     } else {
         p = ggml_mean(ctx, p);
     }
+    p = ggml_get_rows(ctx, p, ids);  // of [1, n_kv]
     return ggml_reshape_1d(ctx, p, ids->ne[0]);
 }
 
