@@ -95,12 +95,12 @@ def grid(size: str, shape: dict[str, int], budgets: tuple[float, ...] = BUDGETS)
         out.append(config(f"downsample @ {b:g}", both, preset="downsample", budget=b, **shape))
         for s in scores:
             for c in coverages:
-                keys = {"preset": "st3", "budget": b, "score": s, "coverage": c, **shape}
+                keys = {"preset": "pvtp", "budget": b, "score": s, "coverage": c, **shape}
                 out.append(config(f"{s} c{c:g} @ {b:g}", both, **keys))
         if size == "full":
             for s in ("last-max", "last-max-sum", "last-mean-sum+text-max-sum", "text-max+text-mean"):
                 for c in coverages:
-                    keys = {"preset": "st3", "budget": b, "score": s, "coverage": c, **shape}
+                    keys = {"preset": "pvtp", "budget": b, "score": s, "coverage": c, **shape}
                     out.append(config(f"{s} c{c:g} @ {b:g}", both, **keys))
     return out
 
