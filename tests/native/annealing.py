@@ -6,7 +6,7 @@ chosen itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from oracle.schedule import Schedule
 
 NEAR_TIE = 1e-4
 MOST_ERROR = 1e-3  # NMSE of logits
-WOBBLES = 24
+AGAIN = 12  # runs with noise, at most
 
 
 @lru_cache(maxsize=8)
@@ -58,6 +58,7 @@ class Conversation:
     seq: int = 0
     turns: list[Turn] = field(default_factory=list)
     doubts: list[tuple[int, int, float]] = field(default_factory=list)  # turn, stage, margin
+    doubtful: dict[tuple[int, int], oracle.Cut] = field(default_factory=dict)  # by turn and stage
     worst: float = 0.0
 
     def __post_init__(self) -> None:
@@ -99,6 +100,7 @@ class Conversation:
             assert margin < np.inf, f"{kind} {len(self.turns)}, stage {stage}: {self._difference(stage, cut)}"
             if margin > 0:
                 self.doubts.append((len(self.turns) - 1, stage, margin))
+                self.doubtful[len(self.turns) - 1, stage] = cut
         for i, layer in enumerate(self.result.layers):
             held = self.ctx.held(i, self.seq)
             assert np.array_equal(held, np.sort(layer.pos)), f"{kind} {len(self.turns)}, layer {i}: {held}"
@@ -125,8 +127,8 @@ class Conversation:
         """Settle the doubts: each must be a near-tie, or be decided by what a cache's type rounds.
 
         A quantized cache turns the last bit of a number into a step of its code; an F16 cache has values summed in F16,
-        in the order of its cells. One of the oracles whose images are off by a relative 1e-6, and that sum F16 in any
-        order, then chooses as native code did. Such choices are counted apart.
+        in the order of its cells. So the oracle computes again, as inexactly as floats may (`Decoder.noise`), and says
+        how far that moves the scores in question: a gap of at most twice that is no difference, and counted apart.
         """
         self.count("conversations")
         worst = f"{self.name} {self.kv} worst logits NMSE x 1e-9"
@@ -134,21 +136,22 @@ class Conversation:
         doubts = {(turn, stage): margin for turn, stage, margin in self.doubts if margin >= NEAR_TIE}
         self.count("near-ties", len(self.doubts) - len(doubts))
         self.count("choices decided by rounding", len(doubts))
-        for n in range(WOBBLES if doubts else 0):
+        for n in range(AGAIN if doubts else 0):
             self._settle_by_rounding(doubts, np.random.default_rng([SEED, n]))
         assert not doubts, f"(turn, stage): margin of choices that the oracle does not share: {doubts}"
 
     def _settle_by_rounding(self, doubts: dict[tuple[int, int], float], rng: np.random.Generator) -> None:
         dec = decoder(self.path)
-        result, dec.order = dec.begin(self.schedule), rng
+        result, dec.noise = dec.begin(self.schedule), rng
         try:
             for i, turn in enumerate(self.turns[: 1 + max((turn for turn, _ in doubts), default=-1)]):
-                turn = replace(turn, what=wobble(turn.what, rng))
                 for stage, cut in run(dec, result, turn, self.kv).items():
-                    if (i, stage) in doubts and cut.margin(self._got(result, stage, cut, turn)) < NEAR_TIE:
-                        del doubts[i, stage]
+                    if (i, stage) in doubts:
+                        first, margin = self.doubtful[i, stage], doubts[i, stage]
+                        if margin <= 2 * first.moved(cut, self._got(result, stage, first, turn)):
+                            del doubts[i, stage]
         finally:
-            dec.order = None
+            dec.noise = None
 
 
 def run(dec: oracle.Decoder, result: oracle.Result, turn: Turn, kv: str) -> dict[int, oracle.Cut]:
@@ -163,10 +166,3 @@ def run(dec: oracle.Decoder, result: oracle.Result, turn: Turn, kv: str) -> dict
     else:
         dec.prefill(turn.what, kv=kv, follow=turn.held, result=result)
     return dict(enumerate(result.cuts, 1))
-
-
-def wobble(what: object, rng: np.random.Generator) -> object:
-    """The same prompt with images off by a relative 1e-6."""
-    if isinstance(what, oracle.Image):
-        return replace(what, embd=what.embd * (1 + 1e-6 * rng.standard_normal(what.embd.shape)))
-    return [wobble(p, rng) if isinstance(p, oracle.Image) else p for p in what] if isinstance(what, list) else what

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import cases
 import numpy as np
 import pytest
@@ -334,3 +336,51 @@ def test_sequences_are_annealed_alone(rt, path, tally, unified: bool, together: 
         before = held(ctx, 1)
         assert ctx.seq_rm(0)
         assert held(ctx, 1) == before and held(ctx, 0) == [[]] * SHAPE.n_layer
+
+
+def twin(talk: Conversation, ctx: Context, seq: int) -> Conversation:
+    """The same conversation in another sequence or context, to go on with."""
+    other = Conversation(ctx, talk.path, talk.schedule, talk.kv, talk.tally, talk.name, seq, list(talk.turns))
+    other.result = copy.deepcopy(talk.result)
+    return other
+
+
+@pytest.mark.parametrize("kv", ["F16", "Q8_0"])
+@pytest.mark.parametrize("unified", [False, True])
+@pytest.mark.parametrize("how", ["copy", "save the sequence", "save all"])
+def test_copies_and_saved_states_are_annealed_on(rt, path, tally, how: str, unified: bool, kv: str) -> None:
+    """Breaks if scores, t or counts are lost on the way, or a copy's tokens leave the original with it."""
+    shape = {"n_ctx": 1024, "n_seq": 2, "unified": unified, "kv": kv}
+    with Model(rt, path, KEYS) as model, Context(model, **shape) as ctx, Context(model, **shape) as other:
+        talk = Conversation(ctx, path, resolve(KEYS), kv, tally, "copies")
+        talk.prefill(prompt())
+        for token in words(12, 5):
+            talk.step(token)
+        if how == "copy":
+            ctx.seq_cp(0, 1)
+            second = twin(talk, ctx, 1)
+        elif how == "save all":
+            assert other.restore(ctx.save()) > 0
+            second = twin(talk, other, 0)
+        else:
+            assert other.restore(ctx.save(0), 1) > 0
+            second = twin(talk, other, 1)
+        for a, b in zip(words(13, 11), words(14, 11), strict=True):
+            talk.step(a)
+            second.step(b)
+        assert talk.result.images[0].t == second.result.images[0].t == 16
+        assert held(ctx) != held(second.ctx, second.seq), "other tokens were generated"
+        for t in (talk, second):
+            t.close()
+
+
+def test_positions_of_nowhere(rt, ctx) -> None:
+    """Breaks if a layer or sequence that is not there is read."""
+    assert ctx.prefill(native(prompt())) == 0
+    for seq, layer in ((-1, 0), (1, 0), (0, -1), (0, SHAPE.n_layer)):
+        assert rt.lib.st3_positions(ctx.ptr, seq, layer, None, 0) == -1
+        assert rt.last_error()
+    assert rt.lib.st3_positions(None, 0, 0, None, 0) == -1
+    assert rt.lib.st3_positions(ctx.ptr, 0, 0, None, 5) == -1
+    assert rt.lib.st3_positions(ctx.ptr, 0, 0, None, 0) == N_PROMPT
+    assert rt.lib.st3_abi_version() == 2

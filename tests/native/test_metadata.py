@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from native_runtime import Context, Model, NativeError
+from oracle import schedule
 from random_model import Shape
 
 SHAPE = Shape(8, 32, 1, 1, 32, n_vocab=272)
@@ -37,6 +38,21 @@ BAD = {
     "coverage above one": ("coverage", {"st3.coverage": 1.5}),
     "coverage negative": ("coverage", {"st3.coverage": -0.5}),
     "coverage nan": ("coverage", {"st3.coverage": float("nan")}),
+    "anneal unknown": ("anneal", {"st3.anneal": "slowly"}),
+    "anneal empty": ("anneal", {"st3.anneal": ""}),
+    "anneal number": ("anneal", {"st3.anneal": 1}),
+    "anneal_tokens zero": ("anneal_tokens", {"st3.anneal_tokens": 0}),
+    "anneal_tokens fraction": ("anneal_tokens", {"st3.anneal_tokens": 2.5}),
+    "anneal_floor negative": ("anneal_floor", {"st3.anneal_floor": -0.1}),
+    "anneal_floor above one": ("anneal_floor", {"st3.anneal_floor": 1.1}),
+    "anneal_floor nan": ("anneal_floor", {"st3.anneal_floor": float("nan")}),
+    "anneal_floor never reached": ("anneal_floor", {"st3.anneal": "exponential", "st3.anneal_floor": 0.0}),
+    "anneal_interval zero": ("anneal_interval", {"st3.anneal_interval": 0}),
+    "anneal_interval negative": ("anneal_interval", {"st3.anneal_interval": -1}),
+    "anneal_score unknown": ("anneal_score", {"st3.anneal_score": "last"}),
+    "anneal_score empty": ("anneal_score", {"st3.anneal_score": ""}),
+    "anneal_score with chance": ("anneal_score", {"st3.anneal_score": "random+last-mean"}),
+    "key unknown": ("anneal_speed", {"st3.anneal_speed": 3}),
 }
 
 
@@ -65,6 +81,22 @@ def test_integers_stand_for_reals(rt, random_gguf, from_file: bool) -> None:
         with Context(model, n_ctx=64) as ctx:
             report = ctx.report()
     assert (report["keep"], report["start"], report["coverage"]) == (1.0, 2, 0.0)
+
+
+@pytest.mark.parametrize("preset", ["st3", "pvtp", "fastv", "pyramiddrop", "vtw", "random", "downsample"])
+def test_annealing_defaults(rt, random_gguf, preset: str) -> None:
+    """Breaks if a preset other than st3 anneals unasked, a default is another one, or a key does not win."""
+    want = schedule.resolve(SHAPE.n_layer, preset)
+    default_score = {"fastv": "last-mean", "pyramiddrop": "last-mean", "vtw": "last-mean", "random": "random"}
+    for keys, curve in (({}, want.anneal), ({"st3.anneal": "cosine"}, "cosine")):
+        with Model(rt, random_gguf(SHAPE), {"st3.preset": preset, **keys}) as model, Context(model, n_ctx=64) as ctx:
+            assert ctx.report()["anneal"] == {
+                "curve": curve,
+                "tokens": want.anneal_tokens,
+                "floor": want.anneal_floor,
+                "interval": want.anneal_interval,
+                "score": default_score.get(preset, schedule.DEFAULT_SCORE),
+            }
 
 
 @pytest.mark.parametrize("keys", [{}, {"st3.preset": "off"}, {"st3.preset": "off", "st3.budget": 0.3}])

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cases
-
 PARITY = Path(__file__).with_name("test_pruned_prefill.py")
 
 

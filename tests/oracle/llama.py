@@ -99,6 +99,17 @@ class Cut:
                 worst = max(worst, float((lost.max() - won.min()) / base))
         return worst
 
+    def moved(self, again: Cut, other: Array) -> float:
+        """How far the ranks of tokens that only one of `kept` and `other` has differ in two runs, as `margin` does."""
+        worst = 0.0
+        for i in np.unique(self.image):
+            disputed = (self.image == i) & (np.isin(self.left, self.kept) ^ np.isin(self.left, other))
+            if disputed.any():
+                size = np.abs(self.score[self.image == i]).max()
+                base = max(min(np.abs(self.rank[disputed]).max(), size), np.finfo(float).tiny)
+                worst = max(worst, float(np.abs(self.rank - again.rank)[disputed].max() / base))
+        return worst
+
 
 @dataclass
 class Seen:
@@ -211,7 +222,9 @@ class Decoder:
         if n_rot != self.head:
             raise ValueError("only whole heads are rotated here")
         self.freqs = base ** (-np.arange(0, self.head, 2) / self.head)
-        self.order: np.random.Generator | None = None  # set: F16 values are summed in F16, in this random order
+        # set: computes as inexactly as floats may: each layer's input off by a relative 1e-6, rotary angles by half a
+        # unit in the last place (1e-4 at position 1000), F16 values summed in F16 in any order
+        self.noise: np.random.Generator | None = None
         self._tensors = {t.name: t for t in reader.tensors}
         self._reader = reader
         if "rope_freqs.weight" in self._tensors:
@@ -237,6 +250,8 @@ class Decoder:
         if pos is None:
             return y
         angle = pos[:, None] * self.freqs
+        if self.noise is not None:
+            angle = angle * (1 + self.noise.uniform(-1, 1, angle.shape) * 2**-24)
         c, s = np.cos(angle), np.sin(angle)
         even, odd = y[..., 0::2], y[..., 1::2]
         return np.stack([even * c - odd * s, even * s + odd * c], -1).reshape(y.shape)
@@ -246,6 +261,8 @@ class Decoder:
         quantized = kv not in ("F32", "F16")
         turn_k = rounding.rotation_size(self.head, True) if quantized else 0
         turn_v = rounding.rotation_size(self.head, False) if quantized else 0
+        if self.noise is not None:
+            x = x * (1 + 1e-6 * self.noise.standard_normal(x.shape))
         y = self._norm(x, f"blk.{i}.attn_norm.weight")
         q = rounding.rotate(self._heads(y, f"blk.{i}.attn_q.weight", pos), turn_k)
         k = rounding.stored(rounding.rotate(self._heads(y, f"blk.{i}.attn_k.weight", pos), turn_k), kv)
@@ -254,8 +271,8 @@ class Decoder:
         now = Layer(k, v, np.append(past.pos, pos), np.append(past.visual, visual))
         asked = rounding.stored(q, kv) if quantized or len(x) < TILE_ROWS else q
         p, of_head = self._attention(asked, now), np.repeat(now.v, self.n_head // self.n_head_kv, 0)
-        if self.order is not None and kv == "F16" and len(x) < TILE_ROWS:
-            out = rounding.sum_in_f16(p, of_head, self.order.permutation(of_head.shape[1]))
+        if self.noise is not None and kv == "F16" and len(x) < TILE_ROWS:
+            out = rounding.sum_in_f16(p, of_head, self.noise.permutation(of_head.shape[1]))
         else:
             out = rounding.rotate(p @ of_head, turn_v)
         x = x + out.swapaxes(0, 1).reshape(len(x), -1) @ self.w(f"blk.{i}.attn_output.weight").T

@@ -94,7 +94,7 @@ def test_annealing_defaults() -> None:
     for preset in schedule.PRESETS[1:]:
         s = schedule.resolve(16, preset)
         assert s.anneal == ("linear" if preset == "st3" else "none")
-        assert (s.anneal_tokens, s.anneal_floor, s.anneal_interval) == (64, 0.3, 1)
+        assert (s.anneal_tokens, s.anneal_floor, s.anneal_interval) == (128, 0.3, 1)
         assert s.anneal_random == (preset == "random")
         assert schedule.resolve(16, preset, anneal="cosine").anneal == "cosine"
     assert schedule.resolve(16, score="text-max-sum").anneal_terms == schedule.Term.parse("text-max-sum")
