@@ -108,6 +108,23 @@ def report(context: Any) -> dict[str, Any]:
     return result
 
 
+def anneals(context: Any) -> bool:
+    """Whether visual tokens leave while an answer grows."""
+    return bool(report(context).get("anneal", {}).get("curve", "none") != "none")
+
+
+def decode(context: Any, p0: int, tokens: Sequence[int]) -> int:
+    """Decodes text tokens into sequence 0 from position p0 on, in one batch that gives logits for each. Returns 0 or an
+    error code of llama_decode."""
+    bindings = _libs.load()
+    batch = bindings.internals.LlamaBatch(n_tokens=len(tokens), embd=0, n_seq_max=1, verbose=False)
+    try:
+        batch.set_batch(tokens, n_past=p0, logits_all=True)
+        return int(bindings.lib.llama_decode(context, batch.batch))
+    finally:
+        batch.close()
+
+
 def remove(context: Any, p0: int) -> bool:
     """Frees the positions of sequence 0 from p0 on. False where the memory cannot forget a part of a sequence."""
     lib = _libs.load().lib

@@ -104,7 +104,9 @@ def _shared_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     files.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: those that this machine has)")
     st3 = parser.add_argument_group("pruning (what is not given, the preset decides)")
     st3.add_argument(
-        "--preset", default="st3", metavar="NAME", help=f"{', '.join(PRESETS)} (default st3; off: nothing is dropped)"
+        "--preset",
+        metavar="NAME",
+        help=f"{', '.join(PRESETS)} (default: the model file's, and where it has none st3; off: nothing is dropped)",
     )
     st3.add_argument(
         "--budget", type=float, metavar="B", help="mean share of visual tokens kept over the layers, above 0 to 1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from .errors import ConfigError
@@ -13,6 +14,7 @@ Override = bool | int | float | str
 CURVES = ("none", "linear", "cosine", "exponential")
 PRESETS = ("off", "st3", "pvtp", "fastv", "pyramiddrop", "vtw", "random", "downsample")
 
+_DEFAULT_PRESET = "st3"
 _SCORE_TERM = re.compile(r"(last|text)-(mean|max)(-sum)?")
 _U32_MAX = 2**32 - 1
 # A string in llama.cpp's override table is char[128] with its NUL.
@@ -24,7 +26,7 @@ class ST3Config:
     """How visual tokens are pruned. Each field is a `st3.*` metadata key; None leaves that key to the model file,
     and what the file lacks to the preset.
 
-    preset    one of PRESETS; "off" is stock llama.cpp; None takes what the model file carries
+    preset    one of PRESETS; "off" is stock llama.cpp; None: the model file's, and where it has none "st3"
     budget    (0, 1]: mean over layers of visual tokens kept / given; `keep` is solved from it
     start     >= 1: the first cut is after layer start - 1 (layers count from 0)
     stride    >= 1: one cut every `stride` layers after that
@@ -45,7 +47,7 @@ class ST3Config:
     Raises ConfigError where a value is of the wrong type or outside its range.
     """
 
-    preset: str | None = "st3"
+    preset: str | None = None
     budget: float | None = None
     start: int | None = None
     stride: int | None = None
@@ -106,8 +108,18 @@ class ST3Config:
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= _U32_MAX:
             raise ConfigError(f"{name} must be a whole number from {low} to {_U32_MAX}, not {value!r}")
 
-    def overrides(self) -> dict[str, Override]:
-        """The `kv_overrides` of `llama_cpp.Llama`: only the keys given, of the types that st3.h names."""
+    def overrides(self, carried: Mapping[str, Override] | None = None) -> dict[str, Override]:
+        """The `kv_overrides` of `llama_cpp.Llama`: the keys given, of the types that st3.h names, and a preset where
+        neither they nor `carried`, the model file's own `st3.*` keys, have one.
+
+        Raises ConfigError where budget or keep is given and the file carries the other: no override can take a key out.
+        """
+        carried = carried or {}
+        for given, other in (("budget", "keep"), ("keep", "budget")):
+            if getattr(self, given) is not None and f"st3.{other}" in carried:
+                raise ConfigError(f"the model file carries st3.{other}, which excludes {given}: give {other} instead")
         real = {"budget", "keep", "coverage", "anneal_floor"}
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-        return {f"st3.{name}": float(v) if name in real else v for name, v in given.items()}
+        keys = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        if "st3.preset" not in carried:
+            keys.setdefault("preset", _DEFAULT_PRESET)
+        return {f"st3.{name}": float(v) if name in real else v for name, v in keys.items()}

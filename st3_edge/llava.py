@@ -19,7 +19,7 @@ import numpy.typing as npt
 from . import _gguf, _libs, _log, _native, demo, state
 from ._text import TextStream
 from .chat import ChatTemplate, Message, read_messages
-from .config import ST3Config
+from .config import Override, ST3Config
 from .conversation import REVISIT, Conversation, Embeddings, Image, Record, Unit, n_positions, reusable
 from .errors import ConfigError, ModelError, PromptError, St3Error, StateError, one_line
 from .images import ImageSource, load
@@ -56,7 +56,8 @@ class Llava:
             print(llava.last_report.visual_tokens.per_layer)
 
     model_path, mmproj_path   two GGUF files that belong together
-    config                    how visual tokens are pruned; None: ST3Config(), preset "off": as stock llama.cpp
+    config                    how visual tokens are pruned; None: ST3Config(), the model file's own schedule, and where
+                              it carries none the preset "st3"; preset "off": as stock llama.cpp
     n_ctx                     tokens of prompt and answer together, at most; 0: what the model was trained on
     n_ubatch                  tokens of a prompt that can be prefilled at once and so pruned; None: min(n_ctx, 2048)
     n_threads                 CPU threads; None: by the CPUs that this process may use
@@ -122,40 +123,29 @@ class Llava:
         self._lib = bindings.lib
         self._lock = threading.Lock()
         self._call = 0
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        # Prefill gains from every hardware thread, decoding waits for memory and loses by the second of a core.
-        threads = n_threads or (usable if usable <= 4 else usable // 2)
-        threads_batch = n_threads or usable
         if n_ctx == 0:
             trained = header.metadata.get(f"{header.architecture}.context_length", 0)
             n_ctx = min(int(trained), MAX_CTX) or 4096
-        n_ubatch = min(n_ctx, n_ubatch or _DEFAULT_UBATCH)
         self.n_ctx = n_ctx
-
-        _log.forget()
-        try:
-            self._llama = bindings.llama.Llama(
-                model_path=model_name,
-                n_gpu_layers=n_gpu_layers,
-                kv_overrides=config.overrides() or None,
-                n_ctx=n_ctx,
-                n_batch=n_ubatch,
-                n_ubatch=n_ubatch,
-                n_threads=threads,
-                n_threads_batch=threads_batch,
-                flash_attn=True,
-                type_k=KV_TYPES[type_k],
-                type_v=KV_TYPES[type_v],
-                verbose=verbose,
-            )
-        except Exception as e:  # the bindings raise ValueError, and Jinja's errors for the file's template
-            reason = _native.last_error()
-            raise ModelError(
-                f"model {model_name!r} cannot be used" + (f": {reason}" if reason else _log.why() or f": {e}")
-            ) from e
+        carried = {key: value for key, value in header.metadata.items() if key.startswith("st3.")}
+        overrides = config.overrides(carried)
+        self._schedule = {**carried, **overrides}
+        self._llama = load_text_model(
+            model_name,
+            overrides,
+            n_ctx=n_ctx,
+            n_ubatch=n_ubatch,
+            n_threads=n_threads,
+            n_gpu_layers=n_gpu_layers,
+            type_k=type_k,
+            type_v=type_v,
+            verbose=verbose,
+        )
         self._conversation = Conversation(lambda p0: _native.remove(self._llama.ctx, p0))
         try:
-            self._vision = Vision(mmproj_name, self._llama.model, n_threads=threads_batch, use_gpu=n_gpu_layers != 0)
+            self._vision = Vision(
+                mmproj_name, self._llama.model, n_threads=n_threads or _usable_cpus(), use_gpu=n_gpu_layers != 0
+            )
             self._vocab = self._llama._model.vocab
             self._n_vocab = self._llama.n_vocab()
             own = header.metadata.get("tokenizer.chat_template")
@@ -290,8 +280,7 @@ class Llava:
         if revisit is not None:
             _check_revisit(revisit)
         self._check_open()
-        prompt = self._template.render(read_messages(messages))
-        tokenized = self._vision.tokenize(prompt.parts, self._llama.token_bos() if prompt.bos else None)
+        tokenized = self._tokenize(messages)
         n_prompt = n_positions(tokenized.units)
         room = self.n_ctx - n_prompt
         if room < 1:
@@ -341,6 +330,16 @@ class Llava:
             images = [unit for unit in tokenized.units if isinstance(unit, Image)]
             visual = self._look(tokenized, images, Milliseconds(0.0, 0.0, 0.0, 0.0))
         return np.concatenate([visual[image].embd for image in images])
+
+    def pieces(self, messages: Sequence[Message]) -> list[_native.Piece]:
+        """What the decoder reads for messages (as `create_chat_completion` takes them): text tokens, and the visual
+        tokens of pictures, in order. Nothing is decoded."""
+        self._check_open()
+        tokenized = self._tokenize(messages)
+        with self._lock:
+            self._check_open()
+            visual = self._look(tokenized, tokenized.units, Milliseconds(0.0, 0.0, 0.0, 0.0))
+        return _pieces(tokenized.units, visual)
 
     def reset(self) -> None:
         """Forgets the conversation: the next call computes its whole prompt. Ends a streamed answer."""
@@ -404,7 +403,7 @@ class Llava:
         return {
             "model": state.fingerprint(self.model_path),
             "vision half": state.fingerprint(self._mmproj_path),
-            "schedule": json.dumps(self.config.overrides(), sort_keys=True),
+            "schedule": json.dumps(self._schedule, sort_keys=True),
             "KV cache type": self._kv_types,
             "llama.cpp": f"{_libs.load().llama.__version__}, st3 {_libs.ABI_VERSION}",
         }
@@ -426,6 +425,10 @@ class Llava:
     def _check_open(self) -> None:
         if not self._vision.close.alive:
             raise St3Error("this Llava is closed")
+
+    def _tokenize(self, messages: Sequence[Message]) -> Tokenized:
+        prompt = self._template.render(read_messages(messages))
+        return self._vision.tokenize(prompt.parts, self._llama.token_bos() if prompt.bos else None)
 
     def _chunks(self, head: Response, pieces: Iterator[str]) -> Iterator[Response]:
         def chunk(delta: dict[str, str], finish_reason: str | None = None) -> Response:
@@ -484,8 +487,9 @@ class Llava:
         """Brings the KV cache to the end of the prompt, from where it already is."""
         conversation, context, wanted = self._conversation, self._llama.ctx, tokenized.units
         ms = Milliseconds(load=self._load_ms, encode=0.0, prefill=0.0, decode=0.0)
-        anneals = _native.report(context).get("anneal", {}).get("curve", "none") != "none"
-        reused = reusable(conversation.units, wanted, conversation.record.spans, revisit=revisit, anneals=anneals)
+        reused = reusable(
+            conversation.units, wanted, conversation.record.spans, revisit=revisit, anneals=_native.anneals(context)
+        )
         visual = self._look(tokenized, wanted[reused:], ms)
         if conversation.cut(reused) != reused:
             reused = 0
@@ -566,6 +570,50 @@ class Llava:
         ids = [i for i in range(self._n_vocab) if lib.llama_vocab_get_attr(vocab, i) & _CONTROL_OR_UNKNOWN]
         # A form of one character would be in ordinary text.
         return [text for i in ids if len(text := self._token_text(i)) > 1]
+
+
+def load_text_model(
+    path: str,
+    overrides: Mapping[str, Override],
+    *,
+    n_ctx: int,
+    n_ubatch: int | None = None,
+    n_threads: int | None = None,
+    n_gpu_layers: int = 0,
+    type_k: str = "f16",
+    type_v: str = "f16",
+    verbose: bool = False,
+) -> Any:
+    """The bindings' `Llama` of a text model, with the schedule that `overrides` (`st3.*` keys) and the file give it.
+    Options as `Llava`'s, and checked there. Raises ModelError."""
+    usable = _usable_cpus()
+    n_ubatch = min(n_ctx, n_ubatch or _DEFAULT_UBATCH)
+    _log.forget()
+    try:
+        return _libs.load().llama.Llama(
+            model_path=path,
+            n_gpu_layers=n_gpu_layers,
+            kv_overrides=dict(overrides) or None,
+            n_ctx=n_ctx,
+            n_batch=n_ubatch,
+            n_ubatch=n_ubatch,
+            # Prefill gains from every hardware thread, decoding waits for memory and loses by the second of a core.
+            n_threads=n_threads or (usable if usable <= 4 else usable // 2),
+            n_threads_batch=n_threads or usable,
+            flash_attn=True,
+            type_k=KV_TYPES[type_k],
+            type_v=KV_TYPES[type_v],
+            verbose=verbose,
+        )
+    except Exception as e:  # the bindings raise ValueError, and Jinja's errors for the file's template
+        reason = _native.last_error()
+        raise ModelError(
+            f"model {path!r} cannot be used" + (f": {reason}" if reason else _log.why() or f": {e}")
+        ) from e
+
+
+def _usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _pieces(units: Sequence[Unit], visual: Mapping[Image, _native.Visual]) -> list[_native.Piece]:

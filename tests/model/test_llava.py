@@ -217,12 +217,6 @@ def test_a_quantized_cache_takes_less(load, picture, llava):
     assert small["live"] < 0.6 * plain["live"] and small["allocated"] < 0.6 * plain["allocated"]
 
 
-def test_without_a_preset_the_file_decides(load, picture):
-    # broken if the default preset were written over what the file carries: this one carries none, so nothing is pruned
-    with load(ST3Config(preset=None)) as llava:
-        assert complete(llava, QUESTION, picture)["st3"]["mode"] == "off"
-
-
 def test_a_second_call_ends_a_stream(llava, picture):
     # broken if two answers were mixed in one context
     stream = complete(llava, QUESTION, picture, stream=True, logit_bias={llava._llama.token_eos(): -1e9})

@@ -158,7 +158,7 @@ def test_what_llama_cpp_refuses_changes_nothing(llava, kept):
     ("config", "options", "says"),
     [
         (ST3Config(budget=0.5), {}, "schedule"),
-        (ST3Config(preset=None), {}, "schedule"),
+        (ST3Config(preset="pvtp"), {}, "schedule"),
         (None, {"type_k": "q8_0"}, "KV cache type"),
         (None, {"n_ctx": 580}, "n_ctx is 580"),
     ],

@@ -12,10 +12,19 @@ SHARES = st.floats(0, 1)
 WHOLE = st.integers(1, 2**32 - 1)
 
 
-def test_nothing_given_overrides_the_preset_only():
-    # broken if a default were written over what the model file carries
+def test_a_preset_is_set_only_where_the_file_carries_none():
+    # broken if a default were written over what the model file carries, or a file without a schedule were not pruned
     assert ST3Config().overrides() == {"st3.preset": "st3"}
-    assert ST3Config(preset=None).overrides() == {}
+    assert ST3Config(budget=0.5).overrides({"st3.start": 2}) == {"st3.preset": "st3", "st3.budget": 0.5}
+    assert ST3Config().overrides({"st3.preset": "pvtp"}) == {}
+    assert ST3Config(preset="off").overrides({"st3.preset": "pvtp"}) == {"st3.preset": "off"}
+
+
+@pytest.mark.parametrize(("given", "carried"), [("keep", "budget"), ("budget", "keep")])
+def test_budget_or_keep_beside_the_other_one_in_the_file_is_told(given, carried):
+    # broken if it reached native code, which cannot know that only one of the two was the user's
+    with pytest.raises(ConfigError, match=f"carries st3.{carried}.*give {carried} instead"):
+        ST3Config(**{given: 0.5}).overrides({f"st3.{carried}": 0.5})
 
 
 @given(
