@@ -18,6 +18,7 @@ from .errors import ModelError, one_line
 # Layout of the format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_WHOLE = "BbHhIiQq"
 
 # ggml type -> (elements of a block, bytes of a block)
 _BLOCKS = {
@@ -33,6 +34,8 @@ _MAX_COUNT = 2**20
 _MAX_STRING = 2**26
 _MAX_ARRAY = 2**24
 
+_SHORT = 256  # whole numbers of an array that is read
+
 
 class _Damaged(Exception):
     pass
@@ -40,10 +43,11 @@ class _Damaged(Exception):
 
 @dataclass(frozen=True)
 class Header:
-    """`metadata`: the scalars and strings (arrays are skipped); `tensors`: their names; `need`: bytes that the file
-    must have."""
+    """`metadata`: the scalars and strings; `arrays`: of the arrays, the short ones of whole numbers; `tensors`: their
+    names; `need`: bytes that the file must have."""
 
     metadata: dict[str, int | float | bool | str]
+    arrays: dict[str, tuple[int, ...]]
     tensors: frozenset[str]
     need: int
 
@@ -81,8 +85,8 @@ class _Reader:
     def string(self) -> str:
         return self.take(self.count(_MAX_STRING, "length of a string")).decode("utf-8", "replace")
 
-    def value(self, kind: int) -> int | float | bool | str | None:
-        """A scalar or string; None for an array, which is skipped."""
+    def value(self, kind: int) -> int | float | bool | str | tuple[int, ...] | None:
+        """A scalar or string, or a short array of whole numbers; None for another array, which is skipped."""
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
         if kind == _STRING:
@@ -92,7 +96,10 @@ class _Reader:
         kind = int(self.scalar("I"))
         n = self.count(_MAX_ARRAY, "length of an array")
         if kind in _SCALARS:
-            self.skip(n * struct.calcsize("<" + _SCALARS[kind]))
+            layout = f"<{n}{_SCALARS[kind]}"
+            if n <= _SHORT and _SCALARS[kind] in _WHOLE:
+                return struct.unpack(layout, self.take(struct.calcsize(layout)))
+            self.skip(struct.calcsize(layout))
         elif kind == _STRING:
             for _ in range(n):
                 self.skip(self.count(_MAX_STRING, "length of a string"))
@@ -136,10 +143,13 @@ def _parse(reader: _Reader) -> Header:
     n_values = reader.count(_MAX_COUNT, "number of values")
 
     metadata: dict[str, int | float | bool | str] = {}
+    arrays: dict[str, tuple[int, ...]] = {}
     for _ in range(n_values):
         key = reader.string()
         value = reader.value(int(reader.scalar("I")))
-        if value is not None:
+        if isinstance(value, tuple):
+            arrays[key] = value
+        elif value is not None:
             metadata[key] = value
 
     end = 0
@@ -162,4 +172,4 @@ def _parse(reader: _Reader) -> Header:
     if not isinstance(alignment, int) or not 0 < alignment <= 2**20:
         raise _Damaged("its header gives an impossible alignment")
     start = -(-reader.file.tell() // alignment) * alignment
-    return Header(metadata, frozenset(names), start + end if n_tensors else 0)
+    return Header(metadata, arrays, frozenset(names), start + end if n_tensors else 0)

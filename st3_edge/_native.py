@@ -59,6 +59,10 @@ def _st3() -> ctypes.CDLL:
             ctypes.c_int32,
             [context, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32],
         ),
+        "st3_positions": (
+            ctypes.c_int32,
+            [context, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32],
+        ),
         "st3_report": (ctypes.c_size_t, [context, ctypes.c_char_p, ctypes.c_size_t]),
     }
     for name, (restype, argtypes) in signatures.items():
@@ -97,6 +101,14 @@ def kept(context: Any, i_cut: int) -> list[int]:
     out = (ctypes.c_int32 * n)()
     _st3().st3_kept(context, i_cut, out, n)
     return list(out)
+
+
+def positions(context: Any, layer: int) -> npt.NDArray[np.int32]:
+    """The positions of sequence 0 that a layer holds now, ascending, int32 [n]; empty for memory that cannot tell."""
+    n = max(0, _st3().st3_positions(context, 0, layer, None, 0))
+    out = np.empty(n, np.int32)
+    _st3().st3_positions(context, 0, layer, out.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), n)
+    return out
 
 
 def report(context: Any) -> dict[str, Any]:

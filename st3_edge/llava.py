@@ -464,12 +464,16 @@ class Llava:
                     self._decode(token)
                 token = sampler.sample(self._llama._ctx, -1)
                 report.ms.decode += _ms_since(started)
+                if report.trace:
+                    self._note_left(report.schedule.cuts, report.trace.left, report.n_generated)
             if self._lib.llama_vocab_is_eog(self._vocab, token):
                 report.finish_reason = "stop"
                 break
             piece = text.push(self._token_bytes(token, first=report.n_generated == 0))
             report.n_generated += 1
             report.answer += piece
+            if report.trace:
+                report.trace.pieces.append(piece)
             yield piece
             if text.stopped:
                 report.finish_reason = "stop"
@@ -478,6 +482,8 @@ class Llava:
                 break
         piece = text.finish()
         report.answer += piece
+        if piece and report.trace:
+            report.trace.pieces[-1] += piece
         with self._lock:
             if call == self._call:
                 report.end(self._native_report())
@@ -508,9 +514,27 @@ class Llava:
         native = self._native_report()
         traced = None
         if trace:
-            ids = [-1 if isinstance(unit, Image) else unit for unit in wanted]
-            traced = Trace(ids, self._top_logits(), [_native.kept(context, i) for i in range(len(native["cuts"]))])
+            cuts = range(len(native["cuts"]))
+            images = [unit.n for unit in conversation.units if isinstance(unit, Image)]
+            traced = Trace(
+                prompt_tokens=[-1 if isinstance(unit, Image) else unit for unit in wanted],
+                first_logits_top=self._top_logits(),
+                kept=[_native.kept(context, i) for i in cuts],
+                pieces=[],
+                images=images,
+                left=[[-1] * sum(images) for _ in range(len(cuts) + 1)],
+            )
         return Report.from_native(native, ms, n_reused, traced)
+
+    def _note_left(self, cuts: Sequence[int], left: list[list[int]], step: int) -> None:
+        """Notes in a trace which visual tokens left their stage since it was last called."""
+        positions = self._conversation.visual_positions
+        for layer, of_stage in zip((0, *(cut + 1 for cut in cuts)), left, strict=True):
+            held = _native.positions(self._llama.ctx, layer)
+            if len(held):
+                gone = ~np.isin(positions, held) & (np.array(of_stage) < 0)
+                for i in np.flatnonzero(gone):
+                    of_stage[i] = step
 
     def _look(self, tokenized: Tokenized, units: Sequence[Unit], ms: Milliseconds) -> dict[Image, _native.Visual]:
         """The embeddings of the images among `units`; those that are not known are encoded."""

@@ -59,11 +59,18 @@ class Milliseconds:
 @dataclass(frozen=True)
 class Trace:
     """prompt_tokens: ids, -1 once for each image; first_logits_top: the ten largest logits after prefill as
-    [id, logit]; kept: for each cut, the visual indices kept, over all images of this prefill in order."""
+    [id, logit]; kept: for each cut, the visual indices kept, over all images of this prefill in order.
+
+    pieces: the answer, token by token; images: visual tokens of each of the conversation's images, in order; left: for
+    each stage, and each visual token over these images, after how many tokens of the answer it left the stage's layers
+    (0: before the first; -1: they still held it when the last one was chosen)."""
 
     prompt_tokens: list[int]
     first_logits_top: list[list[float]]
     kept: list[list[int]]
+    pieces: list[str]
+    images: list[int]
+    left: list[list[int]]
 
 
 @dataclass

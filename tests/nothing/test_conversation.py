@@ -196,3 +196,14 @@ def test_pictures_are_kept_within_their_bound_the_latest_used_first(bound, opera
             if found is not None:
                 assert found.embd.nbytes == held
                 model = [entry for entry in model if entry[0] != image] + [(image, held)]
+
+
+@given(UNITS)
+def test_a_visual_token_is_at_the_position_that_its_image_gives_it(units):
+    # broken if text were counted among visual tokens, or an image took one position
+    conversation = Conversation(lambda p0: True)
+    with conversation.adding(units):
+        pass
+    expected = [unit for unit in units for _ in range(unit.n if isinstance(unit, Image) else 1)]
+    assert conversation.visual_positions == [i for i, unit in enumerate(expected) if isinstance(unit, Image)]
+    assert len(conversation.visual_positions) == conversation.n_visual

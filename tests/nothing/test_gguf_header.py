@@ -23,7 +23,9 @@ def whole(tmp_path_factory) -> bytes:
     writer.add_bool("a.switch", True)
     writer.add_string("tokenizer.chat_template", "{{ messages }} é")
     writer.add_array("a.words", ["one", "two", ""])
-    writer.add_array("a.numbers", [1, 2, 3])
+    writer.add_array("a.numbers", [1, -2, 3])
+    writer.add_array("a.many", list(range(257)))
+    writer.add_array("a.reals", [0.5, 0.25])
     writer.add_tensor("t.f32", np.zeros((3, 5), np.float32))
     writer.add_tensor("t.q8", np.zeros((4, 68), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
     writer.write_header_to_file()
@@ -39,7 +41,7 @@ def written(tmp_path, data: bytes):
     return path
 
 
-def test_scalars_are_read_and_arrays_skipped(tmp_path, whole):
+def test_scalars_and_short_whole_numbers_are_read_and_other_arrays_skipped(tmp_path, whole):
     # broken if a skipped array were measured wrong: every value behind it would be another
     header = read_header(written(tmp_path, whole))
     assert header.architecture == "llama"
@@ -48,6 +50,7 @@ def test_scalars_are_read_and_arrays_skipped(tmp_path, whole):
     assert header.metadata["a.switch"] is True
     assert header.metadata["tokenizer.chat_template"] == "{{ messages }} é"
     assert "a.words" not in header.metadata
+    assert header.arrays == {"a.numbers": (1, -2, 3)}
 
 
 def test_the_bytes_needed_are_those_of_the_last_tensor(tmp_path, whole):
