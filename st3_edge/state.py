@@ -11,11 +11,9 @@ digest     SHA-256 of everything before it
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import secrets
 import stat
 import struct
 from collections.abc import Mapping, Sequence
@@ -25,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from ._files import replacing
 from ._native import Visual
 from .conversation import Image, Record, Span, Unit, n_positions
 from .errors import StateError, one_line
@@ -83,34 +82,14 @@ def write(path: str | os.PathLike[str], saved: Saved) -> None:
     parts += [np.ascontiguousarray(v.embd, "<f4").tobytes() for v in saved.embeddings.values()]
     target = Path(path)
     try:
-        _replace(target, parts)
-    except OSError as e:
-        raise StateError(f"the conversation cannot be written to {str(target)!r}: {e.strerror or e}") from e
-
-
-def _replace(target: Path, parts: Sequence[bytes]) -> None:
-    folder = target.parent
-    part = folder / f".{target.name}.{secrets.token_hex(8)}.part"
-    digest = hashlib.sha256()
-    try:
-        with part.open("xb") as file:
+        digest = hashlib.sha256()
+        with replacing(target) as file:
             for data in parts:
                 digest.update(data)
                 file.write(data)
             file.write(digest.digest())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)  # noqa: PTH105
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
-    # The rename itself is on the disk only when the folder is.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    except OSError as e:
+        raise StateError(f"the conversation cannot be written to {str(target)!r}: {e.strerror or e}") from e
 
 
 def read(path: str | os.PathLike[str], belongs_to: Mapping[str, str], *, n_vocab: int, n_embd: int) -> Saved:
