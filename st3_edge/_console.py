@@ -12,6 +12,7 @@ from typing import TextIO, TypeVar
 
 _TICK_S = 0.2
 _SHOW_AFTER_S = 1.0
+_BAR_WIDTH = 20
 INTERRUPTED = 130
 
 T = TypeVar("T")
@@ -32,6 +33,7 @@ class Console:
     def __init__(self) -> None:
         self.out, self.err = _own(sys.stdout, 1), _own(sys.stderr, 2)
         self._stage: tuple[str, float] | None = None
+        self._share: float | None = None
         self._shown = False
         self._lock = threading.Lock()
 
@@ -48,11 +50,14 @@ class Console:
         """Writes to standard error, at once."""
         self._write(self.err, text + end)
 
-    def stage(self, name: str | None) -> None:
-        """What is being waited for from now on; None: nothing. It is told where the wait is longer than a second."""
+    def stage(self, name: str | None, share: float | None = None) -> None:
+        """What is being waited for from now on; None: nothing. It is told where the wait is longer than a second, with
+        a bar where the share of it that is done, 0 to 1, is known."""
         with self._lock:
-            self._clear()
-            self._stage = None if name is None else (name, time.monotonic())
+            self._share = share
+            if self._stage is None or self._stage[0] != name:
+                self._clear()
+                self._stage = None if name is None else (name, time.monotonic())
 
     def tick(self) -> None:
         """Called now and then: tells of the wait."""
@@ -64,7 +69,8 @@ class Console:
             if waited < _SHOW_AFTER_S:
                 return
             if self.err.isatty():
-                self.err.write(f"\r\x1b[K{name} ... {waited:.0f} s")
+                bar = "" if self._share is None else f" {self.bar * round(_BAR_WIDTH * self._share):.<{_BAR_WIDTH}}"
+                self.err.write(f"\r\x1b[K{name}{bar} ... {waited:.0f} s")
             elif not self._shown:
                 self.err.write(f"{name} ...\n")
             self.err.flush()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
-import os
 import platform
 import sys
-from pathlib import Path
 from typing import Any
 
-from . import _libs, _log, demo
+from . import _libs, _log, _machine, demo
 from .errors import St3Error
 
 
@@ -18,7 +16,7 @@ def examine() -> dict[str, Any]:
     """Everything found, as plain values; "problems" lists in one line each what keeps the package from working."""
     problems: list[str] = []
     found: dict[str, Any] = {
-        "versions": _versions(),
+        "versions": versions(),
         "libraries": _library_files(),
         "abi": None,
         "ggml": None,
@@ -37,9 +35,8 @@ def examine() -> dict[str, Any]:
     _log.install()
     lib = bindings.lib._lib
     found["abi"] = lib.st3_abi_version()
-    lib.ggml_version.restype = ctypes.c_char_p
-    found["ggml"] = lib.ggml_version().decode()
-    found["cpu_features"] = _features(bindings.lib.llama_print_system_info().decode())
+    found["ggml"] = ggml_version(bindings)
+    found["cpu_features"] = cpu_features(bindings)
     found["amx"] = _amx(found["cpu_features"])
     found["devices"] = _devices(lib)
     return found
@@ -71,14 +68,15 @@ def describe(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Of Python, this package and those that it needs."""
+    found = {"python": platform.python_version()}
     for name in ("st3-edge", "llama-cpp-python", "numpy", "pillow", "huggingface-hub"):
         try:
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
+            found[name] = "not installed"
+    return found
 
 
 def _library_files() -> dict[str, Any]:
@@ -98,22 +96,20 @@ def _demo_model(problems: list[str]) -> dict[str, Any] | None:
 
 
 def _cpu() -> dict[str, Any]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"model": _cpuinfo("model name") or platform.processor() or platform.machine(), "usable": usable}
+    return {"model": _machine.processor(), "usable": _machine.usable_cpus()}
 
 
-def _cpuinfo(key: str) -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+def ggml_version(bindings: _libs.Bindings) -> str:
+    """ggml's version, of the libraries that the bindings run on."""
+    version = bindings.lib._lib.ggml_version
+    version.restype = ctypes.c_char_p
+    return str(version().decode())
 
 
-def _features(system_info: str) -> list[str]:
-    """The features that are on in llama_print_system_info's "CPU : AVX = 1 | AVX2 = 0 | ..."."""
+def cpu_features(bindings: _libs.Bindings) -> list[str]:
+    """What these libraries were compiled to use: the names that are on in "CPU : AVX = 1 | AVX2 = 0 | ..."."""
     features = []
-    for item in system_info.replace(" : ", " | ").split("|"):
+    for item in bindings.lib.llama_print_system_info().decode().replace(" : ", " | ").split("|"):
         name, _, value = item.partition("=")
         if value.strip() == "1":
             features.append(name.strip())
@@ -123,7 +119,7 @@ def _features(system_info: str) -> list[str]:
 def _amx(features: list[str]) -> str | None:
     if any(name.startswith("AMX") for name in features):
         return "used"
-    if sys.platform == "linux" and "amx_int8" in _cpuinfo("flags").split():
+    if sys.platform == "linux" and "amx_int8" in _machine.cpuinfo("flags").split():
         return "this CPU has it; the build left it out, because it does not run here or was not asked for"
     return None
 

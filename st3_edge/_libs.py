@@ -23,6 +23,8 @@ ABI_VERSION = 2
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 _ENV = ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB")
 
+_stock: Path | None = None
+
 
 class Bindings(NamedTuple):
     """The stock bindings, on our libraries. llama: llama_cpp; lib: llama_cpp.llama_cpp; internals, mtmd, grammar."""
@@ -34,8 +36,16 @@ class Bindings(NamedTuple):
     grammar: ModuleType
 
 
+def use_stock(folder: Path) -> None:
+    """Makes this process run on the unpatched llama.cpp of `folder`, for comparisons; before anything is loaded."""
+    global _stock
+    _stock = folder.resolve()
+
+
 def folder() -> Path:
     """The folder of libllama and libmtmd: the package's own, or for developers the one that ST3_LIB_DIR names."""
+    if _stock:
+        return _stock
     given = os.environ.get("ST3_LIB_DIR")
     return Path(given).resolve() if given else Path(__file__).resolve().parent / "lib"
 
@@ -45,13 +55,18 @@ def path_of(name: str) -> Path:
     return folder() / f"lib{name}{_SUFFIX}"
 
 
+def check_present() -> None:
+    """Raises LibraryError where a library is missing. Nothing is loaded."""
+    for name in ("llama", "mtmd"):
+        if not path_of(name).is_file():
+            raise LibraryError(f"{path_of(name)} is missing: build the package (pip install .) or set ST3_LIB_DIR")
+
+
 @functools.cache
 def load() -> Bindings:
     """Imports the bindings on our libraries, once. Raises LibraryError where that cannot be."""
     ours = path_of("llama")
-    for name in ("llama", "mtmd"):
-        if not path_of(name).is_file():
-            raise LibraryError(f"{path_of(name)} is missing: build the package (pip install .) or set ST3_LIB_DIR")
+    check_present()
     if "llama_cpp" in sys.modules:
         theirs = Path(str(getattr(sys.modules["llama_cpp.llama_cpp"]._lib, "_name", ""))).resolve()
         if theirs != ours.resolve():
@@ -100,7 +115,11 @@ def _check_abi(bindings: Bindings) -> None:
     try:
         version = bindings.lib._lib.st3_abi_version()
     except AttributeError as e:
+        if _stock:
+            return
         raise LibraryError(f"{path_of('llama')} is a stock llama.cpp without st3: rebuild the package") from e
+    if _stock:
+        raise LibraryError(f"{path_of('llama')} is not stock llama.cpp: it has st3 in it")
     if version != ABI_VERSION:
         raise LibraryError(
             f"{path_of('llama')} has st3 ABI {version}, this package needs {ABI_VERSION}: rebuild the package"

@@ -6,13 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from . import _options
 from ._console import INTERRUPTED, Console, run
-from .config import CURVES, PRESETS, ST3Config
+from .config import ST3Config
 from .conversation import REVISIT
-from .errors import ModelError, PromptError, St3Error, one_line
+from .errors import PromptError, St3Error, one_line
 
 if TYPE_CHECKING:
     from .llava import Llava
@@ -95,48 +95,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _shared_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """What every command that loads a model takes; returns the group of the answer's options."""
-    files = parser.add_argument_group("model (default: the small one that comes with the package)")
-    files.add_argument("--model", metavar="M.gguf", help="the text model of a LLaVA, in GGUF")
-    files.add_argument("--mmproj", metavar="P.gguf", help="the vision half of the same LLaVA, in GGUF")
-    files.add_argument(
+    _options.add_model(parser).add_argument(
         "--n-ctx", type=int, default=4096, metavar="N", help="room for prompt and answer, in tokens (default 4096)"
     )
-    files.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: those that this machine has)")
-    st3 = parser.add_argument_group("pruning (what is not given, the preset decides)")
-    st3.add_argument(
-        "--preset",
-        metavar="NAME",
-        help=f"{', '.join(PRESETS)} (default: the model file's, and where it has none st3; off: nothing is dropped)",
-    )
-    st3.add_argument(
-        "--budget", type=float, metavar="B", help="mean share of visual tokens kept over the layers, above 0 to 1"
-    )
-    st3.add_argument("--start", type=int, metavar="N", help="the first cut is after this many layers")
-    st3.add_argument("--stride", type=int, metavar="N", help="layers from one cut to the next")
-    st3.add_argument(
-        "--keep",
-        type=float,
-        metavar="R",
-        help="share of visual tokens that each cut keeps, 0 to 1 (instead of --budget)",
-    )
-    st3.add_argument("--min-keep", type=int, metavar="N", help="visual tokens that a cut leaves at least, per picture")
-    st3.add_argument(
-        "--score",
-        metavar="S",
-        help="how tokens are ranked: last-mean, text-max, ... (-sum: over the layers so far; + joins)",
-    )
-    st3.add_argument(
-        "--coverage", type=float, metavar="C", help="share of the kept tokens spread evenly over the picture, 0 to 1"
-    )
-    st3.add_argument(
-        "--anneal",
-        metavar="CURVE",
-        help=f"how visual tokens leave while the answer grows: {', '.join(CURVES)} (none: they stay)",
-    )
-    st3.add_argument("--anneal-tokens", type=int, metavar="N", help="words or so until --anneal-floor is reached")
-    st3.add_argument(
-        "--anneal-floor", type=float, metavar="R", help="share of the kept tokens that is left in the end, 0 to 1"
-    )
+    _options.add_schedule(parser)
     answer = parser.add_argument_group("answer")
     answer.add_argument(
         "--max-tokens", type=int, default=256, metavar="N", help="longest answer, in tokens (default 256)"
@@ -217,7 +179,7 @@ def _ask(console: Console, arguments: argparse.Namespace) -> int:
     *pictures, question = arguments.inputs
     if not question.strip():
         raise PromptError("the question is empty")
-    config = _config(arguments)
+    config = _options.config(arguments)
 
     # Before the model: loading a large one takes long, and a bad picture would be told of only then.
     content = [{"type": "image", "image": images.load(picture)} for picture in pictures]
@@ -247,16 +209,10 @@ def _ask(console: Console, arguments: argparse.Namespace) -> int:
 def _chat(console: Console, arguments: argparse.Namespace) -> int:
     from . import _chat, images
 
-    config = _config(arguments)
+    config = _options.config(arguments)
     pictures = [images.data_url(picture) for picture in arguments.images]
     with run(console, lambda: _load(console, arguments, config)) as llava:
         return _chat.Chat(console, llava, pictures, arguments.max_tokens, arguments.temperature).loop()
-
-
-def _config(arguments: argparse.Namespace) -> ST3Config:
-    if (arguments.model is None) != (arguments.mmproj is None):
-        raise ModelError("--model and --mmproj belong together: the text model and the vision half of one LLaVA")
-    return ST3Config(**{f.name: getattr(arguments, f.name) for f in fields(ST3Config) if hasattr(arguments, f.name)})
 
 
 def _load(console: Console, arguments: argparse.Namespace, config: ST3Config) -> Llava:

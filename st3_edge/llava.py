@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import _gguf, _libs, _log, _native, demo, state
+from . import _gguf, _libs, _log, _machine, _native, demo, state
 from ._text import TextStream
 from .chat import ChatTemplate, Message, read_messages
 from .config import Override, ST3Config
@@ -127,9 +127,8 @@ class Llava:
             trained = header.metadata.get(f"{header.architecture}.context_length", 0)
             n_ctx = min(int(trained), MAX_CTX) or 4096
         self.n_ctx = n_ctx
-        carried = {key: value for key, value in header.metadata.items() if key.startswith("st3.")}
-        overrides = config.overrides(carried)
-        self._schedule = {**carried, **overrides}
+        overrides = config.overrides(header.schedule)
+        self._schedule = {**header.schedule, **overrides}
         self._llama = load_text_model(
             model_name,
             overrides,
@@ -144,7 +143,7 @@ class Llava:
         self._conversation = Conversation(lambda p0: _native.remove(self._llama.ctx, p0))
         try:
             self._vision = Vision(
-                mmproj_name, self._llama.model, n_threads=n_threads or _usable_cpus(), use_gpu=n_gpu_layers != 0
+                mmproj_name, self._llama.model, n_threads=n_threads or _machine.usable_cpus(), use_gpu=n_gpu_layers != 0
             )
             self._vocab = self._llama._model.vocab
             self._n_vocab = self._llama.n_vocab()
@@ -339,7 +338,7 @@ class Llava:
         with self._lock:
             self._check_open()
             visual = self._look(tokenized, tokenized.units, Milliseconds(0.0, 0.0, 0.0, 0.0))
-        return _pieces(tokenized.units, visual)
+        return pieces_of(tokenized.units, visual)
 
     def reset(self) -> None:
         """Forgets the conversation: the next call computes its whole prompt. Ends a streamed answer."""
@@ -506,7 +505,7 @@ class Llava:
         started = time.perf_counter()
         _log.forget()
         with conversation.adding(wanted[reused:], lambda: bool(_native.report(context)["mode"] != "off")):
-            code = _native.prefill(context, n_reused, _pieces(wanted[reused:], visual))
+            code = _native.prefill(context, n_reused, pieces_of(wanted[reused:], visual))
             if code:
                 reason = _native.last_error()
                 raise St3Error(f"prefill failed ({code})" + (f": {reason}" if reason else _log.why()))
@@ -610,7 +609,7 @@ def load_text_model(
 ) -> Any:
     """The bindings' `Llama` of a text model, with the schedule that `overrides` (`st3.*` keys) and the file give it.
     Options as `Llava`'s, and checked there. Raises ModelError."""
-    usable = _usable_cpus()
+    threads, threads_batch = _machine.default_threads()
     n_ubatch = min(n_ctx, n_ubatch or _DEFAULT_UBATCH)
     _log.forget()
     try:
@@ -621,9 +620,8 @@ def load_text_model(
             n_ctx=n_ctx,
             n_batch=n_ubatch,
             n_ubatch=n_ubatch,
-            # Prefill gains from every hardware thread, decoding waits for memory and loses by the second of a core.
-            n_threads=n_threads or (usable if usable <= 4 else usable // 2),
-            n_threads_batch=n_threads or usable,
+            n_threads=n_threads or threads,
+            n_threads_batch=n_threads or threads_batch,
             flash_attn=True,
             type_k=KV_TYPES[type_k],
             type_v=KV_TYPES[type_v],
@@ -636,11 +634,7 @@ def load_text_model(
         ) from e
 
 
-def _usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _pieces(units: Sequence[Unit], visual: Mapping[Image, _native.Visual]) -> list[_native.Piece]:
+def pieces_of(units: Sequence[Unit], visual: Mapping[Image, _native.Visual]) -> list[_native.Piece]:
     """Units as `_native.prefill` takes them: runs of text, and images between."""
     pieces: list[_native.Piece] = []
     text: list[int] = []
