@@ -44,16 +44,27 @@ class _Damaged(Exception):
 @dataclass(frozen=True)
 class Header:
     """`metadata`: the scalars and strings; `arrays`: of the arrays, the short ones of whole numbers; `tensors`: their
-    names; `need`: bytes that the file must have."""
+    names; `need`: bytes that the file must have.
+
+    `values`, `infos`, `data`: the bytes [begin, end) of each key with its value, in order, and of all tensors'
+    descriptions, and where the tensors begin."""
 
     metadata: dict[str, int | float | bool | str]
     arrays: dict[str, tuple[int, ...]]
     tensors: frozenset[str]
     need: int
+    values: dict[str, tuple[int, int]]
+    infos: tuple[int, int]
+    data: int
 
     @property
     def architecture(self) -> str:
         return str(self.metadata.get("general.architecture", ""))
+
+    @property
+    def schedule(self) -> dict[str, int | float | bool | str]:
+        """The `st3.*` keys that the file carries."""
+        return {key: value for key, value in self.metadata.items() if key.startswith("st3.")}
 
 
 class _Reader:
@@ -144,14 +155,20 @@ def _parse(reader: _Reader) -> Header:
 
     metadata: dict[str, int | float | bool | str] = {}
     arrays: dict[str, tuple[int, ...]] = {}
+    values: dict[str, tuple[int, int]] = {}
     for _ in range(n_values):
+        begin = reader.file.tell()
         key = reader.string()
+        if key in values:
+            raise _Damaged("its header gives a key twice")
         value = reader.value(int(reader.scalar("I")))
+        values[key] = begin, reader.file.tell()
         if isinstance(value, tuple):
             arrays[key] = value
         elif value is not None:
             metadata[key] = value
 
+    begin = reader.file.tell()
     end = 0
     names = set()
     for _ in range(n_tensors):
@@ -171,5 +188,11 @@ def _parse(reader: _Reader) -> Header:
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 0 < alignment <= 2**20:
         raise _Damaged("its header gives an impossible alignment")
-    start = -(-reader.file.tell() // alignment) * alignment
-    return Header(metadata, arrays, frozenset(names), start + end if n_tensors else 0)
+    infos = begin, reader.file.tell()
+    start = aligned(infos[1], alignment)
+    return Header(metadata, arrays, frozenset(names), start + end if n_tensors else 0, values, infos, start)
+
+
+def aligned(n: int, alignment: int) -> int:
+    """`n` rounded up to a multiple of `alignment`."""
+    return -(-n // alignment) * alignment
