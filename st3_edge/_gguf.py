@@ -43,15 +43,15 @@ class _Damaged(Exception):
 
 @dataclass(frozen=True)
 class Header:
-    """`metadata`: the scalars and strings; `arrays`: of the arrays, the short ones of whole numbers; `tensors`: their
-    names; `need`: bytes that the file must have.
+    """`metadata`: the scalars and strings; `arrays`: of the arrays, the short ones of whole numbers; `tensors`: the
+    bytes of each, 0 of a type that is not known here; `need`: bytes that the file must have.
 
     `values`, `infos`, `data`: the bytes [begin, end) of each key with its value, in order, and of all tensors'
     descriptions, and where the tensors begin."""
 
     metadata: dict[str, int | float | bool | str]
     arrays: dict[str, tuple[int, ...]]
-    tensors: frozenset[str]
+    tensors: dict[str, int]
     need: int
     values: dict[str, tuple[int, int]]
     infos: tuple[int, int]
@@ -170,9 +170,9 @@ def _parse(reader: _Reader) -> Header:
 
     begin = reader.file.tell()
     end = 0
-    names = set()
+    tensors = {}
     for _ in range(n_tensors):
-        names.add(reader.string())
+        name = reader.string()
         n_dims = int(reader.scalar("I"))
         if n_dims > 4:
             raise _Damaged("its header gives an impossible number of dimensions")
@@ -183,14 +183,15 @@ def _parse(reader: _Reader) -> Header:
         offset = int(reader.scalar("Q"))
         # Of a type that is newer than this table, only the beginning is checked.
         block, n_bytes = _BLOCKS.get(kind, (1, 0))
-        end = max(end, offset + elements // block * n_bytes)
+        tensors[name] = elements // block * n_bytes
+        end = max(end, offset + tensors[name])
 
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 0 < alignment <= 2**20:
         raise _Damaged("its header gives an impossible alignment")
     infos = begin, reader.file.tell()
     start = aligned(infos[1], alignment)
-    return Header(metadata, arrays, frozenset(names), start + end if n_tensors else 0, values, infos, start)
+    return Header(metadata, arrays, tensors, start + end if n_tensors else 0, values, infos, start)
 
 
 def aligned(n: int, alignment: int) -> int:
