@@ -14,7 +14,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .config import CURVES, PRESETS, ST3Config
-from .errors import ConfigError, ImageError, LibraryError, ModelError, PromptError, St3Error, StateError
+from .errors import (
+    ConfigError,
+    ImageError,
+    LibraryError,
+    ModelError,
+    OutputError,
+    PromptError,
+    St3Error,
+    StateError,
+)
 from .report import Report
 
 if TYPE_CHECKING:
@@ -28,6 +37,7 @@ __all__ = [
     "LibraryError",
     "Llava",
     "ModelError",
+    "OutputError",
     "PromptError",
     "Report",
     "ST3Config",

@@ -1,4 +1,4 @@
-"""The command line: `st3-edge demo`, `ask`, `chat` and `doctor`."""
+"""The command line: `st3-edge demo`, `ask`, `inspect`, `chat` and `doctor`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ._console import INTERRUPTED, Console, run
 from .config import ST3Config
 from .conversation import REVISIT
 from .errors import PromptError, St3Error, one_line
+from .inspect import options as inspect_options
 
 if TYPE_CHECKING:
     from .llava import Llava
@@ -63,8 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     answer = _shared_options(ask)
     answer.add_argument("--json", action="store_true", help="print one JSON object with the answer and what ST3 did")
     answer.add_argument(
-        "--trace", action="store_true", help="with --json: also prompt tokens, first logits and the visual tokens kept"
+        "--trace",
+        action="store_true",
+        help="with --json: also prompt tokens, first logits, the visual tokens kept, and when they left",
     )
+
+    inspect_options.add_parser(commands, _shared_options)
 
     chat = commands.add_parser(
         "chat",
@@ -117,14 +122,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes positionals in one run only: what stands behind an option is left over.
-    if arguments.command in ("ask", "chat") and not any(word.startswith("-") for word in rest):
-        (arguments.inputs if arguments.command == "ask" else arguments.images).extend(rest)
+    if arguments.command in ("ask", "inspect", "chat") and not any(word.startswith("-") for word in rest):
+        (arguments.images if arguments.command == "chat" else arguments.inputs).extend(rest)
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command is None and not arguments.version:
-        parser.error("say what to do: demo, ask, chat or doctor")
-    if arguments.command == "ask" and len(arguments.inputs) < 2:
-        parser.error("ask needs at least one picture, and last the question")
+        parser.error("say what to do: demo, ask, inspect, chat or doctor")
+    if arguments.command in ("ask", "inspect") and len(arguments.inputs) < 2:
+        parser.error(f"{arguments.command} needs at least one picture, and last the question")
     return arguments
 
 
@@ -135,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = Console()
         if arguments.version:
             return _version(console)
-        command = {"demo": _demo, "ask": _ask, "chat": _chat, "doctor": _doctor}[arguments.command]
+        command = {"demo": _demo, "ask": _ask, "inspect": _inspect, "chat": _chat, "doctor": _doctor}[arguments.command]
         if command is _chat:  # it reads lines, and Ctrl-C means something else there
             return command(console, arguments)
         return run(console, lambda: command(console, arguments))
@@ -204,6 +209,13 @@ def _ask(console: Console, arguments: argparse.Namespace) -> int:
     console.say()
     console.note(report.summary())
     return 0
+
+
+def _inspect(console: Console, arguments: argparse.Namespace) -> int:
+    from .inspect import command
+
+    config = _options.config(arguments)
+    return command.main(console, arguments, lambda: _load(console, arguments, config))
 
 
 def _chat(console: Console, arguments: argparse.Namespace) -> int:

@@ -29,6 +29,10 @@ class StateError(St3Error):
     """A conversation cannot be written to a file, or a file holds none that this model can go on with."""
 
 
+class OutputError(St3Error):
+    """A result cannot be written to a file, or would replace one that is to stay."""
+
+
 def one_line(text: object) -> str:
     """`text` with every run of white space and control characters made one space."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())

@@ -113,7 +113,7 @@ class Llava:
             _log.verbose()
 
         self.config = config = config or ST3Config()
-        self.model_path, self._mmproj_path = model_name, mmproj_name
+        self.model_path, self.mmproj_path = model_name, mmproj_name
         self._kv_types = f"{type_k}, {type_v}"
         self.last_report: Report | None = None
         self._seed = seed
@@ -401,7 +401,7 @@ class Llava:
         """What a saved conversation is good for."""
         return {
             "model": state.fingerprint(self.model_path),
-            "vision half": state.fingerprint(self._mmproj_path),
+            "vision half": state.fingerprint(self.mmproj_path),
             "schedule": json.dumps(self._schedule, sort_keys=True),
             "KV cache type": self._kv_types,
             "llama.cpp": f"{_libs.load().llama.__version__}, st3 {_libs.ABI_VERSION}",

@@ -7,14 +7,30 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Annealing:
+    """curve: of st3_edge.config.CURVES; floor: the share of its visual tokens that a stage falls to, over `tokens`
+    tokens of the answer; interval: they leave every so many; score: by which they are ranked."""
+
+    curve: str
+    tokens: int
+    floor: float
+    interval: int
+    score: str
+
+
+@dataclass(frozen=True)
 class Schedule:
     """preset; cuts: layers after which visual tokens were dropped; counts: for each cut, the tokens that each image
-    kept; budget: mean over layers of kept / given."""
+    kept; budget: mean over layers of kept / given; score, coverage: by which they were ranked; anneal: what left while
+    the answer grew."""
 
     preset: str
     cuts: list[int]
     counts: list[list[int]]
     budget: float
+    score: str
+    coverage: float
+    anneal: Annealing
 
 
 @dataclass(frozen=True)
@@ -104,7 +120,15 @@ class Report:
             n_generated=0,
             mode=native["mode"],
             reason=native["reason"],
-            schedule=Schedule(native["preset"], native["cuts"], native["counts"], float(native["budget"])),
+            schedule=Schedule(
+                preset=native["preset"],
+                cuts=native["cuts"],
+                counts=native["counts"],
+                budget=float(native["budget"]),
+                score=native["score"],
+                coverage=float(native["coverage"]),
+                anneal=Annealing(**native["anneal"]),
+            ),
             visual_tokens=VisualTokens(native["given"], native["per_layer"], native["held"]),
             kv_bytes=KVBytes(**native["kv_bytes"]),
             flops=Flops(**native["flops"]),

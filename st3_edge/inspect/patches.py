@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ._gguf import Header
-from .errors import ModelError
-from .images import RGB
+from .._gguf import Header
+from ..errors import ModelError
+from ..images import RGB
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -52,13 +52,15 @@ def views(picture: RGB, mmproj: Header) -> list[View]:
     resolutions = mmproj.arrays.get("clip.vision.image_grid_pinpoints", ())
     if not resolutions:
         return [_assemble("", _fit(image, side, side, _PAD), side, patch, 0)]
-    whole = _assemble("whole", _resize(image, side, side), side, patch, 0)
+    small = _resize(image, side, side)
     if max(picture.width, picture.height) <= side:
-        return [whole]
+        return [_assemble("whole", small, side, patch, 0)]
     width, height = _best(picture.width, picture.height, resolutions)
     if width % side or height % side:
         raise ModelError(f"the mmproj file's resolution {width}×{height} is no multiple of its tiles of {side}")
-    return [whole, _assemble("tiles", _fit(image, width, height, _PAD_TILES), side, patch, whole.tokens.size)]
+    tiles = _assemble("tiles", _fit(image, width, height, _PAD_TILES), side, patch, 0)
+    # Upstream's mtmd gives the decoder the tiles first.
+    return [_assemble("whole", small, side, patch, tiles.tokens.size), tiles]
 
 
 def _assemble(name: str, image: Image.Image, side: int, patch: int, first: int) -> View:
