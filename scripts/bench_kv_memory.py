@@ -27,13 +27,14 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import native_runtime
 import numpy as np
-import random_model
-from bench_prefill import commit, processor, prompt, random_weights
+
+from st3_edge._machine import commit, processor
+from st3_edge.bench.cache import default_folder, random_text
+from st3_edge.bench.shapes import SHAPES, TYPES
 
 MIB = 1 << 20
 
@@ -54,6 +55,17 @@ class Listening(native_runtime.Runtime):
         found = re.match(rb"llama_kv_cache: size = +([\d.]+) MiB \( *(\d+) cells", text)
         if found:
             self.told = round(float(found[1]) * MIB), int(found[2])
+
+
+def prompt(model: native_runtime.Model, visual: int, text: int, seed: int = 1) -> list:
+    """Random pieces: 1/16 of the text tokens (at least BOS), an image of `visual` tokens, the rest of the text."""
+    rng = np.random.default_rng(seed)
+    side = int(visual**0.5)
+    grid = (side, side) if side * side == visual else (0, 0)
+    image = native_runtime.Image(rng.standard_normal((visual, model.n_embd)).astype(np.float32), *grid)
+    before = max(1, text // 16)
+    words = [1, *(int(t) for t in rng.integers(3, min(model.n_vocab, 32000), text - 1))]
+    return [words[:before], image, words[before:]]
 
 
 def prefill(ctx: native_runtime.Context, pieces: list, stock: bool) -> int:
@@ -82,7 +94,7 @@ def work(args: argparse.Namespace) -> dict:
         told = rt.told[0] if stock else ctx.report()["kv_bytes"]["allocated"]
         return {"told": told, "anon": anon() - loaded}
 
-    with native_runtime.Model(rt, random_weights(args.shape, args.type, args.cache), keys) as model:
+    with native_runtime.Model(rt, random_text(args.shape, args.type, args.cache), keys) as model:
         pieces = prompt(model, args.visual, args.text)
         said = [int(t) for t in np.random.default_rng(2).integers(3, model.n_vocab, args.answer)]
         sizes = {"small": 256, "work": args.visual + args.text + args.answer, "fresh": args.fresh}
@@ -143,9 +155,9 @@ def compare(stock: dict, ours: dict, args: argparse.Namespace) -> dict:
 def main() -> None:
     """Parse the command line, run both sides, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="llava-1.5-7b", choices=sorted(random_model.SHAPES))
-    parser.add_argument("--type", default="Q4_0", choices=sorted(random_model.FILE_TYPES))
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "st3-edge-bench")
+    parser.add_argument("--shape", default="llava-1.5-7b", choices=sorted(SHAPES))
+    parser.add_argument("--type", default="Q4_0", choices=sorted(TYPES))
+    parser.add_argument("--cache", type=Path, default=default_folder())
     parser.add_argument("--visual", type=int, help="visual tokens (default: the shape's)")
     parser.add_argument("--text", type=int, default=512)
     parser.add_argument("--answer", type=int, default=128)
@@ -156,7 +168,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--side", choices=("stock", "st3"), help=argparse.SUPPRESS)  # a process of its own
     args = parser.parse_args()
-    args.visual = args.visual or random_model.SHAPES[args.shape].n_visual
+    args.visual = args.visual or SHAPES[args.shape].n_visual
     if args.side:
         print(json.dumps(work(args)))
         return
@@ -170,7 +182,7 @@ def main() -> None:
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
         sides[side] = json.loads(done.stdout)
     out = {
-        "model": random_weights(args.shape, args.type, args.cache).name,
+        "model": random_text(args.shape, args.type, args.cache).name,
         "visual": args.visual,
         "text": args.text,
         "answer": args.answer,

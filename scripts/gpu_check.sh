@@ -63,9 +63,8 @@ fi
 step bandwidth "$python" scripts/bench_attn_span.py --json "$results/bandwidth.json"
 step kept-tokens "$python" scripts/gpu_parity.py --json "$results/kept-tokens.json"
 if [ "$shape" != none ]; then
-    export ST3_GPU_LAYERS=999
-    step prefill "$python" scripts/bench_prefill.py --shape "$shape" --json "$results/prefill.json"
-    step decode "$python" scripts/bench_decode.py --shape "$shape" --json "$results/decode.json"
+    step bench sh -c '"$1" -m st3_edge bench --shape "$2" --against off --n-gpu-layers -1 --json >"$3"' \
+        - "$python" "$shape" "$results/bench.json"
 fi
 printf '\n}\n' >>"$summary"
 

@@ -26,7 +26,8 @@ from pathlib import Path
 
 import native_runtime
 import numpy as np
-from bench_prefill import commit, processor
+
+from st3_edge._machine import commit, processor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts" / "embedded_model"))

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_prefill import commit, processor
 from quality import BOOTSTRAP, interval
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "embedded_model")]
 import scenes  # noqa: E402
 
 from st3_edge import Llava, ST3Config  # noqa: E402
+from st3_edge._machine import commit, processor  # noqa: E402
 
 FIRSTS = ("question", "description")
 MAX_TOKENS = {"question": 10, "description": 130}

@@ -1,4 +1,4 @@
-"""The command line: `st3-edge demo`, `ask`, `inspect`, `chat` and `doctor`."""
+"""The command line: `st3-edge demo`, `ask`, `inspect`, `chat`, `bench` and `doctor`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import _options
 from ._console import INTERRUPTED, Console, run
+from .bench import options as bench_options
 from .config import ST3Config
 from .conversation import REVISIT
 from .errors import PromptError, St3Error, one_line
@@ -88,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         f"is sooner (default {REVISIT[0]})",
     )
 
+    bench_options.add_parser(commands)
+
     doctor = commands.add_parser(
         "doctor",
         help="tell what is installed and whether it works",
@@ -127,7 +130,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command is None and not arguments.version:
-        parser.error("say what to do: demo, ask, inspect, chat or doctor")
+        parser.error("say what to do: demo, ask, inspect, chat, bench or doctor")
     if arguments.command in ("ask", "inspect") and len(arguments.inputs) < 2:
         parser.error(f"{arguments.command} needs at least one picture, and last the question")
     return arguments
@@ -140,8 +143,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = Console()
         if arguments.version:
             return _version(console)
-        command = {"demo": _demo, "ask": _ask, "inspect": _inspect, "chat": _chat, "doctor": _doctor}[arguments.command]
-        if command is _chat:  # it reads lines, and Ctrl-C means something else there
+        command = {"demo": _demo, "ask": _ask, "inspect": _inspect, "chat": _chat, "bench": _bench, "doctor": _doctor}[
+            arguments.command
+        ]
+        if command in (_chat, _bench):  # Ctrl-C means something else there
             return command(console, arguments)
         return run(console, lambda: command(console, arguments))
     except St3Error as e:
@@ -168,6 +173,12 @@ def _demo(console: Console, _: argparse.Namespace) -> int:
     from . import _show
 
     return _show.run(console)
+
+
+def _bench(console: Console, arguments: argparse.Namespace) -> int:
+    from .bench import command
+
+    return command.main(console, arguments)
 
 
 def _doctor(console: Console, arguments: argparse.Namespace) -> int:

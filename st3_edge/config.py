@@ -14,6 +14,9 @@ Override = bool | int | float | str
 CURVES = ("none", "linear", "cosine", "exponential")
 PRESETS = ("off", "st3", "pvtp", "fastv", "pyramiddrop", "vtw", "random", "downsample")
 
+# Types of the KV cache that flash attention reads; a GGUF type id each (ggml.h).
+KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
+
 _DEFAULT_PRESET = "st3"
 _SCORE_TERM = re.compile(r"(last|text)-(mean|max)(-sum)?")
 _U32_MAX = 2**32 - 1

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from . import _gguf, _libs, _log, _machine, _native, demo, state
 from ._text import TextStream
 from .chat import ChatTemplate, Message, read_messages
-from .config import Override, ST3Config
+from .config import KV_TYPES, Override, ST3Config
 from .conversation import REVISIT, Conversation, Embeddings, Image, Record, Unit, n_positions, reusable
 from .errors import ConfigError, ModelError, PromptError, St3Error, StateError, one_line
 from .images import ImageSource, load
@@ -29,9 +29,6 @@ from .vision import Tokenized, Vision
 
 Path = str | os.PathLike[str]
 Response = dict[str, Any]
-
-# Types that flash attention reads; a GGUF type id each (ggml.h).
-KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
 
 MAX_CTX = 2**20
 # Pruned prefill needs the whole prompt in one physical batch. Its compute buffers grow with it, so the default holds
@@ -106,7 +103,7 @@ class Llava:
             if kv_type not in KV_TYPES:
                 raise ConfigError(f"{name} is one of {', '.join(KV_TYPES)}, not {kv_type!r}")
         model_name, mmproj_name = os.fspath(model_path), os.fspath(mmproj_path)
-        header = _check_pair(model_name, mmproj_name)
+        header = check_pair(model_name, mmproj_name)
         bindings = _libs.load()
         _log.install()
         if verbose:
@@ -662,7 +659,7 @@ def _check_int(name: str, value: Any, low: int, high: int) -> None:
         raise ConfigError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
 
 
-def _check_pair(model: str, mmproj: str) -> _gguf.Header:
+def check_pair(model: str, mmproj: str) -> _gguf.Header:
     """Reads both headers; raises ModelError where the two files are not a text model and a vision half."""
     header = _gguf.read_header(model)
     if header.architecture == "clip":

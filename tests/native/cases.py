@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from oracle import schedule
 from oracle.llama import Image, Piece
-from random_model import Shape
+
+from st3_edge.bench.shapes import Shape
 
 SEED = 20241220
 SHAPES = {

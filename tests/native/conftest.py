@@ -14,8 +14,9 @@ for folder in (ROOT / "tests", ROOT / "tests" / "native", ROOT / "scripts"):
         sys.path.insert(0, str(folder))
 
 import native_runtime  # noqa: E402
-import random_model  # noqa: E402
 from cases import SEED  # noqa: E402
+
+from st3_edge.bench import random_model  # noqa: E402
 
 TALLY: dict[str, int] = {}
 
@@ -41,7 +42,7 @@ def random_gguf(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         key = (shape, file_type, tuple(sorted((metadata or {}).items())), seed)
         if key not in made:
             made[key] = folder / f"{len(made)}.gguf"
-            random_model.write(made[key], shape, file_type, seed, metadata)
+            random_model.write_text(made[key], shape, file_type, seed, metadata)
         return made[key]
 
     return make

@@ -15,7 +15,8 @@ from cases import SEED
 from native_runtime import Context, Image, Model
 from occupancy import Occupancy
 from oracle import schedule
-from random_model import Shape
+
+from st3_edge.bench.shapes import Shape
 
 SHAPE = Shape(5, 128, 2, 1, 64, n_vocab=272)  # heads of 64: upstream cannot shift other quantized keys
 N_OPERATIONS = 900  # of each case: more than 10,000 in all

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from native_runtime import Context, Model, NativeError
 from oracle import schedule
-from random_model import Shape
+
+from st3_edge.bench.shapes import Shape
 
 SHAPE = Shape(8, 32, 1, 1, 32, n_vocab=272)
 BAD = {

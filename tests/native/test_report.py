@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from native_runtime import Context, Image, Model, NativeError
 from oracle import schedule
-from random_model import Shape
+
+from st3_edge.bench.shapes import Shape
 
 LAYERS = (1, 2, 3, 5, 8, 12, 16, 32)
 

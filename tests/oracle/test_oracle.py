@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import random_model
 
 from oracle import attention, llama, rounding, schedule
+from st3_edge.bench import random_model
 
 
 def test_budget_of_the_design() -> None:
@@ -142,7 +142,7 @@ def test_random_order() -> None:
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> llama.Decoder:
     path = tmp_path_factory.mktemp("oracle") / "model.gguf"
-    random_model.write(path, random_model.Shape(5, 64, 4, 2, 96, n_vocab=272), "F32", 11)
+    random_model.write_text(path, random_model.Shape(5, 64, 4, 2, 96, n_vocab=272), "F32", 11)
     return llama.Decoder(path)
 
 

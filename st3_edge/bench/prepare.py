@@ -1,0 +1,124 @@
+"""From the command line to what both sides are to do: files, libraries, and whether memory holds them."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+from pathlib import Path
+
+from .. import _gguf, _libs, _machine, _options, demo, images
+from ..errors import ConfigError, LibraryError, ModelError
+from ..llava import check_pair
+from .cache import Tell, default_folder, random_text, random_vision
+from .options import QUESTION
+from .shapes import CLIP_L_336, SHAPES
+from .worker import Job
+
+_GRAPHS = 2**29  # bytes that graphs and outputs of a context take, about
+
+
+def find_stock(given: str | None) -> Path:
+    """The folder of the unpatched llama.cpp that is compared with. Raises LibraryError where there is none."""
+    checkout = Path(__file__).resolve().parents[2] / "build" / "stock" / "lib"
+    folder = Path(given or os.environ.get("ST3_STOCK_LIB_DIR") or checkout).resolve()
+    for name in ("llama", "mtmd"):
+        library = folder / _libs.path_of(name).name
+        if not library.is_file():
+            raise LibraryError(
+                f"no stock llama.cpp: {library} is missing; build it in a source checkout (cmake -S . -B build/stock "
+                "-DST3_STOCK=ON && cmake --build build/stock) and name its folder with --stock, or compare with "
+                "pruning off: --against off"
+            )
+    return folder
+
+
+def make_jobs(arguments: argparse.Namespace, tell: Tell) -> tuple[Job, Job]:
+    """Stock's and ST³'s; random weights are written where they are missing. Raises St3Error's kinds."""
+    config = _options.config(arguments)
+    if arguments.threads is not None and not 1 <= arguments.threads <= 1024:
+        raise ConfigError(f"--threads must be from 1 to 1024, not {arguments.threads}")
+    _libs.check_present()
+    stock = find_stock(arguments.stock) if arguments.against == "stock" else None
+    if arguments.shape:
+        if arguments.model or arguments.image or arguments.question:
+            raise ConfigError("--shape is in place of --model, --mmproj, --image and --question")
+        shape = SHAPES[arguments.shape]
+        visual, text, question = arguments.visual or shape.n_visual, arguments.text, None
+        folder = arguments.cache or default_folder()
+        model, mmproj, pictures = str(random_text(arguments.shape, arguments.type, folder, tell)), None, []
+        if visual % CLIP_L_336.n_visual == 0:  # any other number is of no vision encoder
+            mmproj = str(random_vision(shape.n_embd, folder, tell))
+            shipped = itertools.cycle(str(scene.picture) for scene in demo.scenes())
+            pictures = list(itertools.islice(shipped, visual // CLIP_L_336.n_visual))
+    else:
+        if arguments.visual:
+            raise ConfigError("--visual is for random weights: of a model, the picture decides")
+        model, mmproj = (arguments.model, arguments.mmproj) if arguments.model else map(str, demo.model_paths())
+        pictures = arguments.image or [str(demo.scenes()[0].picture)]
+        visual, text, question = 0, 0, arguments.question or QUESTION
+        check_pair(model, mmproj)
+    for picture in pictures:
+        images.load(picture)  # a bad one is told before a large model is loaded
+    keys = config.overrides(_gguf.read_header(model).schedule)
+
+    def job(st3: bool) -> Job:
+        return Job(
+            st3=st3,
+            stock=None if st3 or stock is None else str(stock),
+            keys=keys if st3 else {"st3.preset": "off"},
+            model=model,
+            mmproj=mmproj,
+            pictures=pictures,
+            question=question,
+            visual=visual,
+            text=text,
+            generate=arguments.generate,
+            n_ctx=arguments.n_ctx,
+            n_ubatch=arguments.n_ubatch,
+            n_threads=arguments.threads,
+            n_gpu_layers=arguments.n_gpu_layers,
+            kv_type=arguments.ctk,
+            repack=arguments.repack,
+        )
+
+    return job(False), job(True)
+
+
+def fit_together(job: Job) -> bool:
+    """Whether memory holds both sides at once; raises ModelError where it does not hold even one.
+
+    An estimate. Of repacked weights each side has its own copy; others are the file's pages, which both share.
+    """
+    available = _machine.available_memory()
+    if available is None or job.n_gpu_layers:
+        return True
+    weights = Path(job.model).stat().st_size
+    n_ctx = job.n_ctx or job.visual + job.text + CLIP_L_336.n_visual * len(job.pictures) + job.generate
+    side = _GRAPHS + _kv_bytes(_gguf.read_header(job.model), n_ctx) + (weights if job.repack else 0)
+    side += Path(job.mmproj).stat().st_size if job.mmproj else 0
+    shared = 0 if job.repack else weights
+    if shared + side > available:
+        raise ModelError(
+            f"about {(shared + side) / 1e9:.1f} GB of memory are needed and {available / 1e9:.1f} GB are free: "
+            "take a smaller model, or end other programs"
+        )
+    return shared + 2 * side <= available
+
+
+def bytes_per_token(model: str) -> int:
+    """Bytes of weights that a decoded token reads: all but the table of embeddings, unless it is the output as well."""
+    tensors = _gguf.read_header(model).tensors
+    table = tensors.get("token_embd.weight", 0) if "output.weight" in tensors else 0
+    return sum(tensors.values()) - table
+
+
+def _kv_bytes(header: _gguf.Header, n_ctx: int) -> int:
+    """Bytes of an F16 KV cache; 0 where the file does not tell."""
+
+    def size(key: str) -> int:
+        return int(header.metadata.get(f"{header.architecture}.{key}", 0))
+
+    heads = size("attention.head_count")
+    width = size("embedding_length") * size("attention.head_count_kv") // heads if heads else 0
+    return 4 * n_ctx * size("block_count") * width
