@@ -18,25 +18,26 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_schedule(parser: argparse.ArgumentParser) -> None:
-    """The fields of ST3Config that commands offer; `config` reads them."""
+def add_schedule(parser: argparse.ArgumentParser, *, budget: bool = True) -> None:
+    """The fields of ST3Config that commands offer, less budget and keep with budget=False; `config` reads them."""
     st3 = parser.add_argument_group("pruning (what is not given, the preset decides)")
     st3.add_argument(
         "--preset",
         metavar="NAME",
         help=f"{', '.join(PRESETS)} (default: the model file's, and where it has none st3; off: nothing is dropped)",
     )
-    st3.add_argument(
-        "--budget", type=float, metavar="B", help="mean share of visual tokens kept over the layers, above 0 to 1"
-    )
+    if budget:
+        st3.add_argument(
+            "--budget", type=float, metavar="B", help="mean share of visual tokens kept over the layers, above 0 to 1"
+        )
+        st3.add_argument(
+            "--keep",
+            type=float,
+            metavar="R",
+            help="share of visual tokens that each cut keeps, 0 to 1 (instead of --budget)",
+        )
     st3.add_argument("--start", type=int, metavar="N", help="the first cut is after this many layers")
     st3.add_argument("--stride", type=int, metavar="N", help="layers from one cut to the next")
-    st3.add_argument(
-        "--keep",
-        type=float,
-        metavar="R",
-        help="share of visual tokens that each cut keeps, 0 to 1 (instead of --budget)",
-    )
     st3.add_argument("--min-keep", type=int, metavar="N", help="visual tokens that a cut leaves at least, per picture")
     st3.add_argument(
         "--score",

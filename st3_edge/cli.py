@@ -1,4 +1,4 @@
-"""The command line: `st3-edge demo`, `ask`, `inspect`, `chat`, `bench` and `doctor`."""
+"""The command line: `st3-edge demo`, `ask`, `inspect`, `chat`, `bench`, `tune` and `doctor`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .config import ST3Config
 from .conversation import REVISIT
 from .errors import PromptError, St3Error, one_line
 from .inspect import options as inspect_options
+from .tune import options as tune_options
 
 if TYPE_CHECKING:
     from .llava import Llava
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     bench_options.add_parser(commands)
+    tune_options.add_parser(commands)
 
     doctor = commands.add_parser(
         "doctor",
@@ -130,7 +132,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command is None and not arguments.version:
-        parser.error("say what to do: demo, ask, inspect, chat, bench or doctor")
+        parser.error("say what to do: demo, ask, inspect, chat, bench, tune or doctor")
     if arguments.command in ("ask", "inspect") and len(arguments.inputs) < 2:
         parser.error(f"{arguments.command} needs at least one picture, and last the question")
     return arguments
@@ -143,10 +145,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = Console()
         if arguments.version:
             return _version(console)
-        command = {"demo": _demo, "ask": _ask, "inspect": _inspect, "chat": _chat, "bench": _bench, "doctor": _doctor}[
-            arguments.command
-        ]
-        if command in (_chat, _bench):  # Ctrl-C means something else there
+        command = {
+            "demo": _demo,
+            "ask": _ask,
+            "inspect": _inspect,
+            "chat": _chat,
+            "bench": _bench,
+            "tune": _tune,
+            "doctor": _doctor,
+        }[arguments.command]
+        if command in (_chat, _bench, _tune):  # Ctrl-C means something else there
             return command(console, arguments)
         return run(console, lambda: command(console, arguments))
     except St3Error as e:
@@ -220,6 +228,12 @@ def _ask(console: Console, arguments: argparse.Namespace) -> int:
     console.say()
     console.note(report.summary())
     return 0
+
+
+def _tune(console: Console, arguments: argparse.Namespace) -> int:
+    from .tune import command
+
+    return command.main(console, arguments)
 
 
 def _inspect(console: Console, arguments: argparse.Namespace) -> int:
