@@ -127,11 +127,12 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for name, row in found.items():
         stock, st3 = (_with_unit(name, row[side][0]) for side in ("stock", "st3"))
         ratios = f"{row['ratio']:.3f} ({min(row['ratio_pairs']):.3f} to {max(row['ratio_pairs']):.3f})"
-        lines.append(f"{_label(name):21}{stock:>12}{st3:>12}  {ratios:24}{row['ideal']:7.3f}{row['share']:9.1%}")
+        lines.append(f"{label(name):21}{stock:>12}{st3:>12}  {ratios:24}{row['ideal']:7.3f}{row['share']:9.1%}")
     return lines
 
 
-def _label(name: str) -> str:
+def label(name: str) -> str:
+    """A metric, as people say it."""
     return (_BEFORE | _AFTER).get(name) or f"decode, {name.split('_')[1]} tokens"
 
 

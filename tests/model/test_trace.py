@@ -30,7 +30,7 @@ def assert_told(got: dict, step: int, key: str) -> None:
 def test_what_left_at_which_token_is_what_was_kept_and_what_the_schedule_asks_for(load, picture, scenes):
     # broken if positions were taken for indices, a step were off by one, or a stage's first layer were another's
     floor, over = 0.25, 8
-    config = ST3Config(anneal="linear", anneal_floor=floor, anneal_tokens=over)
+    config = ST3Config(preset="pyramiddrop", anneal="linear", anneal_floor=floor, anneal_tokens=over)
     with load(config) as llava:
         got = traced(llava, [picture, str(scenes[1].picture)])
     assert got["images"] == [576, 576] and len(got["pieces"]) == got["n_generated"] == 12
