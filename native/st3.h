@@ -8,7 +8,8 @@
 //   st3.start     u32   [1, n_layer): the first cut is after layer start - 1
 //   st3.stride    u32   >= 1: one cut every `stride` layers after that, while a layer follows
 //   st3.keep      f32   [0, 1]: share of an image's visual tokens that a cut keeps (excludes st3.budget)
-//   st3.min_keep  u32   >= 0: a cut leaves an image at least this many tokens (or all it has)
+//   st3.min_keep  u32   >= 0: cuts and annealing leave an image at least this many tokens (or all it has)
+//   st3.min_share f32   [0, 1]: and at least this share of those given
 //   st3.score     str   terms joined by '+', each <last|text>-<mean|max>[-sum]; a score is the mean of its terms
 //                       last|text: the scoring queries are the last prompt token | the prompt text after the last image
 //                       (at most its last 512 tokens, and where the prompt is not pruned in one ubatch, the last ubatch's)
@@ -89,7 +90,8 @@ st3_positions(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il,
 
 // Writes a JSON object (NUL-terminated, cut at cap bytes) and returns its full length without the NUL:
 // {"mode": "off"|"pruned-prefill"|"evict-only", "reason": str|null,    of the images of the last st3_prefill's sequence
-//  "preset": str, "start": int, "stride": int, "keep": float, "min_keep": int, "score": str, "coverage": float,
+//  "preset": str, "start": int, "stride": int, "keep": float, "min_keep": int, "min_share": float,
+//  "score": str, "coverage": float,
 //  "cuts": [layer], "counts": [[kept of each image, in order] for each cut],                     of that sequence's images
 //  "budget": float,                                 mean over layers of kept / given for them (schedule's own if none)
 //  "anneal": {"curve": str, "tokens": int, "floor": float, "interval": int, "score": str},

@@ -38,7 +38,8 @@ def add_schedule(parser: argparse.ArgumentParser, *, budget: bool = True) -> Non
         )
     st3.add_argument("--start", type=int, metavar="N", help="the first cut is after this many layers")
     st3.add_argument("--stride", type=int, metavar="N", help="layers from one cut to the next")
-    st3.add_argument("--min-keep", type=int, metavar="N", help="visual tokens that a cut leaves at least, per picture")
+    st3.add_argument("--min-keep", type=int, metavar="N", help="visual tokens that are left in any case, per picture")
+    st3.add_argument("--min-share", type=float, metavar="R", help="the same as a share of the picture's tokens, 0 to 1")
     st3.add_argument(
         "--score",
         metavar="S",

@@ -34,7 +34,8 @@ class ST3Config:
     start     >= 1: the first cut is after layer start - 1 (layers count from 0)
     stride    >= 1: one cut every `stride` layers after that
     keep      [0, 1]: share of an image's visual tokens that each cut keeps; excludes budget
-    min_keep  >= 0: a cut leaves an image at least this many tokens
+    min_keep  >= 0: cuts and annealing leave an image at least this many tokens
+    min_share [0, 1]: and at least this share of its tokens
     score     terms joined by "+", each <last|text>-<mean|max>[-sum]
     coverage  [0, 1]: share of the kept tokens chosen evenly over the picture, whatever their score
     seed      >= 0: of the preset "random"
@@ -56,6 +57,7 @@ class ST3Config:
     stride: int | None = None
     keep: float | None = None
     min_keep: int | None = None
+    min_share: float | None = None
     score: str | None = None
     coverage: float | None = None
     seed: int | None = None
@@ -76,6 +78,7 @@ class ST3Config:
             raise ConfigError("anneal_floor must be above 0 with anneal exponential, which never reaches it")
         self._real("budget", above=True)
         self._real("keep")
+        self._real("min_share")
         self._real("coverage")
         self._real("anneal_floor")
         self._int("start", 1)
@@ -121,8 +124,7 @@ class ST3Config:
         for given, other in (("budget", "keep"), ("keep", "budget")):
             if getattr(self, given) is not None and f"st3.{other}" in carried:
                 raise ConfigError(f"the model file carries st3.{other}, which excludes {given}: give {other} instead")
-        real = {"budget", "keep", "coverage", "anneal_floor"}
-        keys = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-        if "st3.preset" not in carried:
-            keys.setdefault("preset", _DEFAULT_PRESET)
+        real = {"budget", "keep", "min_share", "coverage", "anneal_floor"}
+        keys = {} if "st3.preset" in carried else {"preset": _DEFAULT_PRESET}
+        keys |= {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         return {f"st3.{name}": float(v) if name in real else v for name, v in keys.items()}

@@ -377,12 +377,13 @@ std::string make_report(const llama_context * ctx) {
     ss << "{\"mode\": \"" << modes[state.mode]
        << "\", \"reason\": " << (state.reason.empty() ? "null" : quote(state.reason))
        << ", \"preset\": " << quote(s.preset) << ", \"start\": " << s.start << ", \"stride\": " << s.stride
-       << ", \"keep\": " << s.keep << ", \"min_keep\": " << s.min_keep << ", \"score\": " << quote(s.score)
-       << ", \"coverage\": " << s.coverage << ", \"cuts\": " << list(s.cuts) << ", \"counts\": " << list(counts)
-       << ", \"budget\": " << budget / n_layer << ", \"anneal\": {\"curve\": " << quote(s.curve_name())
-       << ", \"tokens\": " << s.anneal_tokens << ", \"floor\": " << s.anneal_floor
-       << ", \"interval\": " << s.anneal_interval << ", \"score\": " << quote(s.anneal_score)
-       << "}, \"given\": " << given << ", \"per_layer\": " << list(state.per_layer) << ", \"held\": " << list(held)
+       << ", \"keep\": " << s.keep << ", \"min_keep\": " << s.min_keep << ", \"min_share\": " << s.min_share
+       << ", \"score\": " << quote(s.score) << ", \"coverage\": " << s.coverage << ", \"cuts\": " << list(s.cuts)
+       << ", \"counts\": " << list(counts) << ", \"budget\": " << budget / n_layer
+       << ", \"anneal\": {\"curve\": " << quote(s.curve_name()) << ", \"tokens\": " << s.anneal_tokens
+       << ", \"floor\": " << s.anneal_floor << ", \"interval\": " << s.anneal_interval
+       << ", \"score\": " << quote(s.anneal_score) << "}, \"given\": " << given
+       << ", \"per_layer\": " << list(state.per_layer) << ", \"held\": " << list(held)
        << ", \"kv_bytes\": {\"allocated\": " << kv.allocated << ", \"live\": " << kv.live << ", \"full\": " << kv.full
        << "}";
     ss.precision(0);

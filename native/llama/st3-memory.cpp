@@ -227,8 +227,9 @@ st3_record st3_memory::make_record(const llama_ubatch & ubatch, llama_seq_id seq
             bool    more  = waiting;  // whether it will lose any more tokens
             for (uint32_t s = 0; s < n_stage(); ++s) {
                 share.held.push_back(held(seq_id, list[i], s));
-                more |= !waiting &&
-                        share.held[s].ids.size() > schedule.target(list[i].n0[s], std::numeric_limits<uint64_t>::max());
+                more |= !waiting && share.held[s].ids.size() > schedule.target(
+                                                                       (uint32_t) list[i].pos.size(), list[i].n0[s],
+                                                                       std::numeric_limits<uint64_t>::max());
             }
             if (more) {
                 shares.push_back(std::move(share));
@@ -290,7 +291,8 @@ void st3_memory::anneal(llama_seq_id seq_id) {
             continue;
         }
         for (uint32_t s = 0; s < n_stage(); ++s) {
-            const uint32_t n_keep = schedule.target(image.n0[s], image.n_steps + schedule.anneal_interval);
+            const uint32_t n_keep =
+                    schedule.target((uint32_t) image.pos.size(), image.n0[s], image.n_steps + schedule.anneal_interval);
 
             auto ids = held(seq_id, image, s).ids;
             if (ids.size() <= n_keep) {

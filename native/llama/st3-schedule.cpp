@@ -16,20 +16,21 @@ namespace {
 using meta_map = std::unordered_map<std::string, std::string>;
 
 const char * const KEYS[] = {
-    "st3.preset",        "st3.budget",       "st3.start",           "st3.stride",       "st3.keep",
-    "st3.min_keep",      "st3.score",        "st3.coverage",        "st3.seed",         "st3.anneal",
-    "st3.anneal_tokens", "st3.anneal_floor", "st3.anneal_interval", "st3.anneal_score",
+    "st3.preset",   "st3.budget",        "st3.start",        "st3.stride",          "st3.keep",
+    "st3.min_keep", "st3.min_share",     "st3.score",        "st3.coverage",        "st3.seed",
+    "st3.anneal",   "st3.anneal_tokens", "st3.anneal_floor", "st3.anneal_interval", "st3.anneal_score",
 };
 
 const char * const CURVES[] = { "none", "linear", "cosine", "exponential" };  // as st3_curve
 
-// A preset is a set of defaults. start and stride are fractions of the layers where they are below 1.
+// A preset is a set of defaults. start and stride are fractions of the layers where they are at most 1.
 struct preset {
     const char * name;
     double       start;
     double       stride;
     double       keep;  // < 0: solved from the budget
     uint32_t     min_keep;
+    double       least;  // min_share, where a budget is given: of the mean share over the layers after the first cut
     const char * score;
     double       coverage;
     bool         random;
@@ -41,18 +42,18 @@ constexpr double NO_MORE        = 1.0;  // a stride of all layers: one cut only
 
 const char * const DEFAULT_SCORE = "text-max";
 
-constexpr uint32_t DEFAULT_ANNEAL_TOKENS = 128;
+constexpr uint32_t DEFAULT_ANNEAL_TOKENS = 64;
 constexpr double   DEFAULT_ANNEAL_FLOOR  = 0.3;
 
 const preset PRESETS[] = {
-  // name          start    stride   keep  min  score            coverage  random  anneal
-    {"st3",          0.125, 0.125,   -1.0, 1, DEFAULT_SCORE, 0.0, false, ST3_CURVE_LINEAR},
-    { "pvtp",        0.125, 0.125,   -1.0, 1, DEFAULT_SCORE, 0.0, false, ST3_CURVE_NONE  },
-    { "fastv",       3,     NO_MORE, 0.5,  1, "last-mean",   0.0, false, ST3_CURVE_NONE  },
-    { "pyramiddrop", 0.25,  0.25,    0.5,  1, "last-mean",   0.0, false, ST3_CURVE_NONE  },
-    { "vtw",         0.5,   NO_MORE, 0.0,  0, "last-mean",   0.0, false, ST3_CURVE_NONE  },
-    { "random",      0.125, 0.125,   -1.0, 1, "",            0.0, true,  ST3_CURVE_NONE  },
-    { "downsample",  0.125, 0.125,   -1.0, 1, DEFAULT_SCORE, 1.0, false, ST3_CURVE_NONE  },
+  // name          start    stride   keep  min  least score            coverage  random  anneal
+    {"st3",          0.125, 0.125,   -1.0, 1, 0.5, DEFAULT_SCORE, 0.0, false, ST3_CURVE_LINEAR},
+    { "pvtp",        0.125, 0.125,   -1.0, 1, 0.5, DEFAULT_SCORE, 0.0, false, ST3_CURVE_NONE  },
+    { "fastv",       3,     NO_MORE, 0.5,  1, 0.0, "last-mean",   0.0, false, ST3_CURVE_NONE  },
+    { "pyramiddrop", 0.25,  0.25,    0.5,  1, 0.0, "last-mean",   0.0, false, ST3_CURVE_NONE  },
+    { "vtw",         0.5,   NO_MORE, 0.0,  0, 0.0, "last-mean",   0.0, false, ST3_CURVE_NONE  },
+    { "random",      0.125, 0.125,   -1.0, 1, 0.5, "",            0.0, true,  ST3_CURVE_NONE  },
+    { "downsample",  0.125, 0.125,   -1.0, 1, 0.5, DEFAULT_SCORE, 1.0, false, ST3_CURVE_NONE  },
 };
 
 [[noreturn]] void fail(const std::string & what) { throw std::invalid_argument("st3: " + what); }
@@ -118,18 +119,23 @@ std::vector<int32_t> cut_layers(uint32_t start, uint32_t stride, uint32_t n_laye
 
 // Mean over layers of the share of tokens left when every cut keeps `keep`, before rounding to whole tokens.
 double mean_share(const st3_schedule & s, double keep) {
-    double sum = 0;
+    double sum   = 0;
+    double share = 1;
     for (uint32_t il = 0; il < s.n_layer; ++il) {
-        sum += std::pow(keep, s.stage((int32_t) il));
+        sum += share;
+        if (std::binary_search(s.cuts.begin(), s.cuts.end(), (int32_t) il)) {
+            share = std::min(share, std::max(share * keep, s.min_share));
+        }
     }
     return sum / s.n_layer;
 }
 
 double solve_keep(const st3_schedule & s, double budget) {
-    const double least = mean_share(s, 0.0);
-    if (budget < least) {
+    if (budget < mean_share(s, 0.0)) {
         fail("st3.budget = " + std::to_string(budget) + " is out of reach: " + std::to_string(s.start) + " of " +
-             std::to_string(s.n_layer) + " layers run before the first cut (lower st3.start)");
+             std::to_string(s.n_layer) + " layers run before the first cut" +
+             (s.min_share > 0 ? ", and the others keep st3.min_share = " + std::to_string(s.min_share) : "") +
+             " (lower st3.start" + (s.min_share > 0 ? " or st3.min_share)" : ")"));
     }
     double lo = 0.0;
     double hi = 1.0;
@@ -181,7 +187,9 @@ int32_t st3_schedule::last_layer(uint32_t stage) const {
     return stage < cuts.size() ? cuts[stage] : (int32_t) n_layer - 1;
 }
 
-uint32_t st3_schedule::target(uint32_t n0, uint64_t step) const {
+uint32_t st3_schedule::least(uint32_t n) const { return std::max(min_keep, round_half_up(n * min_share)); }
+
+uint32_t st3_schedule::target(uint32_t n, uint32_t n0, uint64_t step) const {
     const double x = std::min(1.0, double(step) / anneal_tokens);
 
     double a = 1.0;
@@ -193,7 +201,7 @@ uint32_t st3_schedule::target(uint32_t n0, uint64_t step) const {
             break;
         case ST3_CURVE_EXPONENTIAL: a = std::pow(anneal_floor, x); break;
     }
-    return std::min(n0, std::max(min_keep, round_half_up(n0 * a)));
+    return std::min(n0, std::max(least(n), round_half_up(n0 * a)));
 }
 
 uint32_t st3_schedule::stage(int32_t il) const {
@@ -204,7 +212,7 @@ std::vector<uint32_t> st3_schedule::counts(uint32_t n) const {
     std::vector<uint32_t> res = { n };
     for (size_t i = 0; i < cuts.size(); ++i) {
         const uint32_t m = res.back();
-        res.push_back(std::min(m, std::max(min_keep, round_half_up(m * keep))));
+        res.push_back(std::min(m, std::max(least(n), round_half_up(m * keep))));
     }
     return res;
 }
@@ -265,6 +273,14 @@ st3_schedule st3_make_schedule(const meta_map & meta, uint32_t n_layer) {
         fail("unknown st3.preset '" + s.preset + "' (off, st3, pvtp, fastv, pyramiddrop, vtw, random, downsample)");
     }
 
+    double     budget     = DEFAULT_BUDGET;
+    const bool has_budget = get_number(meta, "st3.budget", std::numeric_limits<double>::min(), 1, budget);
+    const bool has_keep   = get_number(meta, "st3.keep", 0, 1, s.keep);
+    if (has_budget && has_keep) {
+        fail("st3.budget and st3.keep exclude each other");
+    }
+    const bool solved = !has_keep && (has_budget || p->keep < 0);
+
     const auto layers = [&](double x) { return x <= 1.0 ? std::max(1u, (uint32_t) (x * n_layer)) : (uint32_t) x; };
 
     s.start    = layers(p->start);
@@ -274,11 +290,20 @@ st3_schedule st3_make_schedule(const meta_map & meta, uint32_t n_layer) {
     s.coverage = p->coverage;
     s.random   = p->random;
 
+    if (solved) {  // half of a budget at most is spent before the first cut
+        s.start = std::min(s.start, layers(budget / 2));
+    }
     get_count(meta, "st3.start", 1, n_layer, s.start);
     get_count(meta, "st3.stride", 1, std::numeric_limits<uint32_t>::max(), s.stride);
     get_count(meta, "st3.min_keep", 0, std::numeric_limits<uint32_t>::max(), s.min_keep);
     get_count(meta, "st3.seed", 0, std::numeric_limits<uint32_t>::max(), s.seed);
     get_number(meta, "st3.coverage", 0, 1, s.coverage);
+
+    s.cuts = cut_layers(s.start, s.stride, n_layer);
+    if (solved && s.start < n_layer) {
+        s.min_share = p->least * std::max(0.0, budget * n_layer - s.start) / (n_layer - s.start);
+    }
+    get_number(meta, "st3.min_share", 0, 1, s.min_share);
 
     const auto score = meta.find("st3.score");
     if (score != meta.end()) {
@@ -289,14 +314,6 @@ st3_schedule st3_make_schedule(const meta_map & meta, uint32_t n_layer) {
     }
     read_anneal(meta, *p, s);
 
-    s.cuts = cut_layers(s.start, s.stride, n_layer);
-
-    double     budget     = DEFAULT_BUDGET;
-    const bool has_budget = get_number(meta, "st3.budget", std::numeric_limits<double>::min(), 1, budget);
-    const bool has_keep   = get_number(meta, "st3.keep", 0, 1, s.keep);
-    if (has_budget && has_keep) {
-        fail("st3.budget and st3.keep exclude each other");
-    }
     if (s.cuts.empty()) {
         if ((has_budget && budget == 1.0) || (has_keep && s.keep == 1.0)) {
             return s;  // nothing is to be dropped in prefill
@@ -305,7 +322,7 @@ st3_schedule st3_make_schedule(const meta_map & meta, uint32_t n_layer) {
              std::to_string(n_layer) + " layers (lower st3.start)");
     }
     if (!has_keep) {
-        s.keep = p->keep >= 0 && !has_budget ? p->keep : solve_keep(s, budget);
+        s.keep = solved ? solve_keep(s, budget) : p->keep;
     }
     return s;
 }

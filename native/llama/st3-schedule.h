@@ -27,14 +27,15 @@ enum st3_curve {
 struct st3_schedule {
     std::string preset = "off";
 
-    uint32_t n_layer  = 0;
-    uint32_t start    = 0;
-    uint32_t stride   = 0;
-    double   keep     = 1.0;
-    uint32_t min_keep = 0;
-    double   coverage = 0.0;
-    uint32_t seed     = 0;
-    bool     random   = false;  // w = 0 and a random bias
+    uint32_t n_layer   = 0;
+    uint32_t start     = 0;
+    uint32_t stride    = 0;
+    double   keep      = 1.0;
+    uint32_t min_keep  = 0;
+    double   min_share = 0.0;
+    double   coverage  = 0.0;
+    uint32_t seed      = 0;
+    bool     random    = false;  // w = 0 and a random bias
 
     std::string                 score;  // as written
     std::vector<st3_score_term> terms;  // as parsed; empty when w = 0
@@ -67,8 +68,11 @@ struct st3_schedule {
     // Tokens that an image of n leaves in each stage: [n, after cut 0, after cut 1, ...].
     std::vector<uint32_t> counts(uint32_t n) const;
 
-    // Tokens left of n0 after step generated tokens.
-    uint32_t target(uint32_t n0, uint64_t step) const;
+    // Tokens that an image of n keeps in any case, if it has them.
+    uint32_t least(uint32_t n) const;
+
+    // Tokens left of the n0 that a stage held of an image of n, after step generated tokens.
+    uint32_t target(uint32_t n, uint32_t n0, uint64_t step) const;
 
     // Bias of each of an image's nx * ny tokens where n_keep of them are to stay.
     // i_image tells the images of a sequence apart for the random bias. Returns [nx * ny].

@@ -23,7 +23,10 @@ from oracle import schedule  # noqa: E402
 
 N_LAYER, N_STEPS = 16, 12
 TALLY: dict[str, int] = {}
-WHERE = {"alone": {"st3.keep": 1.0}, "pruned": {"st3.budget": 0.3, "st3.start": 2, "st3.stride": 3}}
+WHERE = {
+    "alone": {"st3.keep": 1.0},
+    "pruned": {"st3.budget": 0.3, "st3.start": 2, "st3.stride": 3, "st3.min_share": 0.0},
+}
 CASES = [  # where, images, curve, KV, other keys
     ("alone", 1, "linear", "F16", {}),
     *(("pruned", n, curve, kv, {}) for n in (1, 3) for curve in schedule.CURVES[1:] for kv in ("F16", "Q8_0")),

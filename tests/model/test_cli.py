@@ -107,7 +107,7 @@ def test_score_and_coverage_change_what_is_kept(ask, picture):
 
 def test_annealing_is_the_one_asked_for(ask, picture):
     # broken if an option did not reach its key
-    options = ("--json", "--anneal", "linear", "--anneal-tokens", "4", "--anneal-floor", "0.5")
+    options = ("--json", "--anneal", "linear", "--anneal-tokens", "4", "--anneal-floor", "0.5", "--min-share", "0")
     got = answered(ask(picture, "Describe the image.", *options))["visual_tokens"]
     assert got["held"] == [max(1, int(0.5 * n + 0.5)) for n in got["per_layer"]]
     got = answered(ask(picture, "Describe the image.", "--json", "--anneal", "none"))["visual_tokens"]

@@ -321,7 +321,7 @@ def test_an_answer_dropped_in_its_middle_can_be_gone_on_from(name, load, picture
 
 def test_the_report_tells_of_prefill_and_of_the_end(load, picture):
     # broken if the two were mixed up
-    with load(ST3Config(anneal="linear", anneal_tokens=16, anneal_floor=0.25)) as llava:
+    with load(ST3Config(min_share=0.0, anneal="linear", anneal_tokens=16, anneal_floor=0.25)) as llava:
         got = ask(llava, [user("Describe the image.", picture)], max_tokens=40)
         per_layer, held = got["visual_tokens"]["per_layer"], got["visual_tokens"]["held"]
         assert got["n_generated"] > 17

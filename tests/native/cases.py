@@ -94,8 +94,9 @@ def make(number: int, seed: int) -> Case:
             # exact in binary, so that no language rounds a half the other way
             keys["st3.keep"] = float(rng.integers(8, 60)) / 64
         else:
+            keys["st3.min_share"] = least = float(rng.choice([0.0, 0.05, 0.2]))
             cuts = schedule.cut_layers(shape.n_layer, start, stride)
-            lowest = schedule.real_budget(shape.n_layer, cuts, 0.0)
+            lowest = schedule.mean_share(shape.n_layer, cuts, 0.0, least)
             keys["st3.budget"] = round(float(rng.uniform(lowest + 0.02, 0.95)), 3)
         keys["st3.coverage"] = float(rng.choice([0.0, 0.0, 0.25, 0.5, 1.0]))
         keys["st3.min_keep"] = int(rng.integers(0, 6))
@@ -120,6 +121,7 @@ def make_annealed(number: int, seed: int) -> Case:
         "st3.score": SCORES[number % len(SCORES)],
         "st3.coverage": float(rng.choice([0.0, 0.0, 0.0, 0.25, 0.5, 1.0])),
         "st3.min_keep": int(rng.integers(0, 6)),
+        "st3.min_share": float(rng.choice([0.0, 0.0, 0.11])),
         "st3.seed": int(rng.integers(0, 2**32)),
         "st3.anneal": ("linear", "cosine", "exponential", "linear", "cosine", "exponential", "none")[number % 7],
         "st3.anneal_tokens": int(rng.integers(1, 40)),

@@ -95,7 +95,7 @@ class Occupancy:
         """The start of a generated token's decode."""
         for im in self.images[seq]:
             for stage in range(self.n_stage):
-                due = None if im.waits else self.schedule.target_before(im.n0[stage], im.t + 1)
+                due = None if im.waits else self.schedule.target_before(im.nx * im.ny, im.n0[stage], im.t + 1)
                 if due is not None:
                     bias = self.schedule.bias(im.nx, im.ny, due, im.number, self.schedule.anneal_random)
                     self._choose(seq, stage, im, None, due, bias, self.schedule.anneal_random, held)

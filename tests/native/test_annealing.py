@@ -76,7 +76,7 @@ def predicted(images: list[tuple[int, int]], number: int, keys: dict, n_pos: int
         for i, (p0, n) in enumerate(images):
             order = np.argsort(-schedule.random_order(s.seed, number + i, n))
             n0 = [n, *s.counts(n)][stage]
-            now = min([n0, *[s.target_before(n0, t) or n0 for t in range(1, steps + 1)]])
+            now = min([n0, *[s.target_before(n, n0, t) or n0 for t in range(1, steps + 1)]])
             gone |= {p0 + int(j) for j in order[now:]}
         out.append([p for p in range(n_pos) if p not in gone])
     return out
@@ -163,19 +163,19 @@ def test_freed_cells_take_the_next_tokens(rt, path, keep: float) -> None:
         first = [len(p) for p in held(ctx)]
         counts = [81, *s.counts(81)]
         at, allocated = N_PROMPT, report["kv_bytes"]["allocated"]
-        freed = [n - s.target(n, 8) for n in counts]
+        freed = [n - s.target(81, n, 8) for n in counts]
         for t in range(1, max(freed) + 4):
             assert ctx.decode([5], at) == 0
             at += 1
             for layer, positions in enumerate(held(ctx)):
                 n0 = counts[sum(c < layer for c in s.cuts)]
-                assert len(positions) == first[layer] + t - (n0 - s.target(n0, t))
+                assert len(positions) == first[layer] + t - (n0 - s.target(81, n0, t))
                 assert len(positions) <= first[layer] or t > freed[sum(c < layer for c in s.cuts)]
             report = ctx.report()
             assert report["kv_bytes"]["live"] == sum(len(p) for p in held(ctx)) * 2 * 2 * SHAPE.head * SHAPE.n_head_kv
             if t <= min(freed):
                 assert report["kv_bytes"]["allocated"] <= allocated, "grew although cells are free"
-        assert report["held"] == [s.target(counts[sum(c < il for c in s.cuts)], t) for il in range(SHAPE.n_layer)]
+        assert report["held"] == [s.target(81, counts[sum(c < il for c in s.cuts)], t) for il in range(SHAPE.n_layer)]
         assert report["anneal"] == {
             "curve": "linear",
             "tokens": 8,
@@ -237,7 +237,7 @@ def test_interval(rt, path) -> None:
         assert ctx.prefill(native(prompt())) == 0
         for t in range(1, 22):
             assert ctx.decode([5], N_PROMPT + t - 1) == 0
-            assert ctx.report()["held"][0] == s.target(81, (t - 1) // 4 * 4 + 4)
+            assert ctx.report()["held"][0] == s.target(81, 81, (t - 1) // 4 * 4 + 4)
 
 
 @pytest.mark.parametrize("how", ["preset", "anneal_score"])
@@ -293,7 +293,7 @@ def test_refused_steps_change_nothing(model, ctx) -> None:
     assert held(ctx) == before
     s = resolve(KEYS)
     assert ctx.decode([5], N_PROMPT) == 0
-    assert ctx.report()["held"][0] == s.target(81, 1)
+    assert ctx.report()["held"][0] == s.target(81, 81, 1)
 
 
 def test_full_context_still_anneals(rt, path) -> None:

@@ -171,7 +171,7 @@ def test_long_question_in_parts(rt, path, n_batch: int) -> None:
         assert report["per_layer"] == [64, 32, 32, 16, 16, 8]
         assert [len(ctx.held(layer)) - 102 for layer in range(6)] == report["per_layer"]
         assert ctx.decode([5], 166) == 0
-        assert ctx.report()["held"][0] == resolve(KEYS).target(64, 1)
+        assert ctx.report()["held"][0] == resolve(KEYS).target(64, 64, 1)
 
 
 def test_mode_covers_earlier_turns(rt, path) -> None:

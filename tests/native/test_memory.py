@@ -262,7 +262,14 @@ def measure(path: Path, keys: dict, n_ctx: int) -> dict:
 def test_a_long_context_costs_what_it_holds(rt, random_gguf) -> None:
     """Breaks if cells are allocated before they are needed, or the report tells less than the process has."""
     shape = Shape(8, 512, 8, 8, 256, n_vocab=272)
-    keys = {"st3.preset": "st3", "st3.budget": 0.3, "st3.start": 1, "st3.stride": 1, "st3.anneal_tokens": 100}
+    keys = {
+        "st3.preset": "st3",
+        "st3.budget": 0.3,
+        "st3.start": 1,
+        "st3.stride": 1,
+        "st3.anneal_tokens": 100,
+        "st3.min_share": 0.0,
+    }
     got = measure(random_gguf(shape), keys, 32768)
     cell = 2 * 2 * shape.n_embd  # K and V of a layer, two bytes
     mib = 2**20

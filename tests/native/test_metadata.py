@@ -36,6 +36,8 @@ BAD = {
     "score trailing plus": ("score", {"st3.score": "last-mean+"}),
     "score doubled sum": ("score", {"st3.score": "last-mean-sum-sum"}),
     "score blank": ("score", {"st3.score": "last-mean + text-max"}),
+    "min_share above one": ("min_share", {"st3.min_share": 1.5}),
+    "min_share out of the budget": ("min_share", {"st3.budget": 0.3, "st3.min_share": 0.3}),
     "coverage above one": ("coverage", {"st3.coverage": 1.5}),
     "coverage negative": ("coverage", {"st3.coverage": -0.5}),
     "coverage nan": ("coverage", {"st3.coverage": float("nan")}),

@@ -30,6 +30,7 @@ def keys(draw) -> dict[str, str | int | float]:
         "st3.start": st.integers(1, 9),
         "st3.stride": st.integers(1, 34),
         "st3.min_keep": st.integers(0, 20),
+        "st3.min_share": st.integers(0, 64).map(lambda n: n / 64),
         "st3.coverage": st.integers(0, 16).map(lambda n: n / 16),
     }
     for key, values in ranges.items():
@@ -78,6 +79,7 @@ def test_schedule(rt, random_gguf, n_layer: int, options: dict, grids: list[tupl
     assert report["cuts"] == list(want.cuts)
     assert report["keep"] == pytest.approx(want.keep, abs=1e-6)
     assert report["min_keep"] == want.min_keep
+    assert report["min_share"] == pytest.approx(want.min_share, abs=1e-6)
     if want.cuts:
         assert report["counts"] == [list(c) for c in zip(*counts, strict=True)]
     assert report["per_layer"] == want.per_layer(sizes)

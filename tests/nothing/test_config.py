@@ -33,6 +33,7 @@ def test_budget_or_keep_beside_the_other_one_in_the_file_is_told(given, carried)
     start=WHOLE,
     stride=WHOLE,
     min_keep=WHOLE,
+    min_share=SHARES,
     coverage=SHARES | st.sampled_from([0, 1]),
     seed=WHOLE,
     anneal=st.sampled_from(CURVES),
@@ -46,7 +47,7 @@ def test_overrides_have_the_types_that_the_bindings_tell_apart(**values):
     overrides = ST3Config(**values).overrides()
     assert overrides == {f"st3.{name}": value for name, value in values.items()}
     for key, value in overrides.items():
-        strings, reals = ("preset", "anneal", "anneal_score"), ("budget", "coverage", "anneal_floor")
+        strings, reals = ("preset", "anneal", "anneal_score"), ("budget", "min_share", "coverage", "anneal_floor")
         name = key.removeprefix("st3.")
         assert type(value) is (str if name in strings else float if name in reals else int)
 
@@ -74,6 +75,7 @@ def test_a_budget_outside_its_range_is_refused(value):
         ("stride", 0),
         ("stride", 2**32),
         ("min_keep", -1),
+        ("min_share", 1.5),
         ("seed", True),
         ("score", ""),
         ("score", "last"),

@@ -449,7 +449,7 @@ class Decoder:
             left, score, counts = result.held(stage), np.zeros(result.n_visual), []
             for im in images:
                 score[im.ids] = im.total[stage] / max(1, im.records)
-                due = schedule.target_before(im.n0[stage], im.t + 1)
+                due = schedule.target_before(im.n, im.n0[stage], im.t + 1)
                 counts.append(int(np.isin(left, im.ids).sum()) if due is None else due)
             cut = self._choose(schedule, images, left, score, counts, annealing=True)
             result.steps.append(cut)

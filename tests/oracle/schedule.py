@@ -61,13 +61,14 @@ class Schedule:
     cuts: tuple[int, ...]
     keep: float
     min_keep: int
+    min_share: float
     terms: tuple[Term, ...]
     coverage: float = 0.0
     weight: int = 1
     random: bool = False
     seed: int = 0
     anneal: str = "none"
-    anneal_tokens: int = 128
+    anneal_tokens: int = 64
     anneal_floor: float = 0.3
     anneal_interval: int = 1
     anneal_terms: tuple[Term, ...] = ()
@@ -78,11 +79,15 @@ class Schedule:
         """The terms that are recorded for the steps after prefill."""
         return () if self.anneal == "none" or self.anneal_random else self.anneal_terms
 
+    def least(self, n: int) -> int:
+        """What an image of n tokens keeps in any case, if it has it."""
+        return max(self.min_keep, round_half_up(n * self.min_share))
+
     def counts(self, n: int) -> list[int]:
         """How many of an image's n tokens are left after each cut."""
         out, m = [], n
         for _ in self.cuts:
-            m = min(m, max(self.min_keep, round_half_up(m * self.keep)))
+            m = min(m, max(self.least(n), round_half_up(m * self.keep)))
             out.append(m)
         return out
 
@@ -120,15 +125,15 @@ class Schedule:
             return floor**x
         return 1.0
 
-    def target(self, n0: int, t: int) -> int:
-        """How many of the n0 tokens of an image that a stage held after prefill it may hold at t."""
-        return min(n0, max(self.min_keep, round_half_up(n0 * self.share(t))))
+    def target(self, n: int, n0: int, t: int) -> int:
+        """How many of the n0 tokens of an image of n that a stage held after prefill it may hold at t."""
+        return min(n0, max(self.least(n), round_half_up(n0 * self.share(t))))
 
-    def target_before(self, n0: int, t: int) -> int | None:
+    def target_before(self, n: int, n0: int, t: int) -> int | None:
         """The target at the start of the decode of generated token t (1, 2, ...); None where nothing is due."""
         if self.anneal == "none" or (t - 1) % self.anneal_interval:
             return None
-        return self.target(n0, t + self.anneal_interval - 1)
+        return self.target(n, n0, t + self.anneal_interval - 1)
 
 
 def cut_layers(n_layer: int, start: int, stride: int) -> tuple[int, ...]:
@@ -136,21 +141,21 @@ def cut_layers(n_layer: int, start: int, stride: int) -> tuple[int, ...]:
     return tuple(range(start - 1, n_layer - 1, stride))
 
 
-def real_budget(n_layer: int, cuts: tuple[int, ...], keep: float) -> float:
-    """Mean share of tokens over layers, without rounding."""
-    return sum(keep ** sum(c < layer for c in cuts) for layer in range(n_layer)) / n_layer
+def mean_share(n_layer: int, cuts: tuple[int, ...], keep: float, least: float = 0.0) -> float:
+    """Mean share of tokens over layers, without rounding, where no cut goes below the share `least`."""
+    return sum(max(keep**k, min(least, 1.0)) for k in (sum(c < i for c in cuts) for i in range(n_layer))) / n_layer
 
 
-def solve_keep(n_layer: int, cuts: tuple[int, ...], budget: float) -> float:
+def solve_keep(n_layer: int, cuts: tuple[int, ...], budget: float, least: float = 0.0) -> float:
     """The share that a cut keeps so that the mean over layers is the budget. Raises ValueError."""
     if budget >= 1:
         return 1.0
-    if not cuts or budget < real_budget(n_layer, cuts, 0.0):
+    if not cuts or budget < mean_share(n_layer, cuts, 0.0, least):
         raise ValueError(f"no schedule with cuts after {cuts} of {n_layer} layers has the budget {budget}")
     low, high = 0.0, 1.0
     for _ in range(200):
         middle = (low + high) / 2
-        if real_budget(n_layer, cuts, middle) < budget:
+        if mean_share(n_layer, cuts, middle, least) < budget:
             low = middle
         else:
             high = middle
@@ -165,11 +170,12 @@ def resolve(
     stride: int | None = None,
     keep: float | None = None,
     min_keep: int | None = None,
+    min_share: float | None = None,
     score: str | None = None,
     coverage: float | None = None,
     seed: int = 0,
     anneal: str | None = None,
-    anneal_tokens: int = 128,
+    anneal_tokens: int = 64,
     anneal_floor: float = 0.3,
     anneal_interval: int = 1,
     anneal_score: str | None = None,
@@ -180,12 +186,18 @@ def resolve(
     if budget is not None and keep is not None:
         raise ValueError("budget and keep exclude each other")
     eighth, quarter = max(1, n_layer // 8), max(1, n_layer // 4)
-    d_start, d_stride, d_keep, d_min, d_score, d_coverage = {
-        "fastv": (3, n_layer, 0.5, 1, "last-mean", 0.0),
-        "pyramiddrop": (quarter, quarter, 0.5, 1, "last-mean", 0.0),
-        "vtw": (max(1, n_layer // 2), n_layer, 0.0, 0, "last-mean", 0.0),
-        "downsample": (eighth, eighth, None, 1, DEFAULT_SCORE, 1.0),
-    }.get(preset, (eighth, eighth, None, 1, DEFAULT_SCORE, 0.0))
+    d_start, d_stride, d_keep, d_min, of_mean, d_score, d_coverage = {
+        "fastv": (3, n_layer, 0.5, 1, 0.0, "last-mean", 0.0),
+        "pyramiddrop": (quarter, quarter, 0.5, 1, 0.0, "last-mean", 0.0),
+        "vtw": (max(1, n_layer // 2), n_layer, 0.0, 0, 0.0, "last-mean", 0.0),
+        "downsample": (eighth, eighth, None, 1, 0.5, DEFAULT_SCORE, 1.0),
+    }.get(preset, (eighth, eighth, None, 1, 0.5, DEFAULT_SCORE, 0.0))
+    if keep is None and budget is None:
+        keep, budget = d_keep, 0.30 if d_keep is None else None
+    if budget is not None:
+        if not 0 < budget <= 1:
+            raise ValueError(f"budget {budget} out of range")
+        d_start = min(d_start, max(1, int(n_layer * budget / 2)))
     start = d_start if start is None else start
     stride = d_stride if stride is None else stride
     coverage = d_coverage if coverage is None else coverage
@@ -194,14 +206,15 @@ def resolve(
     cuts = cut_layers(n_layer, start, stride)
     if not cuts and 1.0 not in (keep, budget):
         raise ValueError(f"no layer follows a cut after layer {start - 1}")
-    if keep is None and budget is None and d_keep is not None:
-        keep = d_keep
-    if keep is None:
-        budget = 0.30 if budget is None else budget
-        if not 0 < budget <= 1:
-            raise ValueError(f"budget {budget} out of range")
-        keep = solve_keep(n_layer, cuts, budget)
-    elif not 0 <= keep <= 1:
+    if min_share is None:
+        after = n_layer - start
+        min_share = of_mean * max(0.0, budget * n_layer - start) / after if budget is not None and after else 0.0
+    if not 0 <= min_share <= 1:
+        raise ValueError(f"min_share {min_share} out of range")
+    if budget is not None:
+        keep = solve_keep(n_layer, cuts, budget, min_share)
+    assert keep is not None
+    if not 0 <= keep <= 1:
         raise ValueError(f"keep {keep} out of range")
     anneal = ("linear" if preset == "st3" else "none") if anneal is None else anneal
     if anneal not in CURVES:
@@ -221,6 +234,7 @@ def resolve(
         cuts,
         keep,
         d_min if min_keep is None else min_keep,
+        min_share,
         terms,
         coverage,
         0 if preset == "random" else 1,

@@ -13,7 +13,7 @@ def test_budget_of_the_design() -> None:
     """Breaks if cuts or shares are not the method's: 32 layers, start 4, stride 4, keep 0.6 give 0.307."""
     cuts = schedule.cut_layers(32, 4, 4)
     assert cuts == (3, 7, 11, 15, 19, 23, 27)
-    assert schedule.real_budget(32, cuts, 0.6) == pytest.approx(0.307, abs=5e-4)
+    assert schedule.mean_share(32, cuts, 0.6) == pytest.approx(0.307, abs=5e-4)
     assert schedule.resolve(32, keep=0.6).counts(576) == [346, 208, 125, 75, 45, 27, 16]
 
 
@@ -21,9 +21,21 @@ def test_solved_keep_gives_the_budget() -> None:
     """Breaks if the solved keep misses the budget, or an impossible one is solved."""
     for n_layer, budget in ((32, 0.3), (16, 0.5), (12, 0.9), (8, 1.0)):
         s = schedule.resolve(n_layer, budget=budget)
-        assert schedule.real_budget(n_layer, s.cuts, s.keep) == pytest.approx(budget, abs=1e-9)
+        assert schedule.mean_share(n_layer, s.cuts, s.keep, s.min_share) == pytest.approx(budget, abs=1e-9)
+        assert s.budget([10**6]) == pytest.approx(budget, abs=1e-5)
     with pytest.raises(ValueError, match="budget"):
-        schedule.resolve(32, budget=0.1)
+        schedule.resolve(32, budget=0.1, start=4)
+
+
+def test_no_layer_is_starved() -> None:
+    """Breaks if a layer is left with less than half of what the layers after the first cut have on average."""
+    for n_layer, budget in ((32, 0.3), (16, 0.3), (40, 0.1), (22, 0.05), (32, 0.5)):
+        s = schedule.resolve(n_layer, budget=budget)
+        assert s.cuts[0] + 1 <= max(1, n_layer * budget / 2)
+        after = s.per_layer([576])[s.cuts[0] + 1 :]
+        assert min(after) >= 0.5 * sum(after) / len(after) - 2
+        assert s.target(576, min(after), 10**6) == min(after)
+    assert schedule.resolve(32, keep=0.6).min_share == schedule.resolve(32, "fastv", budget=0.4).min_share == 0.0
 
 
 def test_spread_order() -> None:
@@ -82,11 +94,11 @@ def test_annealing_curves() -> None:
 
 def test_annealing_targets() -> None:
     """Breaks if a target rounds otherwise, undercuts min_keep, or cells are freed off the interval or too late."""
-    s = schedule.resolve(8, anneal="linear", anneal_tokens=10, anneal_floor=0.0, min_keep=3)
-    assert [s.target(15, t) for t in range(11)] == [15, 14, 12, 11, 9, 8, 6, 5, 3, 3, 3]
-    assert s.target(2, 10) == 2
-    s = schedule.resolve(8, anneal="linear", anneal_tokens=10, anneal_floor=0.0, anneal_interval=4)
-    assert [s.target_before(100, t) for t in range(1, 11)] == [60, None, None, None, 20, None, None, None, 1, None]
+    s = schedule.resolve(8, anneal="linear", anneal_tokens=10, anneal_floor=0.0, min_keep=3, min_share=0.0)
+    assert [s.target(15, 15, t) for t in range(11)] == [15, 14, 12, 11, 9, 8, 6, 5, 3, 3, 3]
+    assert s.target(2, 2, 10) == 2
+    s = schedule.resolve(8, anneal="linear", anneal_tokens=10, anneal_floor=0.0, anneal_interval=4, min_share=0.0)
+    assert [s.target_before(100, 100, t) for t in range(1, 11)] == [60, None, None, None, 20, None, None, None, 1, None]
 
 
 def test_annealing_defaults() -> None:
@@ -94,7 +106,7 @@ def test_annealing_defaults() -> None:
     for preset in schedule.PRESETS[1:]:
         s = schedule.resolve(16, preset)
         assert s.anneal == ("linear" if preset == "st3" else "none")
-        assert (s.anneal_tokens, s.anneal_floor, s.anneal_interval) == (128, 0.3, 1)
+        assert (s.anneal_tokens, s.anneal_floor, s.anneal_interval) == (64, 0.3, 1)
         assert s.anneal_random == (preset == "random")
         assert schedule.resolve(16, preset, anneal="cosine").anneal == "cosine"
     assert schedule.resolve(16, score="text-max-sum").anneal_terms == schedule.Term.parse("text-max-sum")
