@@ -62,13 +62,6 @@ def rows(budgets: list[float]) -> list[Row]:
     return [Row("off"), *(Row(f"{revisit} @ {b:g}", b, revisit) for b in budgets for revisit in ("never", "turn"))]
 
 
-def pair(index: int) -> tuple[scenes.Question, scenes.Question] | None:
-    """Two questions about different objects of a held-out scene, the kinds in turns; None if it has none."""
-    asked = scenes.held_out_questions(index)
-    pairs = [(a, b) for a in asked for b in asked if a.about and b.about and not set(a.about) & set(b.about)]
-    return pairs[index % len(pairs)] if pairs else None
-
-
 _llavas: dict[float | None, Llava] = {}
 _rows: list[Row] = []
 
@@ -85,7 +78,7 @@ def start_worker(table: list[Row]) -> None:
 
 def talk(index: int) -> tuple[int, dict[tuple[str, str], Asked]] | None:
     """The conversations about one scene, by first turn and row."""
-    questions = pair(index)
+    questions = scenes.held_out_pair(index)
     if questions is None:
         return None
     scene = scenes.scene(index)

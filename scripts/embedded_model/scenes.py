@@ -777,6 +777,13 @@ def held_out_questions(index: int, style: str = "known", split: str = "held-out"
     return [q for q in asked if q]
 
 
+def held_out_pair(index: int, style: str = "known") -> tuple[Question, Question] | None:
+    """Two questions about different things of a held-out scene, the kinds in turns; None if it has none."""
+    asked = held_out_questions(index, style)
+    pairs = [(a, b) for a in asked for b in asked if a.about and b.about and not set(a.about) & set(b.about)]
+    return pairs[index % len(pairs)] if pairs else None
+
+
 def answer_right(said: str, answer: str) -> bool:
     """Exact match; only surrounding blanks and one closing full stop are forgiven."""
     return said.strip().removesuffix(".") == answer
