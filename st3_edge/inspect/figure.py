@@ -18,9 +18,9 @@ from .seen import Seen, layers
 # Over a patch that is gone; a colour that neither light nor dark pictures are full of, and how much of it is laid on.
 GONE, GONE_ALPHA = (96, 100, 112), 0.86
 
-_WIDTH, _MARGIN, _GAP, _COLUMNS = 1400, 40, 20, 4
+_WIDTH, _MARGIN, _GAP, _COLUMNS = 1400, 40, 20, 5
 _PANEL = (_WIDTH - 2 * _MARGIN - (_COLUMNS - 1) * _GAP) // _COLUMNS
-_PANELS = 8  # of a view: a picture of one panel a layer would be endless
+_PANELS = 10  # of a view: a picture of one panel a layer would be endless
 _INK, _SOFT, _GROUND = (31, 35, 40), (89, 99, 110), (255, 255, 255)
 _TITLE, _TEXT, _SMALL = 34, 26, 20
 
@@ -71,14 +71,16 @@ def _view(seen: Seen, view: View, name: str) -> list[Image.Image]:
     rows, columns = view.tokens.shape
     cell = max(1, _PANEL // columns)
     held = seen.held(0)[:, view.tokens]  # [stages][rows][columns]
-    shown, n_cuts = _spread(len(seen.stages), _PANELS), len(seen.stages) - 1
-    cuts = "each cut" if len(shown) > n_cuts else f"{len(shown) - 1} of {n_cuts} cuts"
-    left = f": those that are left after {cuts}" if n_cuts else ""
-    out = [_text(f"{name}, {columns} × {rows} patches{left}", _TEXT)]
+    firsts = [i for i in range(len(held)) if i == 0 or (held[i] != held[i - 1]).any()]  # a cut may leave all
+    shown = [firsts[i] for i in _spread(len(firsts), _PANELS)]
+    some = f" ({len(shown)} of {len(firsts)} panels)" if len(shown) < len(firsts) else ""
+    out = [_text(f"{name}, {columns} × {rows} patches: those that layers hold when the answer begins{some}", _TEXT)]
     panels = []
     for i in shown:
         n = np.count_nonzero(held[i])
-        caption = f"{layers(seen.stages[i])}: {'all' if n == view.tokens.size else f'{n} of'} {view.tokens.size}"
+        end = next((k for k in firsts if k > i), len(held))
+        alike = range(seen.stages[i].start, seen.stages[end - 1].stop)
+        caption = f"{layers(alike)}: {'all' if n == view.tokens.size else f'{n} of'} {view.tokens.size}"
         panels.append((overlay(view, held[i].astype(float), cell), [caption]))
     out += _rows(panels)
 
@@ -86,12 +88,14 @@ def _view(seen: Seen, view: View, name: str) -> list[Image.Image]:
     first, last = (seen.held(step)[:, view.tokens] for step in (0, seen.n_steps - 1))
     if seen.n_steps < _COLUMNS or (first == last).all():
         return out
-    out.append(_text("Along the answer: the more layers hold a patch, the more of it is shown", _TEXT))
+    out.append(
+        _text("Along the answer, what is held then: the more layers hold a patch, the more of it is shown", _TEXT)
+    )
     panels = []
     for step in _spread(seen.n_steps, _COLUMNS):
         share = np.average(seen.held(step)[:, view.tokens], axis=0, weights=weights)
         said = "".join(seen.trace.pieces[:step])
-        caption = f"token {step + 1} of {seen.n_steps}: {share.mean():.0%} held"
+        caption = f"token {step + 1} of {seen.n_steps}: {share.mean():.0%}"
         panels.append((overlay(view, share, cell), [caption, f"{said} …" if step else "(nothing said yet)"]))
     return out + _rows(panels)
 
