@@ -35,6 +35,11 @@ def check_output(target: Path, inputs: Iterable[str | os.PathLike[str]], *, forc
         raise OutputError(f"{name} cannot be written: {one_line(getattr(e, 'strerror', None) or e)}") from e
 
 
+def cache_folder() -> Path:
+    """Where this user's programs keep what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "st3-edge"
+
+
 @contextmanager
 def replacing(target: Path) -> Iterator[BinaryIO]:
     """A file to write, which has the name `target` only once all of it is on the disk: what was there before stays

@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import shlex
 import threading
 from collections.abc import Callable, Mapping
@@ -16,8 +15,10 @@ from typing import Any, NamedTuple
 
 from .. import _gguf, _gguf_copy, _libs, _options, demo, images, state
 from .._console import INTERRUPTED, Console, run
+from .._files import cache_folder
 from ..config import Override, ST3Config
 from ..errors import ConfigError, ModelError, St3Error
+from ..llava import check_pair
 from . import search
 from .evaluate import Evaluation, Evaluator, Work
 from .prompts import QUESTIONS, Question, choose, pictures_in, read_questions
@@ -75,7 +76,7 @@ def main(console: Console, arguments: argparse.Namespace) -> int:
     task = _task(arguments)
     n_pictures = len({prompt.picture for prompt in task.prompts})
     console.note(
-        f"{len(task.prompts)} prompts about {n_pictures} pictures, {len(task.space.shapes)} pairs of start and stride"
+        f"prompts: {len(task.prompts)}, pictures: {n_pictures}, pairs of start and stride: {len(task.space.shapes)}"
     )
     stopped = threading.Event()
 
@@ -143,14 +144,19 @@ def _task(arguments: argparse.Namespace) -> Task:
             raise ConfigError(f"{name} must be a whole number from 1 to {high}, not {getattr(arguments, name)}")
     config, output = _options.config(arguments), arguments.output
     model, mmproj = (arguments.model, arguments.mmproj) if arguments.model else map(str, demo.model_paths())
-    header = _gguf_copy.check(model, output, force=arguments.force) if output else _gguf.read_header(model)
-    return Task(model, mmproj, _space(config, header, model), _prompts(arguments), arguments.max_kl, output)
+    space = _space(config, check_pair(model, mmproj), model)
+    if output:
+        _gguf_copy.check(model, output, force=arguments.force)
+    prompts = _prompts(arguments)
+    _libs.check_present()
+    return Task(model, mmproj, space, prompts, arguments.max_kl, output)
 
 
 def _space(config: ST3Config, header: _gguf.Header, model: str) -> Space:
-    if config.preset == "off":
-        raise ConfigError("preset off drops nothing: there is nothing to tune")
-    if "st3.keep" in header.schedule:
+    carried = header.schedule
+    if (config.preset or carried.get("st3.preset")) == "off":
+        raise ConfigError("preset off drops nothing, so there is nothing to tune: give another one (--preset)")
+    if "st3.keep" in carried:
         raise ConfigError("the model file carries st3.keep, which excludes a budget: tune the file it was made from")
     n_layer = header.metadata.get(f"{header.architecture}.block_count")
     if not isinstance(n_layer, int) or not 2 <= n_layer <= 2**16:
@@ -160,7 +166,7 @@ def _space(config: ST3Config, header: _gguf.Header, model: str) -> Space:
     shapes = search.shapes(starts, strides, n_layer)
     if not shapes:
         raise ConfigError(f"start must be below {n_layer}, the number of the model's layers, not {config.start}")
-    return Space(shapes, n_layer, config, header.schedule)
+    return Space(shapes, n_layer, config, carried)
 
 
 def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
@@ -182,8 +188,7 @@ def _work_folder(arguments: argparse.Namespace, task: Task) -> Path:
         "library": state.fingerprint(str(_libs.path_of("llama"))),
     }
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(arguments.work or Path(cache, "st3-edge", "tune")) / name
+    return Path(arguments.work or cache_folder() / "tune") / name
 
 
 def _name(candidate: Candidate) -> str:
@@ -193,7 +198,8 @@ def _name(candidate: Candidate) -> str:
 def _line(result: Evaluation) -> str:
     if result.complete:
         return f"{_name(result.candidate)}: KL {result.kl:.4f}, cost {result.cost:.3f}"
-    return f"{_name(result.candidate)}: KL above {result.kl:.4f}, given up after {len(result.measured)} prompts"
+    done = f"{len(result.measured)} of {result.n_prompts} prompts"
+    return f"{_name(result.candidate)}: KL above {result.kl:.4f}, given up after {done}"
 
 
 def _page(arguments: argparse.Namespace, task: Task, found: Found) -> str:
