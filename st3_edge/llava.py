@@ -32,8 +32,9 @@ Response = dict[str, Any]
 
 MAX_CTX = 2**20
 # Pruned prefill needs the whole prompt in one physical batch. Its compute buffers grow with it, so the default holds
-# three LLaVA-1.5 pictures and not the whole of a long context; a longer prompt runs unpruned between its layers.
-_DEFAULT_UBATCH = 2048
+# a picture of LLaVA-1.6 (up to 2880 tokens), or six of LLaVA-1.5, and not the whole of a long context; a longer prompt
+# runs unpruned between its layers.
+_DEFAULT_UBATCH = 4096
 
 # What upstream's LLaVA graph uses without asking whether it was in the file: it would crash.
 _MMPROJ_TENSORS = (
@@ -56,7 +57,7 @@ class Llava:
     config                    how visual tokens are pruned; None: ST3Config(), the model file's own schedule, and where
                               it carries none the preset "st3"; preset "off": as stock llama.cpp
     n_ctx                     tokens of prompt and answer together, at most; 0: what the model was trained on
-    n_ubatch                  tokens of a prompt that can be prefilled at once and so pruned; None: min(n_ctx, 2048)
+    n_ubatch                  tokens of a prompt that can be prefilled at once and so pruned; None: min(n_ctx, 4096)
     n_threads                 CPU threads; None: by the CPUs that this process may use
     n_gpu_layers              layers to offload where a GPU backend was built; -1: all
     type_k, type_v            KV cache types, of KV_TYPES
