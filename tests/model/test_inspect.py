@@ -192,12 +192,12 @@ def test_pictures_in_tiles_are_shown_as_a_whole_and_in_tiles(command, tmp_path, 
     ("n", "options", "says"),
     [
         (1, ("--preset", "off"), "Not pruned (off)."),
-        (4, ("--n-ctx", "2600"), "(evict-only: the image and its question"),
+        (8, ("--n-ctx", "5200"), "(evict-only: the image and its question"),
     ],
 )
 def test_a_page_says_where_the_prompt_was_not_pruned(command, tmp_path, scenes, n, options, says):
     # broken if what evict-only or no pruning at all left were shown as ST3's work
-    pictures = [str(scene.picture) for scene in scenes[:n]]
+    pictures = [str(scenes[i % len(scenes)].picture) for i in range(n)]
     done = run(command, *pictures, CAPTION, "-o", str(tmp_path / "out.html"), *options)
     assert done.returncode == 0, done.stderr
     assert says in (tmp_path / "out.html").read_text()
