@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from st3_edge import ConfigError, Llava, ModelError, PromptError, ST3Config, St3Error
+from st3_edge import ConfigError, Llava, ModelError, PromptError, St3Error
 
 QUESTION = "What color is the star?"
 
