@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ._native import Visual
 
-REVISIT = ("turn", "never")  # the first is the default
+REVISIT = ("never", "turn")  # the first is the default
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,8 @@ class Llava:
     n_gpu_layers              layers to offload where a GPU backend was built; -1: all
     type_k, type_v            KV cache types, of KV_TYPES
     seed                      of sampling, where a call gives none; None: another one each call
-    revisit                   what a new question sees of pictures that an earlier one asked about: "turn": all of
-                              them, pruned anew by this question; "never": what the first question left of them
+    revisit                   what a new question sees of pictures that an earlier one asked about: "never": what the
+                              first question left of them; "turn": all of them, pruned anew by this question
     image_cache_bytes         visual tokens that are kept for the next time that a picture is seen, at most
     chat_template             Jinja; None: the model file's own, and where it has none Vicuna's
     verbose                   llama.cpp's log to standard error
