@@ -118,12 +118,15 @@ class _Bench:
                 "question": job.question,
                 "keys": job.keys,
             }
-        both = {side.name: side.setup for side in self._sides if side.setup}
-        if "st3" in both:
-            report = self._sides[1].report
-            setup |= {key: both["st3"][key] for key in ("visual", "text", "layers", "n_ctx", "n_ubatch", "threads")}
-            setup["schedule"] = {key: report.get(key) for key in _SCHEDULE}
-            setup["per_layer"], setup["held"] = self._work().per_layer, self._work().held
+        if self._pairs:
+            st3, work = self._sides[1], self._work()
+            setup |= {key: st3.setup[key] for key in ("visual", "text", "layers", "n_ctx", "n_ubatch", "threads")}
+            setup["schedule"] = {key: st3.report[key] for key in _SCHEDULE if key in st3.report}
+            setup |= {"per_layer": work.per_layer, "held": work.held, "weights_bytes_per_token": work.weights}
+            setup["libraries"] = {
+                side.name: {key: side.setup[key] for key in ("ggml", "compiler", "cpu_features")}
+                for side in self._sides
+            }
         return {
             "command": "st3-edge " + shlex.join(sys.argv[1:]),
             "commit": _machine.commit(),
@@ -140,7 +143,6 @@ class _Bench:
             "n_gpu_layers": arguments.n_gpu_layers,
             "together": self._together,
             "reload": arguments.reload,
-            "libraries": {name: {k: s[k] for k in ("ggml", "compiler", "cpu_features")} for name, s in both.items()},
         }
 
 

@@ -132,7 +132,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def label(name: str) -> str:
-    """A metric, as people say it."""
+    """A metric's name for a person."""
     return (_BEFORE | _AFTER).get(name) or f"decode, {name.split('_')[1]} tokens"
 
 

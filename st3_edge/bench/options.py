@@ -72,9 +72,12 @@ def add_parser(commands: Any) -> None:
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
     def whole(text: str) -> int:
-        value = int(text)
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"from {low} to {high}, not {value}")
+            raise argparse.ArgumentTypeError(f"a whole number from {low} to {high}, not {text!r}")
         return value
 
     return whole

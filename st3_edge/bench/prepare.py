@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from .. import _gguf, _libs, _machine, _options, demo, images
+from ..config import Override
 from ..errors import ConfigError, LibraryError, ModelError
 from ..llava import check_pair
 from .cache import Tell, default_folder, random_text, random_vision
@@ -61,12 +62,14 @@ def make_jobs(arguments: argparse.Namespace, tell: Tell) -> tuple[Job, Job]:
     for picture in pictures:
         images.load(picture)  # a bad one is told before a large model is loaded
     keys = config.overrides(_gguf.read_header(model).schedule)
+    # Our own libraries would take the schedule that the file carries; stock's know of none.
+    no_keys: dict[str, Override] = {} if stock else {"st3.preset": "off"}
 
     def job(st3: bool) -> Job:
         return Job(
             st3=st3,
             stock=None if st3 or stock is None else str(stock),
-            keys=keys if st3 else {"st3.preset": "off"},
+            keys=keys if st3 else no_keys,
             model=model,
             mmproj=mmproj,
             pictures=pictures,

@@ -56,11 +56,11 @@ class Side:
         )
         self.setup = self._ask(asdict(self._job))
         self.call("begin")
-        first = self._job.st3 and not self.live
-        told = self.call("decode", n=self._job.generate if first else 1, watch=first)
-        if first:
-            self.live = told["live"]
-        self.report = self.call("end").get("report", {}) if first else self.report
+        if self._job.st3 and not self.live:
+            self.live = self.call("decode", n=self._job.generate, watch=True)["live"]
+            self.report = self.call("end")["report"]
+        else:
+            self.call("decode", n=1)
 
     def call(self, name: str, **arguments: Any) -> dict[str, Any]:
         """A method of the worker. Raises St3Error, or Stopped."""
@@ -126,7 +126,7 @@ def measure(
         raw: dict[str, Raw] = {}
         for group in groups:
             for side in group:
-                tell(f"pair {pair} of {pairs}", done / turns)
+                tell(f"loading and warming up {side.name}", done / turns)
                 side.open()
             _check_alike([side for group in groups for side in group if side.setup])
             for n in (0, *blocks):

@@ -1,0 +1,112 @@
+"""`st3-edge bench` on the embedded model. Times are not looked at: other programs may run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+QUICK = ("bench", "--threads", "1", "--pairs", "2", "--generate", "20", "--json")
+
+
+def measured(done: subprocess.CompletedProcess[str]) -> dict:
+    """The object that --json printed, and nothing else on standard output."""
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    return json.loads(done.stdout)
+
+
+def test_both_sides_do_the_same_work(command):
+    # broken if a side read another prompt, generated less, or bytes were counted another way
+    got = measured(command(*QUICK, "--against", "off"))
+    assert list(got) == ["machine", "setup", "pairs", "summary"]
+    setup = got["setup"]
+    assert (setup["visual"], setup["layers"], setup["threads"], setup["kv_type"]) == (576, 16, [1, 1], "f16")
+    assert setup["schedule"]["mode"] == "pruned-prefill" and setup["per_layer"][0] == 576 > setup["per_layer"][-1]
+    assert setup["command"].startswith("st3-edge bench --threads 1") and setup["commit"] and setup["together"]
+    assert len(got["pairs"]) == 2
+    for pair in got["pairs"]:
+        assert list(pair["stock"]) == list(pair["st3"])
+        assert all(len(run["steps_ms"]) == 20 and all(x > 0 for x in run["steps_ms"]) for run in pair.values())
+    assert {*got["pairs"][0]["st3"], "steps_ms"} == {*got["summary"], "steps_ms"}
+    for name, row in got["summary"].items():
+        assert row["stock"][1] <= row["stock"][0] <= row["stock"][2] and len(row["ratio_pairs"]) == 2, name
+
+
+def test_bytes_of_the_kv_cache_are_those_that_the_schedule_allows(command):
+    # broken if either side's bytes, or the ideal, were wrong: the three come from different places
+    got = measured(command(*QUICK, "--against", "off", "--ctk", "q8_0", "--budget", "0.5", "--anneal-tokens", "30"))
+    for name in ("kv_live_bytes", "kv_live_end_bytes"):
+        assert got["summary"][name]["share"] == pytest.approx(1, abs=0.002)
+    kept = sum(got["setup"]["per_layer"]) / 16 / 576
+    assert kept == pytest.approx(0.5, abs=0.01) and sum(got["setup"]["held"]) < sum(got["setup"]["per_layer"])
+
+
+def test_pruning_off_is_measured_as_no_gain(command):
+    # broken if an ideal were promised, or memory counted, that is not there
+    got = measured(command(*QUICK, "--against", "off", "--preset", "off", "--reload", "--no-repack"))
+    assert got["setup"]["schedule"]["mode"] == "off"
+    assert all(row["ideal"] == pytest.approx(1) for row in got["summary"].values())
+    for name in ("kv_allocated_bytes", "kv_live_bytes", "kv_live_end_bytes"):
+        assert got["summary"][name]["ratio"] == 1
+
+
+def test_stock_is_another_library(command):
+    # broken if both sides ran on one: a slower build of ours would go unseen
+    stock = os.environ.get("ST3_STOCK_LIB_DIR")
+    if not stock or not (Path(stock) / "libmtmd.so").is_file():
+        pytest.skip("ST3_STOCK_LIB_DIR has no libmtmd")
+    got = measured(command(*QUICK))
+    assert got["setup"]["libraries"]["stock"] == got["setup"]["libraries"]["st3"]  # the same upstream and compiler
+    assert got["summary"]["kv_live_bytes"]["share"] == pytest.approx(1, abs=0.002)
+
+
+def test_our_own_libraries_are_not_stock(command):
+    # broken if a person compared ST3 with itself by mistake
+    from st3_edge import _libs
+
+    done = command(*QUICK, "--stock", str(_libs.folder()))
+    assert done.returncode == 1 and "is not stock llama.cpp" in done.stderr and done.stdout == ""
+
+
+def test_what_the_model_refuses_is_told_by_the_side_that_it_is_of(command):
+    # broken if a worker's error were lost, or its traceback shown
+    for arguments, says in ((["--start", "99"], "st3.start"), (["--n-ctx", "300"], "n_ctx is 300")):
+        done = command(*QUICK, "--against", "off", *arguments)
+        assert done.returncode == 1 and done.stdout == "" and says in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+
+
+def test_a_picture_and_question_of_ones_own(command, scenes):
+    # broken if they were not what is asked
+    pictures = [str(scene.picture) for scene in scenes[:2]]
+    done = command(
+        *QUICK[:-1], "--against", "off", "--image", pictures[0], "--image", pictures[1], "--question", "What?"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1152 visual" in done.stdout and "whole answer" in done.stdout
+
+
+def test_ctrl_c_prints_what_was_measured(environment):
+    # broken by a traceback, lost pairs, or workers that go on
+    arguments = ("bench", "--threads", "1", "--pairs", "1000", "--generate", "1500", "--against", "off", "--json")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "st3_edge", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert process.stderr is not None
+    assert any(line.startswith("pair 2") for line in process.stderr)
+    threads = Path(f"/proc/{process.pid}/task").iterdir()
+    workers = [pid for thread in threads for pid in (thread / "children").read_text().split()]
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    got = json.loads(out)
+    assert len(got["pairs"]) >= 1 and got["summary"]["prefill_ms"]["ratio"] > 0
+    assert len(workers) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in workers)
