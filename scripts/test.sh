@@ -6,7 +6,7 @@ set -eu
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
 
-extras=test
+extras=test,plot
 if [ "${ST3_TEST_HF:-0}" = 1 ]; then
     extras=$extras,hf
 fi

@@ -120,20 +120,12 @@ def test_an_error_is_told_and_the_conversation_goes_on(talk, tmp_path):
     assert [len(messages) for messages in model.asked] == [1, 1]
 
 
-@pytest.fixture
-def ctrl_c():
-    """Sends this process SIGINT, which a shell's background jobs ignore unless told otherwise."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield lambda: os.kill(os.getpid(), signal.SIGINT)
-    signal.signal(signal.SIGINT, before)
-
-
-def test_ctrl_c_stops_the_answer_and_not_the_program(talk, ctrl_c):
+def test_ctrl_c_stops_the_answer_and_not_the_program(talk):
     # broken if the program ended, the answer went on, or what was said of it were lost
     def endless():
         for i in itertools.count():
             if i == 3:
-                ctrl_c()
+                os.kill(os.getpid(), signal.SIGINT)
             yield "x"
 
     model = Model(endless)
@@ -147,10 +139,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talk, ctrl_c):
     assert chat._messages[-1]["content"] == "fine"
 
 
-def test_an_answer_that_was_stopped_stays_as_far_as_it_came(talk, ctrl_c):
+def test_an_answer_that_was_stopped_stays_as_far_as_it_came(talk):
     # broken if the conversation held a question without an answer
     def stopped_at_once():
-        ctrl_c()
+        os.kill(os.getpid(), signal.SIGINT)
         while True:
             yield "x"
 
