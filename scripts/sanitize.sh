@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 
 {
     cmake -S . -B build/sanitize -G Ninja -DST3_SANITIZE=ON -DGGML_CUDA=OFF -DPython_EXECUTABLE="$PWD/$python" &&
-        cmake --build build/sanitize --target llama mtmd mtmd
+        cmake --build build/sanitize --target llama mtmd
 } >build/sanitize.log 2>&1 || die "the build with sanitizers failed: see build/sanitize.log"
 
 # Python is not built with them, so their runtime comes first; the C++ library too, for the exceptions to be seen.
