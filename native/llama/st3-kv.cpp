@@ -101,7 +101,7 @@ bool st3_kv::fit(uint32_t n) {
     }
     if (n > size) {
         // a prompt says what it needs; an answer grows token by token, so each of its copies has to last for some
-        return resize(padded(n > size + step ? n : std::max(n, size + size / 8)));
+        return resize(padded(n > size + step ? n : std::max(n, size + size / 16)));
     }
     if (size > 2 * padded(n) && !hparams.no_alloc) {
         compact();
