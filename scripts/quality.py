@@ -463,7 +463,8 @@ def markdown(rows: list[dict], about: dict) -> str:
     out += lines(
         ["configuration", "budget", *shares, *kl, *(["held", "tokens"] if told else [])], [right(row) for row in rows]
     )
-    out += lines(["configuration", *spans], [differences(row) for row in rows[1:]])
+    if spans:
+        out += lines(["configuration", *spans], [differences(row) for row in rows[1:]])
     return "\n".join(out) + "\n"
 
 
@@ -545,7 +546,7 @@ def main() -> None:
         "processor": processor(),
         "model": args.model.name,
     }
-    if args.grid == "methods":
+    if any(c.name.startswith("st3 @ ") for c in configs):
         about["smallest"] = smallest(rows)
     out = args.out or ROOT / "docs" / "results" / grid.out
     out.parent.mkdir(parents=True, exist_ok=True)
