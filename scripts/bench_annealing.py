@@ -22,8 +22,9 @@ import native_runtime
 import numpy as np
 from bench_kv_memory import prompt
 
+from st3_edge._files import cache_folder
 from st3_edge._machine import commit, processor
-from st3_edge.bench.cache import default_folder, random_text
+from st3_edge.bench.cache import random_text
 from st3_edge.bench.shapes import SHAPES, TYPES
 
 Keys = dict[str, native_runtime.Value]
@@ -81,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llava-1.5-7b", choices=sorted(SHAPES))
     parser.add_argument("--type", default="Q4_0", choices=TYPES)
-    parser.add_argument("--cache", type=Path, default=default_folder())
+    parser.add_argument("--cache", type=Path, default=cache_folder())
     parser.add_argument("--budget", type=float, default=0.30)
     parser.add_argument("--text", type=int, default=64, help="text tokens, 1/16 of them before the image")
     parser.add_argument("--steps", type=int, default=64)

@@ -32,8 +32,9 @@ from pathlib import Path
 import native_runtime
 import numpy as np
 
+from st3_edge._files import cache_folder
 from st3_edge._machine import commit, processor
-from st3_edge.bench.cache import default_folder, random_text
+from st3_edge.bench.cache import random_text
 from st3_edge.bench.shapes import SHAPES, TYPES
 
 MIB = 1 << 20
@@ -157,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llava-1.5-7b", choices=sorted(SHAPES))
     parser.add_argument("--type", default="Q4_0", choices=sorted(TYPES))
-    parser.add_argument("--cache", type=Path, default=default_folder())
+    parser.add_argument("--cache", type=Path, default=cache_folder())
     parser.add_argument("--visual", type=int, help="visual tokens (default: the shape's)")
     parser.add_argument("--text", type=int, default=512)
     parser.add_argument("--answer", type=int, default=128)

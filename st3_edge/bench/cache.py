@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +10,6 @@ from ..errors import ModelError, one_line
 from .shapes import CLIP_L_336, SEED, SHAPES
 
 Tell = Callable[[str, float], None]  # what is being done, and the share of it that is done
-
-
-def default_folder() -> Path:
-    """Where this user's programs keep what can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "st3-edge"
 
 
 def random_text(shape: str, file_type: str, folder: Path, tell: Tell | None = None) -> Path:

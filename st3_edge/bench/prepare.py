@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 
 from .. import _gguf, _libs, _machine, _options, demo, images
+from .._files import cache_folder
 from ..config import Override
 from ..errors import ConfigError, LibraryError, ModelError
 from ..llava import check_pair
-from .cache import Tell, default_folder, random_text, random_vision
+from .cache import Tell, random_text, random_vision
 from .options import QUESTION
 from .shapes import CLIP_L_336, SHAPES
 from .worker import Job
@@ -46,7 +47,7 @@ def make_jobs(arguments: argparse.Namespace, tell: Tell) -> tuple[Job, Job]:
             raise ConfigError("--shape is in place of --model, --mmproj, --image and --question")
         shape = SHAPES[arguments.shape]
         visual, text, question = arguments.visual or shape.n_visual, arguments.text, None
-        folder = arguments.cache or default_folder()
+        folder = arguments.cache or cache_folder()
         model, mmproj, pictures = str(random_text(arguments.shape, arguments.type, folder, tell)), None, []
         if visual % CLIP_L_336.n_visual == 0:  # any other number is of no vision encoder
             mmproj = str(random_vision(shape.n_embd, folder, tell))
