@@ -179,7 +179,7 @@ def write_text(
             (w.add_uint32 if value >= 0 else w.add_int32)(key, value)
         else:
             w.add_float32(key, value)
-    matrices = Kind[file_type]
+    matrices = gguf.GGMLQuantizationType[file_type]
     _write(w, ((t, Kind.F32 if len(t.dims) < 2 else matrices) for t in text_tensors(shape)), seed, progress)
 
 
