@@ -57,8 +57,7 @@ class Conversation:
     name: str = "annealing"
     seq: int = 0
     turns: list[Turn] = field(default_factory=list)
-    doubts: list[tuple[int, int, float]] = field(default_factory=list)  # turn, stage, margin
-    doubtful: dict[tuple[int, int], oracle.Cut] = field(default_factory=dict)  # by turn and stage
+    doubts: dict[tuple[int, int], tuple[float, oracle.Cut]] = field(default_factory=dict)  # turn, stage: margin, choice
     worst: float = 0.0
 
     def __post_init__(self) -> None:
@@ -99,8 +98,7 @@ class Conversation:
             margin = cut.margin(self._got(self.result, stage, cut, self.turns[-1]))
             assert margin < np.inf, f"{kind} {len(self.turns)}, stage {stage}: {self._difference(stage, cut)}"
             if margin > 0:
-                self.doubts.append((len(self.turns) - 1, stage, margin))
-                self.doubtful[len(self.turns) - 1, stage] = cut
+                self.doubts[len(self.turns) - 1, stage] = margin, cut
         for i, layer in enumerate(self.result.layers):
             held = self.ctx.held(i, self.seq)
             assert np.array_equal(held, np.sort(layer.pos)), f"{kind} {len(self.turns)}, layer {i}: {held}"
@@ -133,23 +131,23 @@ class Conversation:
         self.count("conversations")
         worst = f"{self.name} {self.kv} worst logits NMSE x 1e-9"
         self.tally[worst] = max(self.tally.get(worst, 0), round(self.worst * 1e9))
-        doubts = {(turn, stage): margin for turn, stage, margin in self.doubts if margin >= NEAR_TIE}
+        doubts = {at: cut for at, (margin, cut) in self.doubts.items() if margin >= NEAR_TIE}
         self.count("near-ties", len(self.doubts) - len(doubts))
         self.count("choices decided by rounding", len(doubts))
         for n in range(AGAIN if doubts else 0):
             self._settle_by_rounding(doubts, np.random.default_rng([SEED, n]))
-        assert not doubts, f"(turn, stage): margin of choices that the oracle does not share: {doubts}"
+        left = {at: self.doubts[at][0] for at in doubts}
+        assert not left, f"(turn, stage): margin of choices that the oracle does not share: {left}"
 
-    def _settle_by_rounding(self, doubts: dict[tuple[int, int], float], rng: np.random.Generator) -> None:
+    def _settle_by_rounding(self, doubts: dict[tuple[int, int], oracle.Cut], rng: np.random.Generator) -> None:
         dec = decoder(self.path)
         result, dec.noise = dec.begin(self.schedule), rng
         try:
             for i, turn in enumerate(self.turns[: 1 + max((turn for turn, _ in doubts), default=-1)]):
                 for stage, cut in run(dec, result, turn, self.kv).items():
-                    if (i, stage) in doubts:
-                        first, margin = self.doubtful[i, stage], doubts[i, stage]
-                        if margin <= 2 * first.moved(cut, self._got(result, stage, first, turn)):
-                            del doubts[i, stage]
+                    first = doubts.get((i, stage))
+                    if first and first.is_rounding(cut, self._got(result, stage, first, turn)):
+                        del doubts[i, stage]
         finally:
             dec.noise = None
 

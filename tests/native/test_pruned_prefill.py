@@ -48,7 +48,7 @@ def chosen_by_rounding(path, case: cases.Case, kept: list[np.ndarray], first: or
         for n in range(AGAIN):
             dec.noise = np.random.default_rng([cases.SEED, case.number, i, n])
             again = dec.prefill(case.pieces, case.schedule, case.kv, follow=held(case.pieces, kept)).cuts[i]
-            if first.margin(kept[i]) <= 2 * first.moved(again, kept[i]):
+            if first.is_rounding(again, kept[i]):
                 return True
     finally:
         dec.noise = None

@@ -99,7 +99,11 @@ class Cut:
                 worst = max(worst, float((lost.max() - won.min()) / base))
         return worst
 
-    def moved(self, again: Cut, other: Array) -> float:
+    def is_rounding(self, again: Cut, other: Array) -> bool:
+        """Whether the same choice in a run with noise moves the ranks in question by half of `margin` or more."""
+        return self.margin(other) <= 2 * self._moved(again, other)
+
+    def _moved(self, again: Cut, other: Array) -> float:
         """How far the ranks of tokens that only one of `kept` and `other` has differ in two runs, as `margin` does."""
         worst = 0.0
         for i in np.unique(self.image):
