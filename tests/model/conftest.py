@@ -97,24 +97,34 @@ def ask(command: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..
 
 
 @pytest.fixture(scope="session")
-def foreign_mmproj(files: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The embedded vision half with a projector that is 32 wide: another model's."""
+def rewritten_mmproj(files: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Writes the embedded vision half with more metadata (arrays by key), or other tensors (`change(name, data)`)."""
     gguf = pytest.importorskip("gguf")
-    reader = gguf.GGUFReader(files[1])
-    path = tmp_path_factory.mktemp("foreign") / "mmproj.gguf"
-    writer = gguf.GGUFWriter(path, "clip")
-    for name, field in reader.fields.items():
-        if name.startswith("clip."):
-            kind = field.types[0]
-            sub_type = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), kind, sub_type=sub_type)
-    for tensor in reader.tensors:
-        data = np.array(tensor.data)
-        writer.add_tensor(
-            tensor.name, data[:32] if tensor.name.startswith("mm.2.") else data, raw_dtype=tensor.tensor_type
-        )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return str(path)
+
+    def write(arrays: dict[str, list[int]] | None = None, change: Callable = lambda _, data: data) -> str:
+        reader = gguf.GGUFReader(files[1])
+        path = tmp_path_factory.mktemp("rewritten") / "mmproj.gguf"
+        writer = gguf.GGUFWriter(path, "clip")
+        for name, field in reader.fields.items():
+            if name.startswith("clip."):
+                kind = field.types[0]
+                sub_type = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(name, field.contents(), kind, sub_type=sub_type)
+        for name, values in (arrays or {}).items():
+            writer.add_array(name, values)
+        for tensor in reader.tensors:
+            data = change(tensor.name, np.array(tensor.data))
+            writer.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def foreign_mmproj(rewritten_mmproj: Callable[..., str]) -> str:
+    """The embedded vision half with a projector that is 32 wide: another model's."""
+    return rewritten_mmproj(change=lambda name, data: data[:32] if name.startswith("mm.2.") else data)

@@ -28,26 +28,10 @@ def seen_again(llava: Llava, pixels: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def tiled(files, tmp_path_factory) -> str:
+def tiled(rewritten_mmproj) -> str:
     """The embedded vision half as one of LLaVA-1.6's, which cuts larger pictures into tiles."""
-    gguf = pytest.importorskip("gguf")
-    reader = gguf.GGUFReader(files[1])
-    path = tmp_path_factory.mktemp("tiled") / "mmproj.gguf"
-    writer = gguf.GGUFWriter(path, "clip")
-    for name, field in reader.fields.items():
-        if name.startswith("clip."):
-            kind = field.types[0]
-            sub_type = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), kind, sub_type=sub_type)
     sizes = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
-    writer.add_array("clip.vision.image_grid_pinpoints", [SIDE * n for size in sizes for n in size])
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return str(path)
+    return rewritten_mmproj({"clip.vision.image_grid_pinpoints": [SIDE * n for size in sizes for n in size]})
 
 
 def test_a_view_is_what_the_encoder_sees(llava, files):
