@@ -87,6 +87,22 @@ def command(environment: dict[str, str]) -> Callable[..., subprocess.CompletedPr
 
 
 @pytest.fixture(scope="session")
+def start(environment: dict[str, str]) -> Callable[..., subprocess.Popen[str]]:
+    """Starts `st3-edge`, to be read from and sent signals while it runs."""
+
+    def run(*arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "st3_edge", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def ask(command: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`st3-edge ask` with a short answer."""
 

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -90,16 +89,10 @@ def test_a_picture_and_question_of_ones_own(command, scenes):
     assert "1152 visual" in done.stdout and "whole answer" in done.stdout
 
 
-def test_ctrl_c_prints_what_was_measured(environment):
+def test_ctrl_c_prints_what_was_measured(start):
     # broken by a traceback, lost pairs, or workers that go on
     arguments = ("bench", "--threads", "1", "--pairs", "1000", "--generate", "1500", "--against", "off", "--json")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "st3_edge", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    process = start(*arguments)
     assert process.stderr is not None
     assert any(line.startswith("pair 2") for line in process.stderr)
     threads = Path(f"/proc/{process.pid}/task").iterdir()

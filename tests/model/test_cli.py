@@ -242,15 +242,9 @@ def test_what_goes_wrong_in_a_chat_is_told_and_the_chat_goes_on(environment, pic
         assert said in error
 
 
-def test_ctrl_c_leaves_at_once_with_130(environment, picture):
+def test_ctrl_c_leaves_at_once_with_130(start, picture):
     # broken by a traceback, or if native code had to end first
-    process = subprocess.Popen(
-        [sys.executable, "-m", "st3_edge", "ask", picture, "Describe the image.", "--max-tokens", "3000"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    process = start("ask", picture, "Describe the image.", "--max-tokens", "3000")
     assert process.stdout is not None
     process.stdout.read(1)
     started = time.monotonic()
@@ -263,15 +257,9 @@ def test_ctrl_c_leaves_at_once_with_130(environment, picture):
     assert "Traceback" not in err
 
 
-def test_a_reader_that_leaves_early_is_no_error_to_tell(environment, picture):
+def test_a_reader_that_leaves_early_is_no_error_to_tell(start, picture):
     # broken by a traceback of BrokenPipeError, as in `st3-edge ask ... | head`
-    process = subprocess.Popen(
-        [sys.executable, "-m", "st3_edge", "ask", picture, "Describe the image.", "--threads", "1"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    process = start("ask", picture, "Describe the image.", "--threads", "1")
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     err = process.stderr.read()

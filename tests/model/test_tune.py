@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -128,17 +127,11 @@ def test_where_nothing_is_near_enough_it_says_so_and_writes_nothing(tune, tmp_pa
     assert "budget" in done.stdout and "*" not in done.stdout
 
 
-def test_ctrl_c_tells_what_is_known_and_the_next_run_goes_on(environment, folder, tmp_path):
+def test_ctrl_c_tells_what_is_known_and_the_next_run_goes_on(start, folder, tmp_path):
     # broken if it ended in a traceback, wrote the model, or measured again what was measured
     arguments = ["tune", folder, "--prompts", "2", "--tokens", "4", "--threads", "1", "--work", str(tmp_path / "work")]
     arguments += ["--output", str(tmp_path / "new.gguf"), "--json"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "st3_edge", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    process = start(*arguments)
     assert process.stderr is not None
     for line in process.stderr:
         if "KL" in line:
