@@ -235,7 +235,7 @@ def main() -> None:
         figures.append(("schedule", schedule_map()))
     for name, fig in figures:
         target = args.out / f"{name}.svg"
-        fig.savefig(target, metadata={"Date": None, "Creator": None})
+        fig.savefig(target, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         print(target)
 
 
