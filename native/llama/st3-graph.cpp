@@ -8,8 +8,13 @@
 #include <array>
 #include <cstdlib>
 #include <map>
+#include <unordered_map>
 
 // Attention inputs, one set a stage, and what recording and cutting keep between layers.
+//
+// A graph on a GPU pays for each of its inputs with two waits: until the device has nothing to do, and until the copy is made.
+// So the inputs of all stages go there together, one tensor a type, and the graph reads slices of the device's copy; of types
+// that it cannot copy, each slice goes there by itself.
 class st3_graph_input : public llm_graph_input_attn_kv {
   public:
     st3_graph_input(const llm_graph_context & g, const st3_memory_context * ctx);
@@ -17,7 +22,11 @@ class st3_graph_input : public llm_graph_input_attn_kv {
     void set_input(const llama_ubatch * ubatch) override;
     bool can_reuse(const llm_graph_params & params) override;
 
-    llm_graph_input_attn_kv * stage(uint32_t i) { return stages[i].get(); }
+    // The inputs of the stage that layer il belongs to.
+    llm_graph_input_attn_kv * stage(int il) { return stages[ctx->schedule().stage(il)].graph[place(il)].get(); }
+
+    // Where layer il reads an input that the host writes.
+    ggml_tensor * slice(const ggml_tensor * host, int il) const { return slices.at(host)[place(il)]; }
 
     const st3_plan * plan() const { return ctx->plan(); }
 
@@ -35,7 +44,7 @@ class st3_graph_input : public llm_graph_input_attn_kv {
     struct recorder_t {
         st3_record shape;
 
-        std::vector<ggml_tensor *> ids;  // [stage] I32 [n_ids]: input, cells of visual tokens; null where none is read
+        std::vector<ggml_tensor *> ids;  // [stage] I32 [n_ids]: host's, cells of visual tokens; null where none is read
         std::vector<sum_t>         cut;  // [term of a cut's score]  F32 [n_fresh]
         std::vector<sum_t>         anneal;  // [term of annealing's]    F32 [n_ids]
     };
@@ -47,22 +56,30 @@ class st3_graph_input : public llm_graph_input_attn_kv {
     // of a plan
     std::vector<ggml_tensor *>
             ids;  // [image] I32 [1, n]: original indices of the tokens it still has; null before the first cut
-    std::vector<ggml_tensor *> bias;  // [cut] F32 [n_visual before any cut]: input
+    std::vector<ggml_tensor *> bias;  // [cut] F32 [n_visual before any cut]: host's
 
   private:
-    std::vector<std::unique_ptr<llm_graph_input_attn_kv>> stages;
+    enum { HOST, DEVICE };
+
+    // The host's and each place's, of one stage.
+    struct stage_t {
+        std::unique_ptr<llm_graph_input_attn_kv> host;
+        std::unique_ptr<llm_graph_input_attn_kv> graph[2];
+    };
+
+    int place(int il) const { return ctx->device(il) ? DEVICE : HOST; }
+
+    void pack(ggml_context * ctx0, const std::vector<ggml_tensor *> & hosts);
+
+    std::vector<stage_t> stages;
+
+    // by the host's tensor, which is in no graph: the same in the input of its type, and in the device's copy of that
+    std::unordered_map<const ggml_tensor *, std::array<ggml_tensor *, 2>> slices;
 
     ggml_backend_sched_t sched;
     uint64_t             generation;  // of the tensors that the graph has views of
     bool                 planned;
 };
-
-static ggml_tensor * new_input(ggml_context * ctx, ggml_type type, int64_t n, const char * name, uint32_t i) {
-    ggml_tensor * t = ggml_new_tensor_1d(ctx, type, n);
-    ggml_set_input(t);
-    ggml_format_name(t, "%s_%u", name, i);
-    return t;
-}
 
 st3_graph_input::st3_graph_input(const llm_graph_context & g, const st3_memory_context * ctx) :
     llm_graph_input_attn_kv(g.hparams, g.cparams, ctx->stage(0)),
@@ -72,27 +89,32 @@ st3_graph_input::st3_graph_input(const llm_graph_context & g, const st3_memory_c
     planned(ctx->plan()) {
     const auto & schedule = ctx->schedule();
 
+    std::vector<ggml_tensor *> hosts;
+
+    const auto add = [&](ggml_tensor * t) {
+        if (t) {
+            hosts.push_back(t);
+        }
+        return t;
+    };
+
     for (uint32_t s = 0; s < ctx->n_stage(); ++s) {
         const auto * mctx_s = ctx->stage(s);
         const auto & ubatch = planned ? plan()->ubatches[s] : g.ubatch;
         const auto   n_strm = cparams.kv_unified ? 1 : ubatch.n_seqs_unq;
 
         // as upstream's build_attn_inp_kv_impl
-        auto inp         = std::make_unique<llm_graph_input_attn_kv>(hparams, cparams, mctx_s);
-        inp->self_k_idxs = mctx_s->build_input_k_idxs(g.ctx0, ubatch);
-        inp->self_v_idxs = mctx_s->build_input_v_idxs(g.ctx0, ubatch);
-
-        inp->self_kq_mask = ggml_new_tensor_4d(
+        auto inp          = std::make_unique<llm_graph_input_attn_kv>(hparams, cparams, mctx_s);
+        inp->self_k_idxs  = add(mctx_s->build_input_k_idxs(g.ctx0, ubatch));
+        inp->self_v_idxs  = add(mctx_s->build_input_v_idxs(g.ctx0, ubatch));
+        inp->self_kq_mask = add(ggml_new_tensor_4d(
                 g.ctx0, cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, mctx_s->get_n_kv(),
-                ubatch.n_tokens / n_strm, 1, n_strm);
-        ggml_set_input(inp->self_kq_mask);
-        ggml_format_name(inp->self_kq_mask, "attn_inp_kq_mask_%u", s);
-        inp->self_kq_mask_cnv = inp->self_kq_mask;
-
-        inp->self_k_rot = mctx_s->build_input_k_rot(g.ctx0);
-        inp->self_v_rot = mctx_s->build_input_v_rot(g.ctx0);
-
-        stages.push_back(std::move(inp));
+                ubatch.n_tokens / n_strm, 1, n_strm));
+        if (s == 0) {  // the same for all
+            inp->self_k_rot = add(mctx_s->build_input_k_rot(g.ctx0));
+            inp->self_v_rot = add(mctx_s->build_input_v_rot(g.ctx0));
+        }
+        stages.push_back({ std::move(inp), {} });
     }
 
     for (const auto & record : ctx->records()) {
@@ -103,30 +125,93 @@ st3_graph_input::st3_graph_input(const llm_graph_context & g, const st3_memory_c
         for (uint32_t s = 0; s < ctx->n_stage(); ++s) {
             const bool cut  = record.n_fresh[s] > 0 && s < schedule.cuts.size() && !schedule.terms.empty();
             const bool read = record.n_ids[s] > 0 && (record.anneal || cut);
-            r.ids.push_back(read ? new_input(g.ctx0, GGML_TYPE_I32, record.n_ids[s], "st3_cells", s) : nullptr);
+            r.ids.push_back(read ? add(ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I32, record.n_ids[s])) : nullptr);
         }
         recorders.push_back(std::move(r));
     }
     if (planned) {
         ids.assign(plan()->spans.size(), nullptr);
         for (uint32_t s = 0; s + 1 < ctx->n_stage(); ++s) {
-            bias.push_back(new_input(g.ctx0, GGML_TYPE_F32, plan()->n_visual(0), "st3_bias", s));
+            bias.push_back(add(ggml_new_tensor_1d(g.ctx0, GGML_TYPE_F32, plan()->n_visual(0))));
+        }
+    }
+    pack(g.ctx0, hosts);
+}
+
+void st3_graph_input::pack(ggml_context * ctx0, const std::vector<ggml_tensor *> & hosts) {
+    constexpr size_t ALIGNMENT = 128;      // of slices: more than any kernel asks of its sources
+    constexpr size_t MAX_COPY  = 1 << 20;  // a prompt's masks take long to compute with anyway, and much memory
+
+    std::map<ggml_type, size_t> sizes;
+    std::vector<size_t>         offsets;
+    for (const auto * t : hosts) {
+        size_t & size = sizes[t->type];
+        offsets.push_back(size);
+        size += GGML_PAD(ggml_nbytes(t), ALIGNMENT);
+    }
+
+    ggml_backend_dev_t dev = nullptr;
+    for (int il = 0; il < (int) ctx->schedule().n_layer && !dev; ++il) {
+        dev = ctx->device(il);
+    }
+
+    std::map<ggml_type, std::array<ggml_tensor *, 2>> inputs;
+    for (const auto & [type, size] : sizes) {
+        ggml_tensor * input = ggml_new_tensor_1d(ctx0, type, (int64_t) (size / ggml_type_size(type)));
+        ggml_set_input(input);
+        ggml_format_name(input, "st3_inputs_%s", ggml_type_name(type));
+
+        ggml_tensor * copy = ggml_cont(ctx0, input);
+        const bool    use  = dev && size <= MAX_COPY && ggml_backend_dev_supports_op(dev, copy);
+        inputs[type]       = { input, use ? copy : input };
+    }
+
+    for (size_t i = 0; i < hosts.size(); ++i) {
+        const ggml_tensor * t = hosts[i];
+        for (const int place : { HOST, DEVICE }) {
+            slices[t][place] = ggml_view_4d(
+                    ctx0, inputs[t->type][place], t->ne[0], t->ne[1], t->ne[2], t->ne[3], t->nb[1], t->nb[2], t->nb[3],
+                    offsets[i]);
+        }
+    }
+
+    const auto & first = *stages[0].host;
+    for (auto & stage : stages) {
+        for (const int place : { HOST, DEVICE }) {
+            const auto at = [&](const ggml_tensor * t) { return t ? slices.at(t)[place] : nullptr; };
+
+            auto inp              = std::make_unique<llm_graph_input_attn_kv>(hparams, cparams, stage.host->mctx);
+            inp->self_k_idxs      = at(stage.host->self_k_idxs);
+            inp->self_v_idxs      = at(stage.host->self_v_idxs);
+            inp->self_kq_mask     = at(stage.host->self_kq_mask);
+            inp->self_kq_mask_cnv = inp->self_kq_mask;
+            inp->self_k_rot       = at(first.self_k_rot);
+            inp->self_v_rot       = at(first.self_v_rot);
+            stage.graph[place]    = std::move(inp);
         }
     }
 }
 
 void st3_graph_input::set_input(const llama_ubatch * ubatch) {
-    for (uint32_t s = 0; s < stages.size(); ++s) {
-        stages[s]->set_input(planned ? &plan()->ubatches[s] : ubatch);
-    }
-    ctx->attach(out, sched);
-
     // an input that no node came to use (a cut that drops all or nothing) has no buffer
+    for (const auto & [host, slice] : slices) {
+        const ggml_tensor * input = slice[HOST]->view_src;
+
+        auto * t  = const_cast<ggml_tensor *>(host);
+        t->buffer = input->buffer;
+        t->data   = input->buffer ? (char *) input->data + slice[HOST]->view_offs : nullptr;
+    }
     const auto set = [](ggml_tensor * t, const void * data) {
         if (t && t->buffer) {
             ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
         }
     };
+
+    for (uint32_t s = 0; s < stages.size(); ++s) {
+        stages[s].host->set_input(planned ? &plan()->ubatches[s] : ubatch);
+    }
+    ctx->attach(out, sched);
+
     for (size_t i = 0; i < recorders.size(); ++i) {
         for (uint32_t s = 0; s < stages.size(); ++s) {
             auto cells = ctx->records()[i].cells[s];
@@ -164,7 +249,7 @@ bool st3_graph_input::can_reuse(const llm_graph_params & params) {
     llm_graph_params p   = params;
     for (uint32_t s = 0; s < stages.size(); ++s) {
         p.mctx = next->stage(s);
-        res    = stages[s]->can_reuse(p) && res;
+        res    = stages[s].host->can_reuse(p) && res;
     }
     ctx  = next;
     mctx = next->stage(0);
@@ -182,7 +267,7 @@ llm_graph_input_attn_kv * st3_build_attn_inp(const llm_graph_context & g) {
 llm_graph_input_attn_kv * st3_stage_inp(llm_graph_input_attn_kv * inp, int il) {
     auto * st3 = dynamic_cast<st3_graph_input *>(inp);
 
-    return st3 ? st3->stage(st3->ctx->schedule().stage(il)) : inp;
+    return st3 ? st3->stage(il) : inp;
 }
 
 // The inputs of a graph with per-stage memory, or null.
@@ -279,7 +364,7 @@ void st3_record_attention(
                     ggml_view_2d(
                             ctx, kq_mask, kq_mask->ne[0], n_rows, kq_mask->nb[1],
                             (row - r.shape.stream * kq_mask->ne[1]) * kq_mask->nb[1] + r.shape.stream * kq_mask->nb[3]),
-                    r.ids[stage], kq_scale, term.max);
+                    inp->slice(r.ids[stage], il), kq_scale, term.max);
             g.cb(cur, "st3_score", il);
             return cur;
         };
@@ -355,6 +440,7 @@ ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& i
 
     // rank of every visual token, but for its bias
     auto &        sums  = inp->recorders[0].cut;
+    ggml_tensor * bias  = inp->slice(inp->bias[stage], il);
     ggml_tensor * score = plan->n_visual(stage) > 0 ? mean(ctx, sums) : nullptr;
 
     // [image] rows of the image that stay, I32, counted from its first; null where none or all of them do
@@ -367,8 +453,7 @@ ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& i
         const uint32_t n_keep = plan->counts[stage + 1][i];
 
         if (n_keep > 0 && n_keep < n) {
-            ggml_tensor * rank = ggml_view_1d(
-                    ctx, inp->bias[stage], plan->spans[i].n, first_orig * ggml_element_size(inp->bias[stage]));
+            ggml_tensor * rank = ggml_view_1d(ctx, bias, plan->spans[i].n, first_orig * ggml_element_size(bias));
             if (inp->ids[i]) {
                 rank = as_vector(ctx, ggml_get_rows(ctx, as_column(ctx, rank), inp->ids[i]));
             }

@@ -92,22 +92,26 @@ void st3_kv::flush_copies() {
     sc_info = {};
 }
 
-bool st3_kv::fit(uint32_t n) {
+uint32_t st3_kv::size_for(uint32_t n) const {
     const auto padded = [&](uint32_t x) { return std::min(n_max, GGML_PAD(std::max(x, 1u), step)); };
 
     const uint32_t size = get_size();
+    if (n > size) {
+        // a prompt says what it needs; an answer grows token by token, so each of its copies has to last for some
+        return padded(n > size + step ? n : std::max(n, size + size / 16));
+    }
+    return size > 2 * padded(n) && !hparams.no_alloc ? padded(n) : size;
+}
+
+bool st3_kv::fit(uint32_t n) {
     if (n > n_max) {
         return false;
     }
-    if (n > size) {
-        // a prompt says what it needs; an answer grows token by token, so each of its copies has to last for some
-        return resize(padded(n > size + step ? n : std::max(n, size + size / 16)));
-    }
-    if (size > 2 * padded(n) && !hparams.no_alloc) {
+    const uint32_t size = size_for(n);
+    if (size < get_size()) {
         compact();
-        return resize(padded(n));
     }
-    return true;
+    return size == get_size() || resize(size);
 }
 
 // Moves the used cells beyond the number of them into free cells below.
@@ -189,9 +193,6 @@ bool st3_kv::resize(uint32_t n) {
     GGML_ASSERT(!get_has_shift());
 
     const uint32_t old = get_size();
-    if (n == old) {
-        return true;
-    }
     for (size_t i = 0; i < layers.size(); ++i) {
         if (!resize_layer(i, n)) {
             LLAMA_LOG_ERROR("%s: no memory for %u KV cells in layer %d\n", __func__, n, layer_id(i));

@@ -12,9 +12,12 @@ class st3_kv : public llama_kv_cache {
     st3_kv(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
            const layer_filter_cb & filter);
 
-    // Makes room for n cells in every stream, or gives back what is far more than that. Nothing may be computing.
-    // Returns false, with everything as it was, if n is above n_max or there is no memory.
+    // Makes room for n cells in every stream, or gives back what is far more than that. Nothing may be computing, unless
+    // fits(n). Returns false, with everything as it was, if n is above n_max or there is no memory.
     bool fit(uint32_t n);
+
+    // Whether the tensors are of a good size for n cells.
+    bool fits(uint32_t n) const { return size_for(n) == get_size(); }
 
     // Number of times that the tensors were replaced: a graph made before holds views of freed memory.
     uint64_t generation() const { return n_resized; }
@@ -47,6 +50,8 @@ class st3_kv : public llama_kv_cache {
     ggml_tensor * v_of(size_t i, uint32_t stream) const { return layers[i].v_stream[stream]; }
 
   private:
+    uint32_t size_for(uint32_t n) const;
+
     bool resize(uint32_t n);
     bool resize_layer(size_t i, uint32_t n);
     void compact();

@@ -273,7 +273,7 @@ bool st3_memory::fit(const std::vector<llama_ubatch> & ubatches, const st3_plan 
             }
         }
         const uint32_t n = *std::max_element(need.begin(), need.end());
-        if (n > stages[s]->get_size() || stages[s]->get_size() > 2 * n) {
+        if (!stages[s]->fits(n)) {
             synchronize();
         }
         if (!stages[s]->fit(n)) {

@@ -1,0 +1,227 @@
+// counting_device.cpp - a GPU as ggml sees one: memory of its own, and the CPU backend to compute with. It counts what would
+// cost a real one: waits of the host, copies over the bus, and graphs (a graph is split where an op has to run elsewhere).
+#include "ggml-backend-impl.h"
+#include "ggml-backend.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <set>
+#include <sstream>
+#include <string>
+#include <utility>
+
+extern "C" {
+
+struct device_counts {
+    int64_t waits;      // for the device to be done: synchronize, and copies that do not return before they are made
+    int64_t graphs;     // handed to the device
+    int64_t bytes_in;   // from the host
+    int64_t bytes_out;  // to the host
+};
+
+// Registers the device, once a process. refused: ops that it has no kernel for, by name, with commas between.
+void device_register(const char * refused);
+
+// What was counted since the last call.
+device_counts device_take(void);
+}
+
+namespace {
+
+std::set<std::string> refused_ops;
+device_counts         counts;
+std::mutex            mutex;
+
+void count(int64_t device_counts::*what, int64_t n) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    counts.*what += n;
+}
+
+ggml_backend_dev_t cpu_device() { return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); }
+
+ggml_backend_dev_t         the_device();
+ggml_backend_buffer_type_t the_buffer_type();
+
+// memory, in which copies are as CUDA's: each waits until it is made
+
+void buffer_free(ggml_backend_buffer_t buffer) { free(buffer->context); }
+
+void * buffer_base(ggml_backend_buffer_t buffer) { return buffer->context; }
+
+void buffer_memset(ggml_backend_buffer_t, ggml_tensor * t, uint8_t value, size_t offset, size_t size) {
+    count(&device_counts::waits, 1);
+    memset((char *) t->data + offset, value, size);
+}
+
+void buffer_set(ggml_backend_buffer_t, ggml_tensor * t, const void * data, size_t offset, size_t size) {
+    count(&device_counts::waits, 1);
+    count(&device_counts::bytes_in, (int64_t) size);
+    memcpy((char *) t->data + offset, data, size);
+}
+
+void buffer_get(ggml_backend_buffer_t, const ggml_tensor * t, void * data, size_t offset, size_t size) {
+    count(&device_counts::waits, 1);
+    count(&device_counts::bytes_out, (int64_t) size);
+    memcpy(data, (const char *) t->data + offset, size);
+}
+
+bool buffer_copy(ggml_backend_buffer_t, const ggml_tensor * src, ggml_tensor * dst) {
+    if (src->buffer->buft != the_buffer_type()) {
+        return false;
+    }
+    count(&device_counts::waits, 1);
+    memcpy(dst->data, src->data, ggml_nbytes(src));
+    return true;
+}
+
+void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) { memset(buffer->context, value, buffer->size); }
+
+const char * name(ggml_backend_buffer_type_t) { return "Counting"; }
+
+ggml_backend_buffer_t buffer_new(ggml_backend_buffer_type_t buft, size_t size) {
+    const size_t padded = (size + 63) / 64 * 64;
+    void *       data   = aligned_alloc(64, padded ? padded : 64);
+    if (!data) {
+        return nullptr;
+    }
+    ggml_backend_buffer_i iface = {};
+    iface.free_buffer           = buffer_free;
+    iface.get_base              = buffer_base;
+    iface.memset_tensor         = buffer_memset;
+    iface.set_tensor            = buffer_set;
+    iface.get_tensor            = buffer_get;
+    iface.cpy_tensor            = buffer_copy;
+    iface.clear                 = buffer_clear;
+    return ggml_backend_buffer_init(buft, iface, data, size);
+}
+
+size_t alignment(ggml_backend_buffer_type_t) { return 64; }
+
+ggml_backend_buffer_type_t the_buffer_type() {
+    static ggml_backend_buffer_type res = [] {
+        ggml_backend_buffer_type t = {};
+        t.iface.get_name           = name;
+        t.iface.alloc_buffer       = buffer_new;
+        t.iface.get_alignment      = alignment;
+        t.device                   = the_device();
+        return t;
+    }();
+    return &res;
+}
+
+// the queue
+
+const char * name(ggml_backend_t) { return "Counting"; }
+
+ggml_backend_t cpu_of(ggml_backend_t backend) { return (ggml_backend_t) backend->context; }
+
+void backend_free(ggml_backend_t backend) {
+    ggml_backend_free(cpu_of(backend));
+    delete backend;
+}
+
+void set_async(ggml_backend_t, ggml_tensor * t, const void * data, size_t offset, size_t size) {
+    count(&device_counts::bytes_in, (int64_t) size);
+    memcpy((char *) t->data + offset, data, size);
+}
+
+void get_async(ggml_backend_t, const ggml_tensor * t, void * data, size_t offset, size_t size) {
+    count(&device_counts::bytes_out, (int64_t) size);
+    memcpy(data, (const char *) t->data + offset, size);
+}
+
+void backend_synchronize(ggml_backend_t) { count(&device_counts::waits, 1); }
+
+ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph * graph) {
+    count(&device_counts::graphs, 1);
+    return ggml_backend_graph_compute(cpu_of(backend), graph);
+}
+
+ggml_backend_t backend_new(ggml_backend_dev_t dev, const char *) {
+    static ggml_guid guid = { 'c', 'o', 'u', 'n', 't', 'i', 'n', 'g' };
+
+    auto * res                  = new ggml_backend{};
+    res->guid                   = &guid;
+    res->device                 = dev;
+    res->context                = ggml_backend_dev_init(cpu_device(), nullptr);
+    res->iface.get_name         = name;
+    res->iface.free             = backend_free;
+    res->iface.set_tensor_async = set_async;
+    res->iface.get_tensor_async = get_async;
+    res->iface.synchronize      = backend_synchronize;
+    res->iface.graph_compute    = backend_compute;
+    return res;
+}
+
+// the device
+
+const char * name(ggml_backend_dev_t) { return "Counting0"; }
+
+void memory(ggml_backend_dev_t, size_t * free, size_t * total) { *free = *total = size_t(8) << 30; }
+
+enum ggml_backend_dev_type type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_GPU; }
+
+void properties(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
+    *props             = {};
+    props->name        = name(dev);
+    props->description = "a GPU that counts";
+    props->type        = type(dev);
+    props->caps.async  = true;
+    memory(dev, &props->memory_free, &props->memory_total);
+}
+
+ggml_backend_buffer_type_t buffer_type(ggml_backend_dev_t) { return the_buffer_type(); }
+
+bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
+    return !refused_ops.count(ggml_op_name(op->op)) && ggml_backend_dev_supports_op(cpu_device(), op);
+}
+
+bool supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t buft) { return buft == the_buffer_type(); }
+
+const char * name(ggml_backend_reg_t) { return "Counting"; }
+
+size_t device_count(ggml_backend_reg_t) { return 1; }
+
+ggml_backend_dev_t device(ggml_backend_reg_t, size_t) { return the_device(); }
+
+ggml_backend_reg_t the_reg() {
+    static ggml_backend_reg res = {
+        GGML_BACKEND_API_VERSION, {name, device_count, device, nullptr},
+         nullptr
+    };
+    return &res;
+}
+
+ggml_backend_dev_t the_device() {
+    static ggml_backend_device res = [] {
+        ggml_backend_device d   = {};
+        d.iface.get_name        = name;
+        d.iface.get_description = name;
+        d.iface.get_memory      = memory;
+        d.iface.get_type        = type;
+        d.iface.get_props       = properties;
+        d.iface.init_backend    = backend_new;
+        d.iface.get_buffer_type = buffer_type;
+        d.iface.supports_op     = supports_op;
+        d.iface.supports_buft   = supports_buft;
+        d.reg                   = the_reg();
+        return d;
+    }();
+    return &res;
+}
+
+}  // namespace
+
+void device_register(const char * refused) {
+    std::istringstream names(refused);
+    for (std::string op; std::getline(names, op, ',');) {
+        refused_ops.insert(op);
+    }
+    ggml_backend_register(the_reg());
+}
+
+device_counts device_take(void) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return std::exchange(counts, device_counts{});
+}

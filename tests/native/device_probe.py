@@ -1,0 +1,67 @@
+"""Pruned prefill and annealing on the counting device, or the CPU, as JSON: run by test_device.
+
+python device_probe.py LIB_DIR MODEL.gguf KEYS KV_TYPE STEPS [DEVICE.so REFUSED LAYERS]
+
+DEVICE.so is made of counting_device.cpp; REFUSED are the ops that it is to have no kernel for, LAYERS how many are put
+there. With KEYS {} the prompt is decoded as stock multimodal code decodes it.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+import json
+import os
+import sys
+from pathlib import Path
+
+import native_runtime
+import numpy as np
+
+
+class Counts(C.Structure):
+    """struct device_counts."""
+
+    _fields_ = [(name, C.c_int64) for name in ("waits", "graphs", "bytes_in", "bytes_out")]
+
+
+def main() -> None:
+    """A prompt with two images, then generated tokens; after each decode what the device counted and layers hold."""
+    lib, gguf, keys, kv, steps, *device = sys.argv[1:]
+    rt = native_runtime.Runtime(Path(lib))
+    take = Counts
+    if device:
+        counting = C.CDLL(device[0])
+        counting.device_register(device[1].encode())
+        take, take.restype = counting.device_take, Counts
+        os.environ["ST3_GPU_LAYERS"] = device[2]
+    rng = np.random.default_rng(11)
+    out: dict = {"steps": [], "logits": []}
+    with native_runtime.Model(rt, Path(gguf), json.loads(keys)) as model:
+        embd = [rng.standard_normal((n, model.n_embd)).astype(np.float32) for n in (100, 81)]
+        images = [native_runtime.Image(embd[0], 10, 10), native_runtime.Image(embd[1], 9, 9)]
+        prompt = [[1, 5, 9], images[0], [7], images[1], [int(t) for t in rng.integers(3, 300, 20)]]
+        with native_runtime.Context(model, n_ctx=512, n_ubatch=512, kv=kv) as ctx:
+
+            def note() -> dict:
+                counts = take()
+                row = {name: getattr(counts, name) for name, _ in Counts._fields_}
+                row["held"] = [len(ctx.held(il)) for il in range(model.n_layer)]
+                return row
+
+            note()
+            assert ctx.prefill(prompt) == 0
+            out["logits"].append(ctx.logits().tolist())
+            out["prefill"] = note()
+            report = ctx.report()
+            out["mode"] = report["mode"]
+            out["kept"] = [k.tolist() for k in ctx.kept(len(report["cuts"]))] if report["cuts"] else []
+            for i in range(int(steps)):
+                assert ctx.decode([5 + i % 7], 205 + i) == 0
+                out["logits"].append(ctx.logits().tolist())
+                out["steps"].append(note())
+            out["positions"] = [ctx.held(il).tolist() for il in range(model.n_layer)]
+    print(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main()

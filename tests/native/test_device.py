@@ -1,0 +1,120 @@
+"""What a device is asked to do, shown on one that counts: a GPU to ggml, which computes by the CPU backend.
+
+It shows waits, copies and where ops run. It does not show speed, nor that a GPU's kernels are right.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import cases
+import numpy as np
+import pytest
+from native_runtime import lib_dir
+from oracle import llama as oracle
+
+HERE = Path(__file__).resolve().parent
+SHAPE = cases.SHAPES["gqa-32"]
+STEPS = 24
+PRUNED = {"st3.preset": "pvtp", "st3.budget": 0.5, "st3.start": 2, "st3.stride": 2}
+ANNEALED = {**PRUNED, "st3.preset": "st3", "st3.anneal_tokens": 16, "st3.anneal_interval": 4}
+CASES: dict[str, tuple[dict, str]] = {  # keys, type of the KV cache
+    "pruned": (PRUNED, "F16"),
+    "annealed": (ANNEALED, "F16"),
+    "quantized": (ANNEALED, "Q8_0"),
+    "sums": ({**ANNEALED, "st3.score": "last-mean-sum+text-max"}, "F16"),
+}
+ALL = 99
+NO_KERNEL, NO_COPY = "ATTN_SPAN", "CONT"
+
+
+@pytest.fixture(scope="module")
+def device(upstream: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The counting device, linked with the libraries under test."""
+    folder, out = lib_dir(), tmp_path_factory.mktemp("device") / "libcounting.so"
+    libraries = [f"-l{name}" for name in ("ggml", "ggml-base")]
+    subprocess.run(
+        ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", out]
+        + [f"-I{upstream / 'ggml' / part}" for part in ("include", "src")]
+        + [HERE / "counting_device.cpp", f"-L{folder}", f"-Wl,-rpath,{folder}", *libraries],
+        check=True,
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(device: Path, random_gguf: Callable[..., Path]) -> Callable[..., dict]:
+    """Runs device_probe, once for each set of arguments: run(keys, KV type, layers on the device, ops it refuses)."""
+    done: dict[tuple, dict] = {}
+
+    def probe(keys: dict, kv: str, layers: int = ALL, refused: str = "") -> dict:
+        key = json.dumps(keys), kv, layers, refused
+        if key not in done:
+            what = [lib_dir(), random_gguf(SHAPE), key[0], kv, str(STEPS)]
+            where = [device, refused, str(layers)] if layers else []
+            made = subprocess.run(
+                [sys.executable, HERE / "device_probe.py", *what, *where],
+                env={**os.environ, "PYTHONPATH": str(HERE.parents[1] / "scripts")},
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            assert made.returncode == 0, made.stderr[-3000:]
+            done[key] = json.loads(made.stdout)
+        return done[key]
+
+    return probe
+
+
+def removals(run: dict) -> list[bool]:
+    """Whether visual tokens left in each step: then a layer did not gain the step's token, or lost more."""
+    rows = [run["prefill"], *run["steps"]]
+    return [any(b < a + 1 for a, b in zip(x["held"], y["held"], strict=True)) for x, y in pairwise(rows)]
+
+
+@pytest.mark.parametrize("refused", ["", NO_KERNEL, NO_COPY])
+@pytest.mark.parametrize("layers", [ALL, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_the_device_chooses_as_the_cpu(run, name: str, layers: int, refused: str) -> None:
+    """Breaks if a copy between host and device goes to the wrong place, or comes too late."""
+    on_cpu, on_device = run(*CASES[name], layers=0), run(*CASES[name], layers, refused)
+    assert on_device["mode"] == on_cpu["mode"] == "pruned-prefill"
+    assert on_device["kept"] == on_cpu["kept"]
+    assert on_device["positions"] == on_cpu["positions"]
+    assert oracle.nmse(np.array(on_device["logits"]), np.array(on_cpu["logits"])) < 1e-6  # cells lie in another order
+
+
+@pytest.mark.parametrize("refused", ["", NO_KERNEL])
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_waits_no_more_often_than_stock(run, name: str, refused: str) -> None:
+    """Breaks if the host has to wait for ST3's sake, or the graph is split, but for one wait where tokens leave.
+
+    The first step is left out: its graph is not the prompt's, and is allocated.
+    """
+    keys, kv = CASES[name]
+    stock, ours = run({}, kv), run(keys, kv, refused=refused)
+    assert {step["graphs"] for step in stock["steps"] + ours["steps"]} == {1}
+    waits = {step["waits"] for step in stock["steps"]}
+    assert len(waits) == 1
+    more = [step["waits"] - max(waits) for step in ours["steps"]]
+    leave = removals(ours)
+    assert any(leave[1:]) == (keys["st3.preset"] == "st3")
+    assert not all(leave)
+    assert all(n <= gone for n, gone in zip(more[1:], leave[1:], strict=True)), (more, leave)
+
+
+@pytest.mark.parametrize("refused", ["", NO_KERNEL, NO_COPY])
+@pytest.mark.parametrize("name", CASES)
+def test_little_leaves_the_device(run, name: str, refused: str) -> None:
+    """Breaks if keys, or the attention of every head, come to the host: logits, scores, and indices do."""
+    ours = run(*CASES[name], refused=refused)
+    logits, visual, stages, kinds = 4 * SHAPE.n_vocab, 100 + 81, 4, 3
+    for row in (ours["prefill"], *ours["steps"]):
+        assert row["graphs"] == 1
+        assert logits <= row["bytes_out"] <= logits + 4 * stages * kinds * (visual + 64), row
