@@ -554,15 +554,35 @@ ggml_tensor * st3_build_inp_out_ids(const llm_graph_context & g) {
     return t;
 }
 
-uint32_t st3_graph_extra_nodes(const llama_memory_i * memory) {
+constexpr int64_t ST3_FFN_ROWS = 512;  // as many as stock computes at once by default
+
+ggml_tensor * st3_ffn_in_parts(
+        const llm_graph_context & g, ggml_tensor * cur, const std::function<ggml_tensor *(ggml_tensor *)> & build) {
+    if (cur->ne[1] <= ST3_FFN_ROWS || !find_input(g)) {
+        return nullptr;
+    }
+    const int64_t half = GGML_PAD(cur->ne[1] / 2, 64);
+
+    ggml_tensor * head = build(view_rows(g.ctx0, cur, 0, half));
+    ggml_tensor * tail = build(view_rows(g.ctx0, cur, half, cur->ne[1] - half));
+    return ggml_concat(g.ctx0, head, tail, 1);
+}
+
+uint32_t st3_graph_extra_nodes(const llama_memory_i * memory, uint32_t n_tokens) {
     const auto * mem = dynamic_cast<const st3_memory *>(memory);
     if (!mem) {
         return 0;
     }
     const auto &   schedule = mem->schedule;
     const uint32_t n_terms  = (uint32_t) (1 + schedule.terms.size() + schedule.anneal_terms.size());
+    const uint32_t n_parts  = n_tokens / (ST3_FFN_ROWS / 2);  // halves of what is a little more
 
-    // generous: about 10 nodes a layer, term and sequence to record, 20 an image, term and cut to select and gather
+    // generous: about 10 nodes a layer, term and sequence to record, 20 an image, term and cut to select and gather, 10 a part
     return 16 * schedule.n_layer * n_terms * mem->n_seq_max +
-           32 * (uint32_t) schedule.cuts.size() * ST3_MAX_IMAGES * (n_terms + 2);
+           32 * (uint32_t) schedule.cuts.size() * ST3_MAX_IMAGES * (n_terms + 2) + 16 * schedule.n_layer * n_parts;
+}
+
+uint32_t st3_outputs_to_reserve(const llama_memory_i * memory, uint32_t n_outputs) {
+    const auto * mem = dynamic_cast<const st3_memory *>(memory);
+    return mem ? std::min(n_outputs, mem->n_seq_max) : n_outputs;
 }

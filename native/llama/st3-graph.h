@@ -3,6 +3,8 @@
 
 #include "llama-graph.h"
 
+#include <functional>
+
 // Images that a pruned prompt may hold; bounds the graph's size.
 constexpr uint32_t ST3_MAX_IMAGES = 16;
 
@@ -26,5 +28,14 @@ ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& i
 // In llm_graph_context::build_inp_out_ids: the output rows as the last stage numbers them, or null for the stock ones.
 ggml_tensor * st3_build_inp_out_ids(const llm_graph_context & g);
 
-// In llama_context::graph_max_nodes: nodes that recording and cutting may add.
-uint32_t st3_graph_extra_nodes(const llama_memory_i * memory);
+// In llm_graph_context::build_ffn: the feed-forward network of many rows, F32 [n_embd, n_rows], by `build` in parts of them, so
+// that its large middle exists for few rows at a time; null where all of them go at once, as in stock.
+ggml_tensor * st3_ffn_in_parts(
+        const llm_graph_context & g, ggml_tensor * cur, const std::function<ggml_tensor *(ggml_tensor *)> & build);
+
+// In llama_context::graph_max_nodes: nodes that ST3 may add to a graph of n_tokens.
+uint32_t st3_graph_extra_nodes(const llama_memory_i * memory, uint32_t n_tokens);
+
+// In llama_context::sched_reserve: output rows of a ubatch to have memory for beforehand, of at most n_outputs. With ST3 ubatches
+// are as long as prompts, of which the last row alone is wanted; a ubatch with more outputs gets more memory when it comes.
+uint32_t st3_outputs_to_reserve(const llama_memory_i * memory, uint32_t n_outputs);
