@@ -1,4 +1,5 @@
-"""The results as pictures: every JSON file of docs/results that has one, and the default schedule, to docs/img.
+"""The results as pictures: every JSON file of docs/results that has one, its shapes together in one, and the default
+schedule, to docs/img.
 
 python scripts/plots.py [RESULT.json ...] [--out DIR]
 
@@ -27,6 +28,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from oracle import schedule as reference  # noqa: E402
 
 from st3_edge.bench.figures import label  # noqa: E402
+
+SHAPES = ROOT / "docs" / "results" / "shapes"  # one file a shape
 
 # Okabe and Ito's, which people with any colour vision tell apart; the first is ST³'s.
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
@@ -82,6 +85,31 @@ def ratios(result: dict) -> Figure:
         plt.Line2D([], [], color=COLOURS[1], linewidth=2.5, label="what the schedule allows"),
     ]
     fig.legend(handles=handles, loc="outside lower center", ncols=3)
+    return fig
+
+
+def shapes(results: list[dict]) -> Figure:
+    """`st3-edge bench --json` of several shapes: median ratios, the range over pairs, and the ideal."""
+    metrics = ("prefill_ms", "first_token_ms", "decode_64_tps")
+    fig, ax = plt.subplots(figsize=(9, 1.6 + 0.8 * len(results)))
+    names = []
+    for i, result in enumerate(results):
+        setup = result["setup"]
+        names.append(f"{setup['shape']} {setup['type']}\n{setup['visual']} visual tokens")
+        for j, metric in enumerate(metrics):
+            row, y = result["summary"][metric], i + 0.25 * (j - 1)
+            ax.barh(y, row["ratio"], 0.23, color=COLOURS[j], label=label(metric) if i == 0 else None)
+            ax.hlines(y, min(row["ratio_pairs"]), max(row["ratio_pairs"]), "black", linewidth=1.2)
+            ideal = "what the schedule allows" if i == j == 0 else None
+            ax.vlines(row["ideal"], y - 0.12, y + 0.12, "black", linewidth=2.5, label=ideal)
+            ax.text(max(*row["ratio_pairs"], row["ideal"]), y, f"  {row['ratio']:.2f}", va="center", fontsize=9)
+    ax.axvline(1, color="black", linewidth=1)
+    ax.set(yticks=range(len(results)), yticklabels=names, xlim=(0, None))
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel("times as good as stock llama.cpp (1: the same)")
+    ax.set_title(f"Random weights, budget 0.30, {results[0]['machine'].get('processor')}")
+    fig.legend(loc="outside lower center", ncols=4)
     return fig
 
 
@@ -233,6 +261,8 @@ def main() -> None:
             raise SystemExit(f"{path} is no result that is drawn")
     if not args.results:
         figures.append(("schedule", schedule_map()))
+        if several := [json.loads(path.read_text(encoding="utf-8")) for path in sorted(SHAPES.glob("*.json"))]:
+            figures.append(("shapes", shapes(several)))
     for name, fig in figures:
         target = args.out / f"{name}.svg"
         fig.savefig(target, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
