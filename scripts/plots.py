@@ -35,6 +35,7 @@ SHAPES = ROOT / "docs" / "results" / "shapes"  # one file a shape
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 MARKERS = "osD^vP*X"
 GRAY = "#6e7781"
+LOWEST = 50  # per cent right; what is worse runs out of the picture, and leaves room for what may be used
 FIRST = ("st3", "text-max", "pvtp")  # drawn first, so in the first colours
 
 STYLE = {
@@ -132,6 +133,8 @@ def budgets(result: dict) -> Figure:
             beside = step * (i - (len(order) - 1) / 2)  # intervals that lie on each other cannot be read
             x = np.array([row["schedule"]["budget"] + beside for row in rows])
             line(ax, x, rows, off, key, name, i)
+        if ax.get_ylim()[0] < LOWEST:
+            ax.set_ylim(LOWEST, None)
         ax.set_title(f"{title} ({off['asked'][key]:,})")
         ax.set_xlabel("budget: mean share of visual tokens kept over the layers")
     axes[0][0].set_ylabel("right, %")

@@ -130,6 +130,21 @@ def test_long_text_scores_with_its_last_rows(rt, random_gguf, tally, score: str)
     assert oracle.nmse(logits, check_kept(path, case, kept, tally).logits) <= 1e-3
 
 
+def test_a_prompt_of_thousands_of_rows(rt, random_gguf, tally) -> None:
+    """Breaks if parts of the feed-forward network go back together in another order, or the graph lacks room."""
+    shape = cases.SHAPES["mha-32"]
+    rng = np.random.default_rng([SEED, 4])
+    pieces = [[1, 5], oracle.Image(rng.standard_normal((47 * 47, shape.n_embd)).astype(np.float32), 47, 47), [7] * 70]
+    keys = {"st3.preset": "pvtp", "st3.keep": 0.5, "st3.start": 2, "st3.stride": 2}
+    case = cases.Case(0, "mha-32", "F16", keys, pieces)
+    path = random_gguf(shape)
+    with Model(rt, path, keys) as model, Context(model, n_ctx=4096) as ctx:
+        assert ctx.prefill(native(pieces)) == 0
+        assert ctx.report()["mode"] == "pruned-prefill"
+        kept, logits = ctx.kept(2), ctx.logits()
+    assert oracle.nmse(logits, check_kept(path, case, kept, tally).logits) <= 1e-3
+
+
 def test_keeping_everything_is_the_full_model(rt, random_gguf) -> None:
     """Breaks if a cut that drops nothing changes rows, positions or cells."""
     case = cases.make(3, SEED)
