@@ -30,7 +30,7 @@ struct preset {
     double       stride;
     double       keep;  // < 0: solved from the budget
     uint32_t     min_keep;
-    double       least;  // min_share, where a budget is given: of the mean share over the layers after the first cut
+    bool         sure;  // of a min_share, where a budget is given
     const char * score;
     double       coverage;
     bool         random;
@@ -47,13 +47,13 @@ constexpr double   DEFAULT_ANNEAL_FLOOR  = 0.3;
 
 const preset PRESETS[] = {
   // name          start    stride   keep  min  least score            coverage  random  anneal
-    {"st3",          0.125, 0.125,   -1.0, 1, 0.5, DEFAULT_SCORE, 0.0, false, ST3_CURVE_LINEAR},
-    { "pvtp",        0.125, 0.125,   -1.0, 1, 0.5, DEFAULT_SCORE, 0.0, false, ST3_CURVE_NONE  },
-    { "fastv",       3,     NO_MORE, 0.5,  1, 0.0, "last-mean",   0.0, false, ST3_CURVE_NONE  },
-    { "pyramiddrop", 0.25,  0.25,    0.5,  1, 0.0, "last-mean",   0.0, false, ST3_CURVE_NONE  },
-    { "vtw",         0.5,   NO_MORE, 0.0,  0, 0.0, "last-mean",   0.0, false, ST3_CURVE_NONE  },
-    { "random",      0.125, 0.125,   -1.0, 1, 0.5, "",            0.0, true,  ST3_CURVE_NONE  },
-    { "downsample",  0.125, 0.125,   -1.0, 1, 0.5, DEFAULT_SCORE, 1.0, false, ST3_CURVE_NONE  },
+    {"st3",          0.125, 0.125,   -1.0, 1, true,  DEFAULT_SCORE, 0.0, false, ST3_CURVE_LINEAR},
+    { "pvtp",        0.125, 0.125,   -1.0, 1, true,  DEFAULT_SCORE, 0.0, false, ST3_CURVE_NONE  },
+    { "fastv",       3,     NO_MORE, 0.5,  1, false, "last-mean",   0.0, false, ST3_CURVE_NONE  },
+    { "pyramiddrop", 0.25,  0.25,    0.5,  1, false, "last-mean",   0.0, false, ST3_CURVE_NONE  },
+    { "vtw",         0.5,   NO_MORE, 0.0,  0, false, "last-mean",   0.0, false, ST3_CURVE_NONE  },
+    { "random",      0.125, 0.125,   -1.0, 1, true,  "",            0.0, true,  ST3_CURVE_NONE  },
+    { "downsample",  0.125, 0.125,   -1.0, 1, true,  DEFAULT_SCORE, 1.0, false, ST3_CURVE_NONE  },
 };
 
 [[noreturn]] void fail(const std::string & what) { throw std::invalid_argument("st3: " + what); }
@@ -145,6 +145,9 @@ double solve_keep(const st3_schedule & s, double budget) {
     }
     return (lo + hi) / 2;
 }
+
+// Of the mean share over the layers after the first cut: a half, or up to three quarters where that is little.
+double default_min_share(double mean) { return std::max(mean / 2, std::min(mean * 3 / 4, 0.03)); }
 
 uint32_t round_half_up(double x) { return (uint32_t) std::floor(x + 0.5); }
 
@@ -300,8 +303,8 @@ st3_schedule st3_make_schedule(const meta_map & meta, uint32_t n_layer) {
     get_number(meta, "st3.coverage", 0, 1, s.coverage);
 
     s.cuts = cut_layers(s.start, s.stride, n_layer);
-    if (solved && s.start < n_layer) {
-        s.min_share = p->least * std::max(0.0, budget * n_layer - s.start) / (n_layer - s.start);
+    if (solved && p->sure && s.start < n_layer) {
+        s.min_share = default_min_share(std::max(0.0, budget * n_layer - s.start) / (n_layer - s.start));
     }
     get_number(meta, "st3.min_share", 0, 1, s.min_share);
 

@@ -186,12 +186,12 @@ def resolve(
     if budget is not None and keep is not None:
         raise ValueError("budget and keep exclude each other")
     eighth, quarter = max(1, n_layer // 8), max(1, n_layer // 4)
-    d_start, d_stride, d_keep, d_min, of_mean, d_score, d_coverage = {
-        "fastv": (3, n_layer, 0.5, 1, 0.0, "last-mean", 0.0),
-        "pyramiddrop": (quarter, quarter, 0.5, 1, 0.0, "last-mean", 0.0),
-        "vtw": (max(1, n_layer // 2), n_layer, 0.0, 0, 0.0, "last-mean", 0.0),
-        "downsample": (eighth, eighth, None, 1, 0.5, DEFAULT_SCORE, 1.0),
-    }.get(preset, (eighth, eighth, None, 1, 0.5, DEFAULT_SCORE, 0.0))
+    d_start, d_stride, d_keep, d_min, sure, d_score, d_coverage = {
+        "fastv": (3, n_layer, 0.5, 1, False, "last-mean", 0.0),
+        "pyramiddrop": (quarter, quarter, 0.5, 1, False, "last-mean", 0.0),
+        "vtw": (max(1, n_layer // 2), n_layer, 0.0, 0, False, "last-mean", 0.0),
+        "downsample": (eighth, eighth, None, 1, True, DEFAULT_SCORE, 1.0),
+    }.get(preset, (eighth, eighth, None, 1, True, DEFAULT_SCORE, 0.0))
     if keep is None and budget is None:
         keep, budget = d_keep, 0.30 if d_keep is None else None
     if budget is not None:
@@ -207,8 +207,10 @@ def resolve(
     if not cuts and 1.0 not in (keep, budget):
         raise ValueError(f"no layer follows a cut after layer {start - 1}")
     if min_share is None:
-        after = n_layer - start
-        min_share = of_mean * max(0.0, budget * n_layer - start) / after if budget is not None and after else 0.0
+        after, min_share = n_layer - start, 0.0
+        if sure and budget is not None and after:
+            mean = max(0.0, budget * n_layer - start) / after
+            min_share = max(mean / 2, min(0.03, 0.75 * mean))
     if not 0 <= min_share <= 1:
         raise ValueError(f"min_share {min_share} out of range")
     if budget is not None:

@@ -35,6 +35,8 @@ def test_no_layer_is_starved() -> None:
         after = s.per_layer([576])[s.cuts[0] + 1 :]
         assert min(after) >= 0.5 * sum(after) / len(after) - 2
         assert s.target(576, min(after), 10**6) == min(after)
+    assert schedule.resolve(16, budget=0.1).min_share == pytest.approx(0.03)  # of a mean of 0.04
+    assert schedule.resolve(16, budget=0.07).min_share == pytest.approx(0.75 * 0.12 / 15)
     assert schedule.resolve(32, keep=0.6).min_share == schedule.resolve(32, "fastv", budget=0.4).min_share == 0.0
 
 
