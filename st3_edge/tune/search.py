@@ -122,7 +122,8 @@ def search(
 
 def least_step(shape: Shape, n_layer: int, min_share: float = 0.0) -> int:
     """The smallest budget in steps that is above all tokens up to the first cut and `min_share` of them after it."""
-    return int(STEPS * (shape.start + (n_layer - shape.start) * min_share) / n_layer) + 1
+    steps = STEPS * (shape.start + (n_layer - shape.start) * min_share) / n_layer
+    return math.floor(steps + 1e-9) + 1  # a whole number of steps may have been computed as a little less
 
 
 def best(results: Iterable[R], limit: float) -> R | None:

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = sorted((ROOT / "docs" / "results").glob("*.json"))
+RESULTS = sorted((ROOT / "docs" / "results").glob("**/*.json"))
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,22 @@ def test_bars_are_the_ratios(plots):
     ends = [line.get_segments()[0][:, 0].tolist() for line in ax.collections]
     assert [2.0, 2.4] in ends and [0.8, 1.0] in ends and ends.count([2.5, 2.5]) == 2
     assert [text.get_text().strip() for text in ax.texts] == ["2.20, 88% of 2.50", "0.90, 88% of 2.50"]
+
+
+def test_shapes_stand_in_the_order_given_with_their_own_ratios(plots):
+    # broken if a shape's bars were another's
+    results = []
+    for i in (1, 2):
+        result = bench()
+        row = result["summary"]["prefill_ms"]
+        result["setup"]["shape"] = f"s{i}"
+        metrics = ("prefill_ms", "first_token_ms", "decode_64_tps")
+        result["summary"] = {name: {**row, "ratio": i + j / 10} for j, name in enumerate(metrics)}
+        results.append(result)
+    (ax,) = plots.shapes(results).axes
+    bars = sorted(ax.patches, key=lambda bar: bar.get_y())
+    assert [bar.get_width() for bar in bars] == [1.0, 1.1, 1.2, 2.0, 2.1, 2.2]
+    assert [label.get_text().split()[0] for label in ax.get_yticklabels()] == ["s1", "s2"]
 
 
 def test_points_are_the_shares_right_and_bars_the_intervals(plots):
