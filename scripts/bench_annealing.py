@@ -22,8 +22,9 @@ import native_runtime
 import numpy as np
 from bench_kv_memory import prompt
 
+from st3_edge import _libs
 from st3_edge._files import cache_folder
-from st3_edge._machine import commit, processor
+from st3_edge._machine import commit, compiler, processor
 from st3_edge.bench.cache import random_text
 from st3_edge.bench.shapes import SHAPES, TYPES
 
@@ -114,6 +115,7 @@ def main() -> None:
         "processor": processor(),
         "command": "python scripts/bench_annealing.py " + " ".join(sys.argv[1:]),
         "commit": commit(),
+        "compiler": compiler(_libs.path_of("llama")),
     }
     print(json.dumps(told, indent=2))
     if args.json:

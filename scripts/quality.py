@@ -32,8 +32,8 @@ from pathlib import Path
 import native_runtime
 import numpy as np
 
-from st3_edge import _native, divergence
-from st3_edge._machine import commit, processor
+from st3_edge import _libs, _native, divergence
+from st3_edge._machine import commit, compiler, processor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts" / "embedded_model"))
@@ -543,6 +543,7 @@ def main() -> None:
         "grid": args.grid,
         "command": command,
         "commit": commit(),
+        "compiler": compiler(_libs.path_of("llama")),
         "processor": processor(),
         "model": args.model.name,
     }
