@@ -53,16 +53,32 @@ inline const std::function<void(int thread)> * body;
     exit(1);
 }
 
+// ASan has to be told of another stack, where it is in the program.
+#pragma weak __sanitizer_start_switch_fiber
+#pragma weak __sanitizer_finish_switch_fiber
+
+inline void leave_stack(void ** fake, const void * to, size_t size) {
+    if (__sanitizer_start_switch_fiber) {
+        __sanitizer_start_switch_fiber(fake, to, size);
+    }
+}
+
+inline void arrive_on_stack(void * fake, const void ** from, size_t * size) {
+    if (__sanitizer_finish_switch_fiber) {
+        __sanitizer_finish_switch_fiber(fake, from, size);
+    }
+}
+
 inline void to_scheduler(bool last) {
     lane & self = all[now];
 
-    __sanitizer_start_switch_fiber(last ? nullptr : &self.fake_stack, scheduler_stack, scheduler_stack_size);
+    leave_stack(last ? nullptr : &self.fake_stack, scheduler_stack, scheduler_stack_size);
     swapcontext(&self.context, &scheduler);
-    __sanitizer_finish_switch_fiber(self.fake_stack, &scheduler_stack, &scheduler_stack_size);
+    arrive_on_stack(self.fake_stack, &scheduler_stack, &scheduler_stack_size);
 }
 
 inline void enter() {
-    __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
+    arrive_on_stack(nullptr, &scheduler_stack, &scheduler_stack_size);
     (*body)(now);
     all[now].at = state::done;
     to_scheduler(true);
@@ -70,9 +86,9 @@ inline void enter() {
 
 inline void to_lane(int i) {
     now = i;
-    __sanitizer_start_switch_fiber(&scheduler_fake_stack, all[i].stack.data(), STACK_SIZE);
+    leave_stack(&scheduler_fake_stack, all[i].stack.data(), STACK_SIZE);
     swapcontext(&scheduler, &all[i].context);
-    __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
+    arrive_on_stack(scheduler_fake_stack, nullptr, nullptr);
 }
 
 inline void barrier(int site) {

@@ -8,9 +8,6 @@ takes the text, nor how fast they are.
 from __future__ import annotations
 
 import itertools
-import os
-import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -19,48 +16,23 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from emulator import build
 from gguf import GGMLQuantizationType as Kind
 from oracle.attention import attn_span
 from oracle.llama import nmse
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 SEED = 20241220
 TOLERANCE = 1e-6
-KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 HEADS = (64, 80, 96, 128, 256)
-PAIRS = [(kind, d) for kind in KINDS for d in HEADS if d % gguf.GGML_QUANT_SIZES[Kind[kind]][0] == 0]
+PAIRS = [(kind, d) for kind in build.KINDS for d in HEADS if d % gguf.GGML_QUANT_SIZES[Kind[kind]][0] == 0]
 GROUPS = [(1, 1), (4, 4), (8, 2), (6, 2), (32, 8), (7, 1)]
-FLAGS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-strict-aliasing"]
-FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-attributes", "-Wno-unused-function"]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fibers are Linux's")
 
 
-def compile_runner(backend: str, upstream: Path, out: Path) -> Path:
-    """The program that runs the kernels of a backend on cases from stdin."""
-    cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    assert cxx, "no C++ compiler"
-    native = ROOT / "native" / "ggml"
-    sources = [HERE / f"run_{backend}.cpp", native / "attn-span-ref.cpp"]
-    if backend == "metal":
-        subprocess.run(["cmake", f"-DOUT={out}", "-P", ROOT / "cmake" / "GpuKernels.cmake"], check=True)
-        text = (out / "ggml-metal" / "kernels" / "attn_span.metal").read_text()
-        named = re.findall(r'host_name\("(\w+)"\)\]\]\s*kernel logits_t (.+);', text)
-        assert len(named) == 3 * len(KINDS)
-        (out / "instances.inc").write_text("".join(f'{{ "{name}", run_logits<{i}> }},\n' for name, i in named))
-        sources.append(HERE / "metal" / "kernels.cpp")
-    include = [HERE / backend, HERE, out, out / "ggml-metal", native, upstream / "ggml/include", upstream / "ggml/src"]
-    include.append(upstream / "ggml/src/ggml-metal")
-    flags = FLAGS + [f"-I{folder}" for folder in include]
-    runner = out / f"run_{backend}"
-    subprocess.run([*cxx.split(), *flags, *sources, "-x", "c", native / "attn-span-gpu.c", "-o", runner], check=True)
-    return runner
-
-
-@pytest.fixture(scope="module", params=["cuda", "metal"])
+@pytest.fixture(scope="module", params=build.BACKENDS)
 def runner(request: pytest.FixtureRequest, upstream: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_runner(request.param, upstream, tmp_path_factory.mktemp(request.param))
+    return build.runner(request.param, upstream, tmp_path_factory.mktemp(request.param))
 
 
 def strided(rows: np.ndarray, layout: str) -> tuple[bytes, int, int, int]:
@@ -255,7 +227,7 @@ def test_hidden_cells_may_hold_anything(runner: Path) -> None:
     """Breaks if the keys of a cell that is hidden from all reach a result: memory never written may hold NaN."""
     cases = Cases()
     hidden = np.tile(np.where(np.arange(60) % 3 == 0, -np.inf, 0.0), (4, 1))
-    for kind in KINDS:
+    for kind in build.KINDS:
         cases.add(kind, 64, n_q=4, n_kv=60, mask=hidden, spoil=True)
     cases.check(runner)
 

@@ -2,7 +2,7 @@
 
 python device_probe.py LIB_DIR MODEL.gguf KEYS KV_TYPE STEPS [DEVICE.so REFUSED LAYERS]
 
-DEVICE.so is made of counting_device.cpp; REFUSED are the ops that it is to have no kernel for, LAYERS how many are put
+DEVICE.so is emulator/build.device; REFUSED are the ops that it is to have no kernel for, LAYERS how many are put
 there. With KEYS {} the prompt is decoded as stock multimodal code decodes it.
 """
 

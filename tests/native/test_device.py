@@ -1,6 +1,7 @@
 """What a device is asked to do, shown on one that counts: a GPU to ggml, which computes by the CPU backend.
 
-It shows waits, copies and where ops run. It does not show speed, nor that a GPU's kernels are right.
+It shows waits, copies and where ops run, and, with CUDA's or Metal's kernels on emulated lanes for ATTN_SPAN, that the
+runtime asks them for what they can do. It does not show speed.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import cases
 import numpy as np
 import pytest
+from emulator import build
 from native_runtime import lib_dir
 from oracle import llama as oracle
 
@@ -35,29 +38,21 @@ NO_KERNEL, NO_COPY = "ATTN_SPAN", "CONT"
 
 
 @pytest.fixture(scope="module")
-def device(upstream: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The counting device, linked with the libraries under test."""
-    folder, out = lib_dir(), tmp_path_factory.mktemp("device") / "libcounting.so"
-    libraries = [f"-l{name}" for name in ("ggml", "ggml-base")]
-    subprocess.run(
-        ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", out]
-        + [f"-I{upstream / 'ggml' / part}" for part in ("include", "src")]
-        + [HERE / "counting_device.cpp", f"-L{folder}", f"-Wl,-rpath,{folder}", *libraries],
-        check=True,
-    )
-    return out
-
-
-@pytest.fixture(scope="module")
-def run(device: Path, random_gguf: Callable[..., Path]) -> Callable[..., dict]:
-    """Runs device_probe, once for each set of arguments: run(keys, KV type, layers on the device, ops it refuses)."""
+def run(
+    upstream: Path, tmp_path_factory: pytest.TempPathFactory, random_gguf: Callable[..., Path]
+) -> Callable[..., dict]:
+    """Runs device_probe, once for each set of arguments: keys, KV type, layers there, refused ops, emulated kernels."""
     done: dict[tuple, dict] = {}
 
-    def probe(keys: dict, kv: str, layers: int = ALL, refused: str = "") -> dict:
-        key = json.dumps(keys), kv, layers, refused
+    @cache
+    def device(kernels: str | None) -> Path:
+        return build.device(upstream, tmp_path_factory.mktemp("device"), lib_dir(), kernels)
+
+    def probe(keys: dict, kv: str, layers: int = ALL, refused: str = "", kernels: str | None = None) -> dict:
+        key = json.dumps(keys), kv, layers, refused, kernels
         if key not in done:
             what = [lib_dir(), random_gguf(SHAPE), key[0], kv, str(STEPS)]
-            where = [device, refused, str(layers)] if layers else []
+            where = [device(kernels), refused, str(layers)] if layers else []
             made = subprocess.run(
                 [sys.executable, HERE / "device_probe.py", *what, *where],
                 env={**os.environ, "PYTHONPATH": str(HERE.parents[1] / "scripts")},
@@ -88,6 +83,17 @@ def test_the_device_chooses_as_the_cpu(run, name: str, layers: int, refused: str
     assert on_device["kept"] == on_cpu["kept"]
     assert on_device["positions"] == on_cpu["positions"]
     assert oracle.nmse(np.array(on_device["logits"]), np.array(on_cpu["logits"])) < 1e-6  # cells lie in another order
+
+
+@pytest.mark.parametrize("kernels", build.BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_emulated_kernels_choose_as_the_cpu(run, name: str, kernels: str) -> None:
+    """Breaks if the runtime's tensors are not laid out as the kernels read them, or scratch memory is too small."""
+    on_cpu, emulated = run(*CASES[name], layers=0), run(*CASES[name], kernels=kernels)
+    assert emulated["kept"] == on_cpu["kept"]
+    assert emulated["positions"] == on_cpu["positions"]
+    assert oracle.nmse(np.array(emulated["logits"]), np.array(on_cpu["logits"])) < 1e-6
+    assert all(row["graphs"] == 1 for row in (emulated["prefill"], *emulated["steps"]))
 
 
 @pytest.mark.parametrize("refused", ["", NO_KERNEL])

@@ -1,9 +1,9 @@
-// case.h - one call of the op, read from stdin as test_attn_span_kernels.py writes it, and its results.
-#pragma once
+// run_cases.cpp - calls of the op, read from stdin as test_attn_span_kernels.py writes them, and their results.
+#include "emulate.h"
 
-#include "attn-span-gpu.h"
 #include "attn-span-ref.h"
 #include "attn-span.h"
+#include "ggml-backend-impl.h"
 #include "ggml-impl.h"
 #include "lanes.h"
 
@@ -20,30 +20,28 @@ struct test_case {
     int64_t q_size, k_size, mask_size;
     double  scale;
 
-    bool read() {
-        if (!read_some(&seed, 22) || !read_some(&scale, 1)) {
-            return false;
-        }
-        lanes::rng.seed((uint32_t) seed);
-        return true;
-    }
+    bool read() { return read_some(&seed, 22) && read_some(&scale, 1); }
 };
+
+static ggml_backend_buffer buffer;  // of which only the address is used
 
 // The tensors of a case, each in memory of exactly its size.
 struct test_op {
+    const emulated_op &   op;
     test_case             c;
     ggml_tensor           q = {}, k = {}, mask = {}, ids = {}, dst = {};
     lanes::fresh<char>    q_data, k_data, mask_data;
     lanes::fresh<int32_t> ids_data;
     lanes::fresh<char>    dst_data;  // with what the backend asks for besides
 
-    test_op(const test_case & c, size_t (*extra)(const ggml_tensor *) = nullptr) :
+    test_op(const emulated_op & op, const test_case & c) :
+        op(op),
         c(c),
         q_data(c.q_size),
         k_data(c.k_size),
         mask_data(c.mask_size),
         ids_data(c.n_span),
-        dst_data(describe(extra)) {
+        dst_data(describe()) {
         if (!read_some(q_data.data, c.q_size) || !read_some(k_data.data, c.k_size) ||
             !read_some(mask_data.data, c.mask_size) || !read_some(ids_data.data, c.n_span)) {
             lanes::fail("a case is cut short", 0);
@@ -56,13 +54,13 @@ struct test_op {
     }
 
     // Writes whether the kernels take the call, what they made of it, and what is right.
-    template <typename F> void run(const F & f) {
-        const int64_t       taken = ggml_attn_span_gpu_supports(&dst);
+    void run() {
+        const int64_t       taken = op.supports(&dst);
         std::vector<float>  got(c.n_span);
         std::vector<double> want(c.n_span);
 
         if (taken) {
-            f(&dst);
+            op.compute(&dst, (int) c.n_sm, (unsigned) c.seed);
             memcpy(got.data(), dst_data.data, c.n_span * sizeof(float));
         }
 
@@ -82,7 +80,7 @@ struct test_op {
     }
 
   private:
-    size_t describe(size_t (*extra)(const ggml_tensor *)) {
+    size_t describe() {
         set(q, GGML_TYPE_F32, c.d, c.n_q, c.n_head, 4, c.q_row, c.q_head, c.q_first);
         set(k, (ggml_type) c.k_kind, c.d, c.n_kv, c.n_head_kv, 0, c.k_cell, c.k_head, c.k_first);
         set(mask, c.mask_f16 ? GGML_TYPE_F16 : GGML_TYPE_F32, c.n_kv, c.n_q, 1, c.mask_f16 ? 2 : 4, c.mask_row, 0,
@@ -101,7 +99,7 @@ struct test_op {
         dst.src[2] = &mask;
         dst.src[3] = &ids;
 
-        return sizeof(float) * c.n_span + (extra && ggml_attn_span_gpu_supports(&dst) ? extra(&dst) : 0);
+        return sizeof(float) * c.n_span + (op.supports(&dst) ? op.extra(&dst) : 0);
     }
 
     static void
@@ -116,6 +114,7 @@ struct test_op {
         t.nb[1]     = nb1;
         t.nb[2]     = nb2;
         t.view_offs = first;
+        t.buffer    = &buffer;
     }
 };
 
@@ -131,4 +130,24 @@ extern "C" size_t ggml_nbytes(const ggml_tensor * t) {
 extern "C" void ggml_abort(const char * file, int line, const char *, ...) {
     fprintf(stderr, "%s:%d: aborted\n", file, line);
     exit(1);
+}
+
+extern "C" const char * ggml_type_name(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_F32: return "f32";
+        case GGML_TYPE_F16: return "f16";
+        case GGML_TYPE_BF16: return "bf16";
+        case GGML_TYPE_Q8_0: return "q8_0";
+        case GGML_TYPE_Q4_0: return "q4_0";
+        case GGML_TYPE_Q4_1: return "q4_1";
+        case GGML_TYPE_Q5_0: return "q5_0";
+        case GGML_TYPE_Q5_1: return "q5_1";
+        default: return "?";
+    }
+}
+
+int main() {
+    for (test_case c; c.read();) {
+        test_op(*emulated_attn_span(), c).run();
+    }
 }

@@ -1,7 +1,10 @@
-// counting_device.cpp - a GPU as ggml sees one: memory of its own, and the CPU backend to compute with. It counts what would
-// cost a real one: waits of the host, copies over the bus, and graphs (a graph is split where an op has to run elsewhere).
+// counting_device.cpp - a GPU as ggml sees one: memory of its own, and the CPU backend to compute with; linked with an
+// emulate_*.cpp, it computes ATTN_SPAN by that backend's kernels. It counts what would cost a real one: waits of the host,
+// copies over the bus, and graphs (a graph is split where an op has to run elsewhere).
+#include "emulate.h"
 #include "ggml-backend-impl.h"
 #include "ggml-backend.h"
+#include "ggml-impl.h"
 
 #include <cstdlib>
 #include <cstring>
@@ -27,7 +30,11 @@ void device_register(const char * refused);
 device_counts device_take(void);
 }
 
+#pragma weak emulated_attn_span
+
 namespace {
+
+constexpr int N_SM = 16;  // of the emulated GPU
 
 std::set<std::string> refused_ops;
 device_counts         counts;
@@ -39,6 +46,11 @@ void count(int64_t device_counts::*what, int64_t n) {
 }
 
 ggml_backend_dev_t cpu_device() { return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); }
+
+// The op as a GPU's kernels compute it, or null.
+const emulated_op * emulated(const ggml_tensor * op) {
+    return op->op == GGML_OP_ATTN_SPAN && emulated_attn_span ? emulated_attn_span() : nullptr;
+}
 
 ggml_backend_dev_t         the_device();
 ggml_backend_buffer_type_t the_buffer_type();
@@ -98,12 +110,17 @@ ggml_backend_buffer_t buffer_new(ggml_backend_buffer_type_t buft, size_t size) {
 
 size_t alignment(ggml_backend_buffer_type_t) { return 64; }
 
+size_t alloc_size(ggml_backend_buffer_type_t, const ggml_tensor * t) {
+    return ggml_nbytes(t) + (emulated(t) ? emulated(t)->extra(t) : 0);
+}
+
 ggml_backend_buffer_type_t the_buffer_type() {
     static ggml_backend_buffer_type res = [] {
         ggml_backend_buffer_type t = {};
         t.iface.get_name           = name;
         t.iface.alloc_buffer       = buffer_new;
         t.iface.get_alignment      = alignment;
+        t.iface.get_alloc_size     = alloc_size;
         t.device                   = the_device();
         return t;
     }();
@@ -134,8 +151,29 @@ void get_async(ggml_backend_t, const ggml_tensor * t, void * data, size_t offset
 void backend_synchronize(ggml_backend_t) { count(&device_counts::waits, 1); }
 
 ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph * graph) {
+    static unsigned seed;
+    int             done = 0;
+
+    // the CPU computes all up to node n
+    const auto up_to = [&](int n) {
+        ggml_cgraph part   = ggml_graph_view(graph, done, n);
+        ggml_status status = part.n_nodes ? ggml_backend_graph_compute(cpu_of(backend), &part) : GGML_STATUS_SUCCESS;
+        done               = n;
+        return status;
+    };
+
     count(&device_counts::graphs, 1);
-    return ggml_backend_graph_compute(cpu_of(backend), graph);
+    for (int i = 0; i < graph->n_nodes; ++i) {
+        if (const emulated_op * op = emulated(graph->nodes[i])) {
+            const ggml_status status = up_to(i);
+            if (status != GGML_STATUS_SUCCESS) {
+                return status;
+            }
+            op->compute(graph->nodes[i], N_SM, ++seed);
+            done = i + 1;
+        }
+    }
+    return up_to(graph->n_nodes);
 }
 
 ggml_backend_t backend_new(ggml_backend_dev_t dev, const char *) {
@@ -174,7 +212,8 @@ void properties(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
 ggml_backend_buffer_type_t buffer_type(ggml_backend_dev_t) { return the_buffer_type(); }
 
 bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
-    return !refused_ops.count(ggml_op_name(op->op)) && ggml_backend_dev_supports_op(cpu_device(), op);
+    const bool able = emulated(op) ? emulated(op)->supports(op) : ggml_backend_dev_supports_op(cpu_device(), op);
+    return able && !refused_ops.count(ggml_op_name(op->op));
 }
 
 bool supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t buft) { return buft == the_buffer_type(); }

@@ -1,6 +1,7 @@
-// run_metal.cpp - runs attn-span.metal, as its host in attn-span-metal.cpp asks for it, on the cases from stdin.
+// emulate_metal.cpp - attn-span.metal, as its host in attn-span-metal.cpp asks for it, on lanes.
 #include "attn-span-metal.cpp"
-#include "case.h"
+#include "emulate.h"
+#include "lanes.h"
 #include "metal/kernels.h"
 
 #include <array>
@@ -96,34 +97,17 @@ void ggml_metal_encoder_dispatch_threadgroups(
 void ggml_metal_encoder_memory_barrier(ggml_metal_encoder_t enc) { enc->flush(); }
 
 ggml_metal_buffer_id ggml_metal_buffer_get_id(ggml_metal_buffer_t, const ggml_tensor * t) { return { t->data, 0 }; }
-
-const char * ggml_type_name(ggml_type type) {
-    switch (type) {
-        case GGML_TYPE_F32: return "f32";
-        case GGML_TYPE_F16: return "f16";
-        case GGML_TYPE_BF16: return "bf16";
-        case GGML_TYPE_Q8_0: return "q8_0";
-        case GGML_TYPE_Q4_0: return "q4_0";
-        case GGML_TYPE_Q4_1: return "q4_1";
-        case GGML_TYPE_Q5_0: return "q5_0";
-        case GGML_TYPE_Q5_1: return "q5_1";
-        default: return "?";
-    }
-}
 }
 
-int main() {
-    ggml_backend_buffer buffer = {};
+static void compute(ggml_tensor * op, int, unsigned seed) {
+    ggml_metal_encoder enc;
 
-    for (test_case c; c.read();) {
-        test_op op(c, ggml_metal_attn_span_extra);
-        for (ggml_tensor * t : { &op.q, &op.k, &op.mask, &op.ids, &op.dst }) {
-            t->buffer = &buffer;
-        }
-        op.run([](ggml_tensor * dst) {
-            ggml_metal_encoder enc;
-            ggml_metal_attn_span(nullptr, &enc, dst);
-            enc.flush();
-        });
-    }
+    lanes::rng.seed(seed);
+    ggml_metal_attn_span(nullptr, &enc, op);
+    enc.flush();
+}
+
+const emulated_op * emulated_attn_span(void) {
+    static const emulated_op op = { ggml_attn_span_gpu_supports, ggml_metal_attn_span_extra, compute };
+    return &op;
 }

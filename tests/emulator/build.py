@@ -1,0 +1,59 @@
+"""Compiles what stands in for a GPU: kernels on emulated lanes, and a device that ggml takes for one.
+
+runner(backend, upstream, out)               a program that runs a backend's kernels on cases from stdin, sanitized
+device(upstream, out, libraries[, backend])  a library with the counting device, which computes by the CPU backend, and
+                                             ATTN_SPAN by the kernels of a backend if one is named
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+NATIVE = ROOT / "native" / "ggml"
+BACKENDS = ("cuda", "metal")
+KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-attributes", "-Wno-unused-function"]
+SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def run_compiler(flags: list[str], sources: list[Path], upstream: Path, out: Path, after: list[str]) -> Path:
+    """C++ of ours against upstream's headers; raises CalledProcessError."""
+    cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if not cxx:
+        raise FileNotFoundError("no C++ compiler")
+    include = [HERE, NATIVE, upstream / "ggml/include", upstream / "ggml/src", upstream / "ggml/src/ggml-metal"]
+    command = [*cxx.split(), "-fno-strict-aliasing", *WARNINGS, *flags, *(f"-I{path}" for path in include)]
+    subprocess.run([*command, *sources, *after, "-o", out], check=True)
+    return out
+
+
+def kernels(backend: str, out: Path) -> tuple[list[str], list[Path], list[str]]:
+    """Flags, sources and what follows them, of a backend's kernels on lanes; `out` is for what is generated."""
+    flags, sources = [f"-I{HERE / backend}", f"-I{out}", f"-I{out / 'ggml-metal'}"], [HERE / f"emulate_{backend}.cpp"]
+    if backend == "metal":
+        subprocess.run(["cmake", f"-DOUT={out}", "-P", ROOT / "cmake" / "GpuKernels.cmake"], check=True)
+        text = (out / "ggml-metal" / "kernels" / "attn_span.metal").read_text()
+        named = re.findall(r'host_name\("(\w+)"\)\]\]\s*kernel logits_t (.+);', text)
+        assert len(named) == 3 * len(KINDS)
+        (out / "instances.inc").write_text("".join(f'{{ "{name}", run_logits<{i}> }},\n' for name, i in named))
+        sources.append(HERE / "metal" / "kernels.cpp")
+    return flags, sources, ["-x", "c", str(NATIVE / "attn-span-gpu.c"), "-x", "none"]
+
+
+def runner(backend: str, upstream: Path, out: Path) -> Path:
+    flags, sources, after = kernels(backend, out)
+    sources = [HERE / "run_cases.cpp", *sources, NATIVE / "attn-span-ref.cpp"]
+    return run_compiler([*SANITIZED, *flags], sources, upstream, out / f"run_{backend}", after)
+
+
+def device(upstream: Path, out: Path, libraries: Path, backend: str | None = None) -> Path:
+    flags, sources, after = kernels(backend, out) if backend else ([], [], [])
+    sources = [HERE / "counting_device.cpp", *sources]
+    after = [*after, f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lggml", "-lggml-base"]
+    return run_compiler(["-O2", "-shared", "-fPIC", *flags], sources, upstream, out / "libdevice.so", after)
