@@ -1,6 +1,9 @@
 """The visual tokens that the embedded model keeps on a GPU and on the CPU, picture by picture.
 
-python scripts/gpu_parity.py [--images 200] [--budget 0.30] [--json OUT]
+python scripts/gpu_parity.py [--images 200] [--budget 0.30] [--emulate cuda|metal] [--json OUT]
+
+With --emulate there is no GPU: the decoder runs on a device that computes by the CPU backend, and scores by a GPU
+backend's kernels on emulated lanes (tests/emulator).
 
 Both start from the same embeddings, made on the CPU. Where the two keep other tokens at a cut, the oracle of the tests
 says how far apart their scores are in double precision; a relative margin below 1e-3 is a near-tie. Cuts after such a
@@ -10,6 +13,7 @@ one start from other tokens and are not compared.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import json
 import os
@@ -25,12 +29,15 @@ for folder in (ROOT, ROOT / "tests", ROOT / "scripts", ROOT / "scripts" / "embed
 import native_runtime  # noqa: E402
 import numpy as np  # noqa: E402
 import scenes  # noqa: E402
+from emulator import build  # noqa: E402
 from native_runtime import Context, Image, Model, Runtime, Vision  # noqa: E402
 
-from st3_edge import demo  # noqa: E402
+from st3_edge import _doctor, demo  # noqa: E402
+from st3_edge._machine import commit, processor  # noqa: E402
 
 NEAR_TIE = 1e-3
-WHERE = {"cpu": {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}, "gpu": {"ST3_GPU_LAYERS": "999"}}
+HIDE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES")
+WHERE = {"cpu": dict.fromkeys(HIDE, ""), "gpu": {"ST3_GPU_LAYERS": "999"}}
 
 
 def keys(budget: float) -> dict[str, native_runtime.Value]:
@@ -50,6 +57,8 @@ def work(args: argparse.Namespace, where: str) -> None:
     if folder is None:
         raise SystemExit("no native libraries: set ST3_LIB_DIR")
     rt, (path, mmproj) = Runtime(folder), demo.model_paths()
+    if args.device:
+        ctypes.CDLL(str(args.device)).device_register(b"")
     if where == "gpu" and not rt.llama.llama_supports_gpu_offload():
         raise SystemExit(f"no GPU for the libraries in {folder}")
     with Model(rt, path, keys(args.budget)) as model:
@@ -66,7 +75,16 @@ def work(args: argparse.Namespace, where: str) -> None:
                     raise SystemExit(f"prefill failed: {rt.last_error()}")
                 n_cuts = len(ctx.report()["cuts"])
                 out.append({"kept": [k.tolist() for k in ctx.kept(n_cuts)], "token": int(np.argmax(ctx.logits()))})
-    (args.work / f"{where}.json").write_text(json.dumps(out))
+    devices = [d["description"] for d in _doctor.devices(rt.lib) if d["backend"] != "CPU"]
+    (args.work / f"{where}.json").write_text(json.dumps({"device": devices[:1], "pictures": out}))
+
+
+def emulated_device(backend: str, out: Path) -> Path:
+    """The library that registers one."""
+    upstream, libraries = ROOT / "build" / "tests" / "upstream", native_runtime.lib_dir()
+    assert libraries is not None
+    subprocess.run([sys.executable, ROOT / "vendor" / "upstream.py", "--dest", upstream], check=True)
+    return build.device(upstream, out, libraries, backend)
 
 
 def margins(args: argparse.Namespace, both: list[tuple[dict, dict]]) -> list[dict]:
@@ -99,8 +117,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--budget", type=float, default=0.3)
+    parser.add_argument("--emulate", choices=build.BACKENDS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--device", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--where", choices=WHERE, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.where:
@@ -110,20 +130,29 @@ def main() -> None:
         args.work = Path(folder)
         for where, env in WHERE.items():
             command = [sys.executable, __file__, "--images", str(args.images), "--budget", str(args.budget)]
+            if args.emulate and where == "gpu":
+                command += ["--device", str(emulated_device(args.emulate, args.work))]
             subprocess.run([*command, "--work", folder, "--where", where], env=os.environ | env, check=True)
         cpu, gpu = (json.loads((args.work / f"{where}.json").read_text()) for where in WHERE)
-        both = list(zip(cpu, gpu, strict=True))
+        both = list(zip(cpu["pictures"], gpu["pictures"], strict=True))
         differing = margins(args, both)
     ties = sum(d["margin"] < NEAR_TIE for d in differing)
     result = {
+        "device": f"{args.emulate} kernels, emulated" if args.emulate else gpu["device"][0],
         "pictures": len(both),
         "equal": len(both) - len(differing),
         "near_ties": ties,
         "other": len(differing) - ties,
         "same_first_token": sum(a["token"] == b["token"] for a, b in both),
         "differing": differing,
+        "command": "python scripts/gpu_parity.py " + " ".join(sys.argv[1:]),
+        "commit": commit(),
+        "processor": processor(),
     }
-    print(", ".join(f"{value} {name.replace('_', ' ')}" for name, value in result.items() if name != "differing"))
+    print(
+        "{device}: {pictures} pictures, {equal} equal, {near_ties} with near-ties, {other} with other differences, "
+        "{same_first_token} with the same first token".format(**result)
+    )
     for d in differing:
         print("picture {picture}: {tokens} of {of} tokens differ at cut {cut}, margin {margin:.1e}".format(**d))
     if args.json:

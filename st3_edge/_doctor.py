@@ -38,7 +38,7 @@ def examine() -> dict[str, Any]:
     found["ggml"] = ggml_version(bindings)
     found["cpu_features"] = cpu_features(bindings)
     found["amx"] = _amx(found["cpu_features"])
-    found["devices"] = _devices(lib)
+    found["devices"] = devices(lib)
     return found
 
 
@@ -124,22 +124,23 @@ def _amx(features: list[str]) -> str | None:
     return None
 
 
-def _devices(lib: ctypes.CDLL) -> list[dict[str, str]]:
+def devices(lib: ctypes.CDLL) -> list[dict[str, str]]:
+    """ggml's devices, as libllama, or libggml, in `lib` knows them: name, description and backend of each."""
     pointer = ctypes.c_void_p
     lib.ggml_backend_dev_count.restype = ctypes.c_size_t
     lib.ggml_backend_dev_get.argtypes, lib.ggml_backend_dev_get.restype = [ctypes.c_size_t], pointer
     for name in ("ggml_backend_dev_name", "ggml_backend_dev_description", "ggml_backend_reg_name"):
         getattr(lib, name).argtypes, getattr(lib, name).restype = [pointer], ctypes.c_char_p
     lib.ggml_backend_dev_backend_reg.argtypes, lib.ggml_backend_dev_backend_reg.restype = [pointer], pointer
-    devices = []
+    found = []
     for i in range(lib.ggml_backend_dev_count()):
         device = lib.ggml_backend_dev_get(i)
         registry = lib.ggml_backend_dev_backend_reg(device)
-        devices.append(
+        found.append(
             {
                 "name": lib.ggml_backend_dev_name(device).decode(),
                 "description": lib.ggml_backend_dev_description(device).decode(),
                 "backend": lib.ggml_backend_reg_name(registry).decode(),
             }
         )
-    return devices
+    return found
