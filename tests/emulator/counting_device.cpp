@@ -8,11 +8,15 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <sstream>
 #include <string>
 #include <utility>
+#include <vector>
 
 extern "C" {
 
@@ -127,53 +131,104 @@ ggml_backend_buffer_type_t the_buffer_type() {
     return &res;
 }
 
-// the queue
+// the queue: work waits until the host does, so that what reads or overwrites too early does so always
+
+struct queue {
+    ggml_backend_t                     cpu;
+    std::vector<std::function<void()>> waiting;
+
+    void run() {
+        for (const auto & work : std::exchange(waiting, {})) {
+            work();
+        }
+    }
+};
 
 const char * name(ggml_backend_t) { return "Counting"; }
 
-ggml_backend_t cpu_of(ggml_backend_t backend) { return (ggml_backend_t) backend->context; }
+queue & queue_of(ggml_backend_t backend) { return *(queue *) backend->context; }
 
 void backend_free(ggml_backend_t backend) {
-    ggml_backend_free(cpu_of(backend));
+    queue_of(backend).run();
+    ggml_backend_free(queue_of(backend).cpu);
+    delete &queue_of(backend);
     delete backend;
 }
 
-void set_async(ggml_backend_t, ggml_tensor * t, const void * data, size_t offset, size_t size) {
+void set_async(ggml_backend_t backend, ggml_tensor * t, const void * data, size_t offset, size_t size) {
+    void * to = (char *) t->data + offset;
+
     count(&device_counts::bytes_in, (int64_t) size);
-    memcpy((char *) t->data + offset, data, size);
+    queue_of(backend).waiting.push_back([=] { memcpy(to, data, size); });
 }
 
-void get_async(ggml_backend_t, const ggml_tensor * t, void * data, size_t offset, size_t size) {
+void get_async(ggml_backend_t backend, const ggml_tensor * t, void * data, size_t offset, size_t size) {
+    const void * from = (const char *) t->data + offset;
+
     count(&device_counts::bytes_out, (int64_t) size);
-    memcpy(data, (const char *) t->data + offset, size);
+    queue_of(backend).waiting.push_back([=] { memcpy(data, from, size); });
 }
 
-void backend_synchronize(ggml_backend_t) { count(&device_counts::waits, 1); }
+void backend_synchronize(ggml_backend_t backend) {
+    count(&device_counts::waits, 1);
+    queue_of(backend).run();
+}
 
-ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph * graph) {
-    static unsigned seed;
-    int             done = 0;
-
-    // the CPU computes all up to node n
-    const auto up_to = [&](int n) {
-        ggml_cgraph part   = ggml_graph_view(graph, done, n);
-        ggml_status status = part.n_nodes ? ggml_backend_graph_compute(cpu_of(backend), &part) : GGML_STATUS_SUCCESS;
-        done               = n;
-        return status;
-    };
-
-    count(&device_counts::graphs, 1);
-    for (int i = 0; i < graph->n_nodes; ++i) {
-        if (const emulated_op * op = emulated(graph->nodes[i])) {
-            const ggml_status status = up_to(i);
-            if (status != GGML_STATUS_SUCCESS) {
-                return status;
-            }
-            op->compute(graph->nodes[i], N_SM, ++seed);
-            done = i + 1;
+// A graph as it was when it was handed over: its tensors may be gone when it is computed.
+class graph_copy {
+  public:
+    explicit graph_copy(const ggml_cgraph * graph) {
+        for (int i = 0; i < graph->n_nodes; ++i) {
+            nodes.push_back(copy(graph->nodes[i]));
         }
     }
-    return up_to(graph->n_nodes);
+
+    void compute(ggml_backend_t cpu) {
+        static unsigned seed;
+
+        for (size_t done = 0; done < nodes.size();) {
+            if (const emulated_op * op = emulated(nodes[done])) {
+                op->compute(nodes[done++], N_SM, ++seed);
+                continue;
+            }
+            const size_t begin = done;
+            while (done < nodes.size() && !emulated(nodes[done])) {
+                ++done;
+            }
+            ggml_cgraph part = {};
+            part.nodes       = nodes.data() + begin;
+            part.n_nodes = part.size = (int) (done - begin);
+            part.visited_hash_set    = { 1, &none, &no_key };  // nothing is fused
+            GGML_ASSERT(ggml_backend_graph_compute(cpu, &part) == GGML_STATUS_SUCCESS);
+        }
+    }
+
+  private:
+    std::map<const ggml_tensor *, std::unique_ptr<ggml_tensor>> copies;
+    std::vector<ggml_tensor *>                                  nodes;
+    ggml_bitset_t                                               none   = 0;
+    ggml_tensor *                                               no_key = nullptr;
+
+    ggml_tensor * copy(const ggml_tensor * t) {
+        auto & res = copies[t];
+        if (t && !res) {
+            res           = std::make_unique<ggml_tensor>(*t);
+            res->view_src = copy(t->view_src);
+            for (auto & src : res->src) {
+                src = copy(src);
+            }
+        }
+        return res.get();
+    }
+};
+
+ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph * graph) {
+    const auto copy = std::make_shared<graph_copy>(graph);
+    queue &    q    = queue_of(backend);
+
+    count(&device_counts::graphs, 1);
+    q.waiting.push_back([=, cpu = q.cpu] { copy->compute(cpu); });
+    return GGML_STATUS_SUCCESS;
 }
 
 ggml_backend_t backend_new(ggml_backend_dev_t dev, const char *) {
@@ -182,7 +237,7 @@ ggml_backend_t backend_new(ggml_backend_dev_t dev, const char *) {
     auto * res                  = new ggml_backend{};
     res->guid                   = &guid;
     res->device                 = dev;
-    res->context                = ggml_backend_dev_init(cpu_device(), nullptr);
+    res->context                = new queue{ ggml_backend_dev_init(cpu_device(), nullptr), {} };
     res->iface.get_name         = name;
     res->iface.free             = backend_free;
     res->iface.set_tensor_async = set_async;
