@@ -138,14 +138,27 @@ st3_graph_input::st3_graph_input(const llm_graph_context & g, const st3_memory_c
     pack(g.ctx0, hosts);
 }
 
+// The type of the input that holds t: I64 goes as I32, since hardly a backend copies it.
+static ggml_type packed_type(const ggml_tensor * t) { return t->type == GGML_TYPE_I64 ? GGML_TYPE_I32 : t->type; }
+
+// The bytes of input, a vector, from offset on, as a tensor like t.
+static ggml_tensor * view_as(ggml_context * ctx0, ggml_tensor * input, const ggml_tensor * t, size_t offset) {
+    ggml_tensor * res = ggml_view_1d(ctx0, input, (int64_t) (ggml_nbytes(t) / ggml_type_size(input->type)), offset);
+
+    res->type = t->type;
+    std::copy_n(t->ne, GGML_MAX_DIMS, res->ne);
+    std::copy_n(t->nb, GGML_MAX_DIMS, res->nb);
+    return res;
+}
+
 void st3_graph_input::pack(ggml_context * ctx0, const std::vector<ggml_tensor *> & hosts) {
-    constexpr size_t ALIGNMENT = 128;      // of slices: more than any kernel asks of its sources
+    constexpr size_t ALIGNMENT = 256;      // of slices: more than any kernel asks of its sources
     constexpr size_t MAX_COPY  = 1 << 20;  // a prompt's masks take long to compute with anyway, and much memory
 
     std::map<ggml_type, size_t> sizes;
     std::vector<size_t>         offsets;
     for (const auto * t : hosts) {
-        size_t & size = sizes[t->type];
+        size_t & size = sizes[packed_type(t)];
         offsets.push_back(size);
         size += GGML_PAD(ggml_nbytes(t), ALIGNMENT);
     }
@@ -169,9 +182,7 @@ void st3_graph_input::pack(ggml_context * ctx0, const std::vector<ggml_tensor *>
     for (size_t i = 0; i < hosts.size(); ++i) {
         const ggml_tensor * t = hosts[i];
         for (const int place : { HOST, DEVICE }) {
-            slices[t][place] = ggml_view_4d(
-                    ctx0, inputs[t->type][place], t->ne[0], t->ne[1], t->ne[2], t->ne[3], t->nb[1], t->nb[2], t->nb[3],
-                    offsets[i]);
+            slices[t][place] = view_as(ctx0, inputs[packed_type(t)][place], t, offsets[i]);
         }
     }
 
