@@ -62,6 +62,7 @@ if command -v compute-sanitizer >/dev/null; then
 fi
 step bandwidth "$python" scripts/bench_attn_span.py --json "$results/bandwidth.json"
 step kept-tokens "$python" scripts/gpu_parity.py --json "$results/kept-tokens.json"
+step kept-tokens-q8_0 "$python" scripts/gpu_parity.py --quantized --json "$results/kept-tokens-q8_0.json"
 if [ "$shape" != none ]; then
     step bench sh -c '"$1" -m st3_edge bench --shape "$2" --against off --n-gpu-layers -1 --json >"$3"' \
         - "$python" "$shape" "$results/bench.json"

@@ -1,13 +1,16 @@
 """The visual tokens that the embedded model keeps on a GPU and on the CPU, picture by picture.
 
-python scripts/gpu_parity.py [--images 200] [--budget 0.30] [--emulate cuda|metal] [--json OUT]
+python scripts/gpu_parity.py [--images 200] [--budget 0.30] [--quantized] [--emulate cuda|metal] [--json OUT]
 
 With --emulate there is no GPU: the decoder runs on a device that computes by the CPU backend, and scores by a GPU
 backend's kernels on emulated lanes (tests/emulator).
 
-Both start from the same embeddings, made on the CPU. Where the two keep other tokens at a cut, the oracle of the tests
-says how far apart their scores are in double precision; a relative margin below 1e-3 is a near-tie. Cuts after such a
-one start from other tokens and are not compared.
+Both start from the same embeddings, made on the CPU. The decoder is the package's with its weights as F32; with
+--quantized they stay Q8_0, and then products round activations, which each backend does in its own way, if at all.
+
+Where the two keep other tokens at a cut, the oracle of the tests says how far apart their scores are in double
+precision; a relative margin below 1e-3 is a near-tie. Cuts after such a one start from other tokens and are not
+compared.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import ctypes
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,6 +35,7 @@ import numpy as np  # noqa: E402
 import scenes  # noqa: E402
 from emulator import build  # noqa: E402
 from native_runtime import Context, Image, Model, Runtime, Vision  # noqa: E402
+from oracle.exact import write_exact  # noqa: E402
 
 from st3_edge import _doctor, demo  # noqa: E402
 from st3_edge._machine import commit, processor  # noqa: E402
@@ -56,12 +61,12 @@ def work(args: argparse.Namespace, where: str) -> None:
     folder = native_runtime.lib_dir()
     if folder is None:
         raise SystemExit("no native libraries: set ST3_LIB_DIR")
-    rt, (path, mmproj) = Runtime(folder), demo.model_paths()
+    rt, (_, mmproj) = Runtime(folder), demo.model_paths()
     if args.device:
         ctypes.CDLL(str(args.device)).device_register(b"")
     if where == "gpu" and not rt.llama.llama_supports_gpu_offload():
         raise SystemExit(f"no GPU for the libraries in {folder}")
-    with Model(rt, path, keys(args.budget)) as model:
+    with Model(rt, args.work / "model.gguf", keys(args.budget)) as model:
         file = args.work / "embeddings.npy"
         if where == "cpu":
             vision = Vision(model, mmproj)
@@ -92,7 +97,7 @@ def margins(args: argparse.Namespace, both: list[tuple[dict, dict]]) -> list[dic
     from oracle import llama as oracle
     from oracle import schedule
 
-    rt, (path, _) = Runtime(native_runtime.lib_dir()), demo.model_paths()
+    rt, path = Runtime(native_runtime.lib_dir()), args.work / "model.gguf"
     decoder, embeddings, out = oracle.Decoder(path), np.load(args.work / "embeddings.npy"), []
     with Model(rt, path, keys(args.budget)) as model:
         named = {k.removeprefix("st3."): v for k, v in keys(args.budget).items()}
@@ -117,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--budget", type=float, default=0.3)
+    parser.add_argument("--quantized", action="store_true")
     parser.add_argument("--emulate", choices=build.BACKENDS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -128,6 +134,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         args.work = Path(folder)
+        (shutil.copy if args.quantized else write_exact)(demo.model_paths()[0], args.work / "model.gguf")
         for where, env in WHERE.items():
             command = [sys.executable, __file__, "--images", str(args.images), "--budget", str(args.budget)]
             if args.emulate and where == "gpu":
@@ -139,6 +146,7 @@ def main() -> None:
     ties = sum(d["margin"] < NEAR_TIE for d in differing)
     result = {
         "device": f"{args.emulate} kernels, emulated" if args.emulate else gpu["device"][0],
+        "weights": "Q8_0" if args.quantized else "F32",
         "pictures": len(both),
         "equal": len(both) - len(differing),
         "near_ties": ties,
@@ -150,8 +158,8 @@ def main() -> None:
         "processor": processor(),
     }
     print(
-        "{device}: {pictures} pictures, {equal} equal, {near_ties} with near-ties, {other} with other differences, "
-        "{same_first_token} with the same first token".format(**result)
+        "{device}, {weights} weights: {pictures} pictures, {equal} equal, {near_ties} with near-ties, "
+        "{other} with other differences, {same_first_token} with the same first token".format(**result)
     )
     for d in differing:
         print("picture {picture}: {tokens} of {of} tokens differ at cut {cut}, margin {margin:.1e}".format(**d))

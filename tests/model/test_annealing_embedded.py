@@ -20,6 +20,7 @@ import native_runtime  # noqa: E402
 from annealing import NEAR_TIE, Conversation  # noqa: E402
 from oracle import llama as oracle  # noqa: E402
 from oracle import schedule  # noqa: E402
+from oracle.exact import write_exact  # noqa: E402
 
 N_LAYER, N_STEPS = 16, 12
 TALLY: dict[str, int] = {}
@@ -45,19 +46,9 @@ def rt() -> Iterator[native_runtime.Runtime]:
 
 @pytest.fixture(scope="module")
 def exact(files: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded text model with its weights as F32: the same numbers, and products that round nothing."""
+    """The embedded text model with its weights as F32."""
     path = tmp_path_factory.mktemp("exact") / "model.gguf"
-    reader, writer = gguf.GGUFReader(files[0]), gguf.GGUFWriter(path, "llama")
-    for name, f in reader.fields.items():
-        if not name.startswith(("GGUF.", "general.architecture", "general.file_type")):
-            writer.add_key_value(name, f.contents(), f.types[0], sub_type=f.types[-1] if len(f.types) > 1 else None)
-    for t in reader.tensors:
-        shape = [int(n) for n in reversed(t.shape)]
-        writer.add_tensor(t.name, gguf.quants.dequantize(t.data, t.tensor_type).reshape(shape).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_exact(Path(files[0]), path)
     return path
 
 
