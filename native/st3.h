@@ -31,6 +31,7 @@
 
 #include "llama.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -38,7 +39,7 @@
 extern "C" {
 #endif
 
-#define ST3_ABI_VERSION 2
+#define ST3_ABI_VERSION 3
 
 // How the last st3_prefill of a context was run.
 enum st3_mode {
@@ -63,6 +64,10 @@ LLAMA_API int32_t st3_abi_version(void);
 
 // What went wrong in the last st3_* call of this thread that failed; "" if none did.
 LLAMA_API const char * st3_last_error(void);
+
+// Whether a device has a kernel of ours for the attention that keys of that type and head size receive
+// (native/ggml/attn-span.h); where it has none, stock ops compute the same there. Asks nothing of the device itself.
+LLAMA_API bool st3_device_has_kernel(ggml_backend_dev_t device, enum ggml_type type_k, int32_t head_size);
 
 // Checks the st3.* metadata of a model against its shape, as llama_init_from_model will.
 // Returns 0, or -1 with st3_last_error() set (llama_init_from_model then fails with the same message).

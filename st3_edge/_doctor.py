@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from . import _libs, _log, _machine, demo
+from .config import KV_TYPES
 from .errors import St3Error
 
 
@@ -58,6 +59,7 @@ def describe(found: dict[str, Any]) -> str:
         lines.append(f"AMX           {found['amx']}")
     for device in found["devices"]:
         lines.append(f"device        {device['name']}: {device['description']} ({device['backend']})")
+        lines.append(f"              {_kernel(device)}")
     if model:
         lines.append(f"demo model    {model['model']}")
         lines.append(f"              {model['mmproj']}")
@@ -66,6 +68,13 @@ def describe(found: dict[str, Any]) -> str:
     if not found["problems"]:
         lines.append("all is well")
     return "\n".join(lines)
+
+
+def _kernel(device: dict[str, Any]) -> str:
+    if device["kernel_for"]:
+        return f"attention scores: fused kernel, KV cache in {', '.join(device['kernel_for'])}"
+    lacks = "this GPU has no SIMD-group reductions" if device["backend"] == "MTL" else "there is none for this backend"
+    return f"attention scores: stock ops, no fused kernel: {lacks}"
 
 
 def versions() -> dict[str, str]:
@@ -124,14 +133,17 @@ def _amx(features: list[str]) -> str | None:
     return None
 
 
-def devices(lib: ctypes.CDLL) -> list[dict[str, str]]:
-    """ggml's devices, as libllama, or libggml, in `lib` knows them: name, description and backend of each."""
+def devices(lib: ctypes.CDLL) -> list[dict[str, Any]]:
+    """ggml's devices, as libllama in `lib` knows them: name, description, backend, and for which types of the KV cache
+    each has a kernel for attention scores (at head size 128)."""
     pointer = ctypes.c_void_p
     lib.ggml_backend_dev_count.restype = ctypes.c_size_t
     lib.ggml_backend_dev_get.argtypes, lib.ggml_backend_dev_get.restype = [ctypes.c_size_t], pointer
     for name in ("ggml_backend_dev_name", "ggml_backend_dev_description", "ggml_backend_reg_name"):
         getattr(lib, name).argtypes, getattr(lib, name).restype = [pointer], ctypes.c_char_p
     lib.ggml_backend_dev_backend_reg.argtypes, lib.ggml_backend_dev_backend_reg.restype = [pointer], pointer
+    lib.st3_device_has_kernel.argtypes = [pointer, ctypes.c_int, ctypes.c_int32]
+    lib.st3_device_has_kernel.restype = ctypes.c_bool
     found = []
     for i in range(lib.ggml_backend_dev_count()):
         device = lib.ggml_backend_dev_get(i)
@@ -141,6 +153,7 @@ def devices(lib: ctypes.CDLL) -> list[dict[str, str]]:
                 "name": lib.ggml_backend_dev_name(device).decode(),
                 "description": lib.ggml_backend_dev_description(device).decode(),
                 "backend": lib.ggml_backend_reg_name(registry).decode(),
+                "kernel_for": [name for name, kind in KV_TYPES.items() if lib.st3_device_has_kernel(device, kind, 128)],
             }
         )
     return found

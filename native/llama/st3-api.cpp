@@ -1,5 +1,7 @@
 // st3-api.cpp - the functions of st3.h.
 
+#include "attn-span.h"
+#include "ggml-cpp.h"
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-model.h"
@@ -401,6 +403,25 @@ std::string make_report(const llama_context * ctx) {
 int32_t st3_abi_version(void) { return ST3_ABI_VERSION; }
 
 const char * st3_last_error(void) { return last_error.c_str(); }
+
+bool st3_device_has_kernel(ggml_backend_dev_t device, ggml_type type_k, int32_t head_size) {
+    return guarded(false, [&] {
+        require(device, "no device");
+        require(type_k >= 0 && type_k < GGML_TYPE_COUNT && ggml_blck_size(type_k) > 0, "no such type");
+        require(head_size > 0 && head_size % ggml_blck_size(type_k) == 0, "no head of this size in that type");
+
+        // a decode step over some cells
+        const ggml_init_params params = { 8 * ggml_tensor_overhead(), nullptr, /*no_alloc*/ true };
+        ggml_context_ptr       ctx(ggml_init(params));
+
+        ggml_tensor * q    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, head_size, 1, 1);
+        ggml_tensor * k    = ggml_new_tensor_3d(ctx.get(), type_k, head_size, 256, 1);
+        ggml_tensor * mask = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, 256, 1);
+        ggml_tensor * ids  = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 256);
+        return ggml_backend_dev_supports_op(
+                device, ggml_attn_span(ctx.get(), q, k, mask, ids, 1.0f, GGML_ATTN_SPAN_MEAN));
+    });
+}
 
 int32_t st3_check_model(const llama_model * model) {
     return guarded(-1, [&] {

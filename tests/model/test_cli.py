@@ -136,7 +136,8 @@ def test_doctor_finds_everything(command):
     done = command("doctor", "--json")
     assert done.returncode == 0, done.stdout
     found = json.loads(done.stdout)
-    assert found["problems"] == [] and found["abi"] == 2 and found["devices"]
+    assert found["problems"] == [] and found["abi"] == 3
+    assert all("f16" in d["kernel_for"] for d in found["devices"] if d["backend"] == "CPU") and found["devices"]
     assert found["demo_model"].keys() == {"model", "mmproj", "pictures"}
     assert "all is well" in command("doctor").stdout
 

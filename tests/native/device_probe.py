@@ -17,6 +17,8 @@ from pathlib import Path
 import native_runtime
 import numpy as np
 
+from st3_edge import _doctor
+
 
 class Counts(C.Structure):
     """struct device_counts."""
@@ -35,7 +37,7 @@ def main() -> None:
         take, take.restype = counting.device_take, Counts
         os.environ["ST3_GPU_LAYERS"] = device[2]
     rng = np.random.default_rng(11)
-    out: dict = {"steps": [], "logits": []}
+    out: dict = {"steps": [], "logits": [], "devices": {d["name"]: d["kernel_for"] for d in _doctor.devices(rt.lib)}}
     with native_runtime.Model(rt, Path(gguf), json.loads(keys)) as model:
         embd = [rng.standard_normal((n, model.n_embd)).astype(np.float32) for n in (100, 81)]
         images = [native_runtime.Image(embd[0], 10, 10), native_runtime.Image(embd[1], 9, 9)]

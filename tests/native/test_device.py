@@ -22,6 +22,8 @@ from emulator import build
 from native_runtime import lib_dir
 from oracle import llama as oracle
 
+from st3_edge.config import KV_TYPES
+
 HERE = Path(__file__).resolve().parent
 SHAPE = cases.SHAPES["gqa-32"]
 STEPS = 24
@@ -83,6 +85,13 @@ def test_the_device_chooses_as_the_cpu(run, name: str, layers: int, refused: str
     assert on_device["kept"] == on_cpu["kept"]
     assert on_device["positions"] == on_cpu["positions"]
     assert oracle.nmse(np.array(on_device["logits"]), np.array(on_cpu["logits"])) < 1e-6  # cells lie in another order
+
+
+def test_who_has_a_kernel_is_told(run) -> None:
+    """Breaks if the user is told of a kernel that is not there, or not told of one that is."""
+    every = list(KV_TYPES)
+    for refused, kernels, there in ("", None, every), (NO_KERNEL, None, []), ("", "cuda", every), ("", "metal", every):
+        assert run(*CASES["pruned"], refused=refused, kernels=kernels)["devices"] == {"Counting0": there, "CPU": every}
 
 
 @pytest.mark.parametrize("kernels", build.BACKENDS)
