@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 from oracle import schedule
 from oracle.llama import Image, Piece
 
 from st3_edge.bench.shapes import Shape
 
 SEED = 20241220
+ON_DEVICE = bool(os.environ.get("ST3_TEST_DEVICE"))
+can_abort = pytest.mark.skipif(ON_DEVICE, reason="only the CPU backend asks whether to stop within a graph")
 SHAPES = {
     "mha-32": Shape(6, 128, 4, 4, 192, n_vocab=320),
     "gqa-32": Shape(8, 128, 4, 2, 192, n_vocab=320, tied=True),

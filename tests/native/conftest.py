@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +16,8 @@ for folder in (ROOT / "tests", ROOT / "tests" / "native", ROOT / "scripts"):
         sys.path.insert(0, str(folder))
 
 import native_runtime  # noqa: E402
-from cases import SEED  # noqa: E402
+from cases import ON_DEVICE, SEED  # noqa: E402
+from emulator import build  # noqa: E402
 
 from st3_edge.bench import random_model  # noqa: E402
 
@@ -22,12 +25,19 @@ TALLY: dict[str, int] = {}
 
 
 @pytest.fixture(scope="session")
-def rt() -> Iterator[native_runtime.Runtime]:
-    """The libraries. Their absence is a failure, not a reason to skip: this folder is about them."""
+def rt(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[native_runtime.Runtime]:
+    """The libraries. Their absence is a failure, not a reason to skip: this folder is about them.
+
+    With $ST3_TEST_DEVICE all layers run on a device that is a GPU to ggml (emulator/counting_device.cpp).
+    """
     folder = native_runtime.lib_dir()
     if folder is None:
         pytest.fail("no native libraries: build the package (pip install .) or set ST3_LIB_DIR", pytrace=False)
     made = native_runtime.Runtime(folder)
+    if ON_DEVICE:
+        library = build.device(request.getfixturevalue("upstream"), tmp_path_factory.mktemp("device"), folder)
+        ctypes.CDLL(str(library)).device_register(b"")
+        os.environ["ST3_GPU_LAYERS"] = "99"
     yield made
     made.close()
 

@@ -32,6 +32,7 @@ def ctx(model):
 GOOD = [[1, 5], picture(), [7, 8, 9]]
 
 
+@cases.can_abort
 def test_aborted_prefill_leaves_nothing(model, ctx) -> None:
     """Breaks if an abort in the middle of the graph leaves cells, or spoils the next prefill."""
     with Context(model, n_ctx=256) as fresh:

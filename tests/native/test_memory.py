@@ -372,6 +372,7 @@ def test_graphs_do_not_outlive_their_cells(rt, random_gguf, monkeypatch, kv: str
     assert np.array_equal(*got)
 
 
+@cases.can_abort
 @pytest.mark.parametrize("after", [0, 3, 9, 20])
 def test_an_aborted_context_shift_is_done_in_the_end(model, after: int) -> None:
     """Breaks if a shift that is stopped in its middle is forgotten, done twice, or ends the process."""
