@@ -3,14 +3,17 @@
 runner(backend, upstream, out)               a program that runs a backend's kernels on cases from stdin, sanitized
 device(upstream, out, libraries[, backend])  a library with the counting device, which computes by the CPU backend, and
                                              ATTN_SPAN by the kernels of a backend if one is named
+hip_device(upstream, out, libraries)         ggml-cuda's host code on hip_runtime.cpp; needs a HIP compiler
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -57,3 +60,31 @@ def device(upstream: Path, out: Path, libraries: Path, backend: str | None = Non
     sources = [HERE / "counting_device.cpp", *sources]
     after = [*after, f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lggml", "-lggml-base"]
     return run_compiler(["-O2", "-shared", "-fPIC", *flags], sources, upstream, out / "libdevice.so", after)
+
+
+def hip_compiler() -> list[str]:
+    """$HIPCXX with its options, or hipcc; nothing if there is neither."""
+    return shlex.split(os.environ.get("HIPCXX") or shutil.which("hipcc") or "")
+
+
+def hip_device(upstream: Path, out: Path, libraries: Path) -> Path:
+    """Some 190 files of upstream's, without what they hold for the GPU."""
+    source = upstream / "ggml" / "src"
+    cuda, types = source / "ggml-cuda", ("f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
+    command = [*hip_compiler(), "-x", "hip", "--cuda-host-only", "--offload-arch=gfx1030", "-std=c++17", "-O1", "-fPIC"]
+    command += ["-w", "-D__HIP_PLATFORM_AMD__", "-DGGML_USE_HIP", "-DGGML_HIP_GRAPHS", "-DGGML_HIP_NO_VMM"]
+    command += ["-DGGML_HIP_NO_MMQ_MFMA", '-DGGML_CUDA_FA_QUANTS="all"']
+    command += [f"-DGGML_CUDA_FA_{k}_{v}=1".upper() for k in types for v in types]
+    command += [f"-I{path}" for path in (HERE, NATIVE, cuda, source, source.parent / "include")]
+
+    def compiled(path: Path) -> str:
+        made = str(out / f"{path.name}.o")
+        subprocess.run([*command, "-c", path, "-o", made], check=True)
+        return made
+
+    sources = [*cuda.glob("*.cu"), *cuda.glob("template-instances/*.cu")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, [*sources, NATIVE / "attn-span.cu", HERE / "hip_runtime.cpp"]))
+    after = [str(NATIVE / "attn-span-gpu.c"), "-x", "none", *objects]
+    after += [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lggml", "-lggml-base", "-Wl,--no-undefined"]
+    return run_compiler(["-shared", "-fPIC", "-x", "c"], [], upstream, out / "libdevice.so", after)

@@ -1,6 +1,7 @@
 // counting_device.cpp - a GPU as ggml sees one: memory of its own, and the CPU backend to compute with; linked with an
 // emulate_*.cpp, it computes ATTN_SPAN by that backend's kernels. It counts what would cost a real one: waits of the host,
 // copies over the bus, and graphs (a graph is split where an op has to run elsewhere).
+#include "device.h"
 #include "emulate.h"
 #include "ggml-backend-impl.h"
 #include "ggml-backend.h"
@@ -17,22 +18,6 @@
 #include <string>
 #include <utility>
 #include <vector>
-
-extern "C" {
-
-struct device_counts {
-    int64_t waits;      // for the device to be done: synchronize, and copies that do not return before they are made
-    int64_t graphs;     // handed to the device
-    int64_t bytes_in;   // from the host
-    int64_t bytes_out;  // to the host
-};
-
-// Registers the device, once a process. refused: ops that it has no kernel for, by name, with commas between.
-void device_register(const char * refused);
-
-// What was counted since the last call.
-device_counts device_take(void);
-}
 
 #pragma weak emulated_attn_span
 

@@ -5,32 +5,24 @@ $HIPCXX names the compiler, with options if it needs any; hipcc is taken otherwi
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from emulator import build
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("gfx906", "gfx90a", "gfx1030", "gfx1100")  # the first two have waves of 64 lanes
 KERNELS = 8 * 3 + 1  # types of K by tile sizes, and the reduction
 
 
-@pytest.fixture(scope="module")
-def compiler() -> list[str]:
-    """The command, without files."""
-    command = shlex.split(os.environ.get("HIPCXX") or shutil.which("hipcc") or "")
-    return command or pytest.skip("no hipcc, no $HIPCXX")
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles_without_spills(
-    compiler: list[str], upstream: Path, tmp_path: Path, architecture: str, capsys: pytest.CaptureFixture[str]
+    upstream: Path, tmp_path: Path, architecture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Breaks if HIP's compiler refuses the text or warns of it, or a kernel needs more registers than there are."""
+    compiler = build.hip_compiler() or pytest.skip("no hipcc, no $HIPCXX")
     ours, source, assembly = ROOT / "native" / "ggml", upstream / "ggml" / "src", tmp_path / "attn-span.s"
     command = [*compiler, "-x", "hip", f"--offload-arch={architecture}", "--cuda-device-only", "-S", "-std=c++17"]
     command += ["-O3", "-D__HIP_PLATFORM_AMD__", "-DGGML_USE_HIP", "-Wall", "-Wextra"]

@@ -2,7 +2,7 @@
 
 python device_probe.py LIB_DIR MODEL.gguf KEYS KV_TYPE STEPS [DEVICE.so REFUSED LAYERS]
 
-DEVICE.so is emulator/build.device; REFUSED are the ops that it is to have no kernel for, LAYERS how many are put
+DEVICE.so is made by emulator/build.py; REFUSED are the ops that it is to have no kernel for, LAYERS how many are put
 there. With KEYS {} the prompt is decoded as stock multimodal code decodes it.
 """
 
@@ -19,11 +19,15 @@ import numpy as np
 
 from st3_edge import _doctor
 
+COUNTED = ("waits", "graphs", "bytes_in", "bytes_out", "kernels", "captures", "replays")
+
 
 class Counts(C.Structure):
     """struct device_counts."""
 
-    _fields_ = [(name, C.c_int64) for name in ("waits", "graphs", "bytes_in", "bytes_out")]
+    _fields_ = [
+        (name, C.c_int64) for name in ("waits", "graphs", "bytes_in", "bytes_out", "kernels", "captures", "replays")
+    ]
 
 
 def main() -> None:
@@ -46,7 +50,7 @@ def main() -> None:
 
             def note() -> dict:
                 counts = take()
-                row = {name: getattr(counts, name) for name, _ in Counts._fields_}
+                row = {name: getattr(counts, name) for name in COUNTED}
                 row["held"] = [len(ctx.held(il)) for il in range(model.n_layer)]
                 return row
 
@@ -62,6 +66,10 @@ def main() -> None:
                 out["logits"].append(ctx.logits().tolist())
                 out["steps"].append(note())
             out["positions"] = [ctx.held(il).tolist() for il in range(model.n_layer)]
+        with native_runtime.Context(model, n_ctx=512, n_ubatch=512, kv=kv) as ctx:
+            for i in range(0, 450, 30):  # nothing is read until the end, and the cache grows meanwhile
+                assert ctx.decode([int(t) for t in rng.integers(3, 300, 30)], i) == 0
+            out["unread"] = ctx.logits().tolist()
     print(json.dumps(out))
 
 
