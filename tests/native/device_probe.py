@@ -66,9 +66,12 @@ def main() -> None:
                 out["logits"].append(ctx.logits().tolist())
                 out["steps"].append(note())
             out["positions"] = [ctx.held(il).tolist() for il in range(model.n_layer)]
-        with native_runtime.Context(model, n_ctx=512, n_ubatch=512, kv=kv) as ctx:
-            for i in range(0, 450, 30):  # nothing is read until the end, and the cache grows meanwhile
+        # nothing is read until the end, while the cache grows and is copied
+        with native_runtime.Context(model, n_ctx=1024, n_ubatch=512, kv=kv, n_seq=2) as ctx:
+            for i in range(0, 450, 30):
                 assert ctx.decode([int(t) for t in rng.integers(3, 300, 30)], i) == 0
+            ctx.seq_cp(0, 1)
+            assert ctx.decode([3, 4, 5], 450, seq=1) == 0
             out["unread"] = ctx.logits().tolist()
     print(json.dumps(out))
 

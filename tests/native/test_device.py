@@ -1,8 +1,8 @@
 """What a device is asked to do, shown on one that counts: a GPU to ggml, which computes by the CPU backend.
 
 It shows waits, copies and where ops run, and, with CUDA's or Metal's kernels on emulated lanes for ATTN_SPAN, that the
-runtime asks them for what they can do. Where there is a HIP compiler, ggml-cuda's own host code is asked the same. It
-does not show speed.
+runtime asks them for what they can do. Where there is a HIP compiler, the same is shown of ggml-cuda's own host code.
+It does not show speed.
 """
 
 from __future__ import annotations
