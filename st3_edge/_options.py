@@ -9,12 +9,21 @@ from .config import CURVES, PRESETS, ST3Config
 from .errors import ModelError
 
 
-def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """--model, --mmproj and --threads; returns their group."""
+def add_model(parser: argparse.ArgumentParser, n_gpu_layers: int = -1) -> argparse._ArgumentGroup:
+    """--model, --mmproj, --threads and --n-gpu-layers with that default; returns their group."""
     group = parser.add_argument_group("model (default: the small one that comes with the package)")
     group.add_argument("--model", metavar="M.gguf", help="the text model of a LLaVA, in GGUF")
     group.add_argument("--mmproj", metavar="P.gguf", help="the vision half of the same LLaVA, in GGUF")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: those that this machine has)")
+    group.add_argument(
+        "--n-gpu-layers",
+        "-ngl",
+        type=int,
+        default=n_gpu_layers,
+        metavar="N",
+        help="layers on a GPU, where the libraries were built for one; -1: all, 0: the CPU alone "
+        f"(default {n_gpu_layers})",
+    )
     return group
 
 

@@ -264,6 +264,7 @@ def _load(console: Console, arguments: argparse.Namespace, config: ST3Config) ->
         config,
         n_ctx=arguments.n_ctx,
         n_threads=arguments.threads,
+        n_gpu_layers=arguments.n_gpu_layers,
         on_stage=lambda stage: console.stage(_STAGES[stage]),
         revisit=getattr(arguments, "revisit", REVISIT[0]),
     )

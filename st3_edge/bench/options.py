@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
         "idle machine; Ctrl-C tells what was measured so far.",
         epilog="Example: st3-edge bench --shape llava-1.5-7b --type Q4_0",
     )
-    files = _options.add_model(parser)
+    files = _options.add_model(parser, n_gpu_layers=0)
     files.add_argument("--image", action="append", metavar="FILE", help="a picture (default: one that is shipped)")
     files.add_argument("--question", metavar="TEXT", help=f"about the pictures (default: {QUESTION})")
     random = parser.add_argument_group("random weights in place of a model: they cost as much, and say nothing")
@@ -52,9 +52,6 @@ def add_parser(commands: Any) -> None:
     how.add_argument("--n-ubatch", type=_whole(1, 2**20), metavar="N", help="tokens prefilled at once (default: all)")
     how.add_argument(
         "--ctk", choices=KV_TYPES, default="f16", metavar="TYPE", help=f"of the KV cache: {', '.join(KV_TYPES)}"
-    )
-    how.add_argument(
-        "--n-gpu-layers", type=_whole(-1, 2**16), default=0, metavar="N", help="layers on a GPU; -1: all (default 0)"
     )
     how.add_argument(
         "--reload",

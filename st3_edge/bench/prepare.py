@@ -40,6 +40,8 @@ def make_jobs(arguments: argparse.Namespace, tell: Tell) -> tuple[Job, Job]:
     config = _options.config(arguments)
     if arguments.threads is not None and not 1 <= arguments.threads <= 1024:
         raise ConfigError(f"--threads must be from 1 to 1024, not {arguments.threads}")
+    if not -1 <= arguments.n_gpu_layers <= 2**16:
+        raise ConfigError(f"--n-gpu-layers must be from -1 to {2**16}, not {arguments.n_gpu_layers}")
     _libs.check_present()
     stock = find_stock(arguments.stock) if arguments.against == "stock" else None
     if arguments.shape:

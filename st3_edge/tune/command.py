@@ -110,6 +110,7 @@ def _find(console: Console, arguments: argparse.Namespace, task: Task, stage: Ca
         n_tokens=arguments.tokens,
         n_ctx=arguments.n_ctx,
         n_threads=arguments.threads,
+        n_gpu_layers=arguments.n_gpu_layers,
         stage=stage,
     )
     evaluator = Evaluator(

@@ -33,8 +33,8 @@ class Prompt:
 class Subject:
     """Two model files, prompts, and the folder that keeps what is known of them.
 
-    n_tokens: of an answer, at most; n_ctx, n_threads: as for `Llava`; stage: told what is being done, and the share of
-    it that is done; what it raises ends that. Nothing is loaded before it is needed.
+    n_tokens: of an answer, at most; n_ctx, n_threads, n_gpu_layers: as for `Llava`; stage: told what is being done, and
+    the share of it that is done; what it raises ends that. Nothing is loaded before it is needed.
     """
 
     def __init__(
@@ -47,10 +47,12 @@ class Subject:
         n_tokens: int,
         n_ctx: int,
         n_threads: int | None,
+        n_gpu_layers: int = 0,
         stage: Callable[[str, float], None] = lambda *_: None,
     ) -> None:
         self._model, self._mmproj, self._prompts, self._work = model, mmproj, prompts, work
-        self._n_tokens, self._n_ctx, self._n_threads = n_tokens, n_ctx, n_threads
+        self._n_tokens = n_tokens
+        self._runs: dict[str, Any] = {"n_ctx": n_ctx, "n_threads": n_threads, "n_gpu_layers": n_gpu_layers}
         self._stage = stage
 
     def answer(self) -> None:
@@ -75,7 +77,7 @@ class Subject:
     @contextmanager
     def _context(self, overrides: Overrides) -> Iterator[Any]:
         # The schedule is read when a model loads: so each loads it anew, which is short beside reading the prompts.
-        llama = load_text_model(self._model, overrides, n_ctx=self._n_ctx, n_threads=self._n_threads)
+        llama = load_text_model(self._model, overrides, **self._runs)
         try:
             yield llama.ctx
         finally:
@@ -86,7 +88,7 @@ class Subject:
         """Each prompt as the decoder takes it: every picture is encoded once, as its prompts stand together."""
         self._stage("loading the model", 0.0)
         out = []
-        with Llava(self._model, self._mmproj, _OFF, n_ctx=self._n_ctx, n_threads=self._n_threads) as llava:
+        with Llava(self._model, self._mmproj, _OFF, **self._runs) as llava:
             for i, prompt in enumerate(self._prompts):
                 self._stage("looking at the pictures", i / len(self._prompts))
                 content = [{"type": "image", "image": prompt.picture}, {"type": "text", "text": prompt.question}]

@@ -208,6 +208,7 @@ def libraries(tmp_path) -> str:
         (["--generate", "many"], "a whole number from 1", 2),
         (["--text", "1"], "from 2", 2),
         (["--threads", "0"], "--threads", 1),
+        (["--n-gpu-layers", "-2"], "--n-gpu-layers", 1),
         (["--budget", "2"], "budget must be in (0, 1]", 1),
         (["--model", "a.gguf"], "--mmproj", 1),
         (["--visual", "100"], "--visual is for random weights", 1),

@@ -123,6 +123,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path, arguments, says):
         (["--anneal", "exponential", "--anneal-floor", "0"], "above 0"),
         (["--n-ctx", "-5"], "n_ctx"),
         (["--threads", "0"], "n_threads"),
+        (["--n-gpu-layers", "-2"], "n_gpu_layers"),
         (["--model", "none.gguf", "--mmproj", "none.gguf"], "No such file"),
     ],
 )
