@@ -86,10 +86,9 @@ def work(args: argparse.Namespace, where: str) -> None:
 
 def emulated_device(backend: str, out: Path) -> Path:
     """The library that registers one."""
-    upstream, libraries = ROOT / "build" / "tests" / "upstream", native_runtime.lib_dir()
+    libraries = native_runtime.lib_dir()
     assert libraries is not None
-    subprocess.run([sys.executable, ROOT / "vendor" / "upstream.py", "--dest", upstream], check=True)
-    return build.device(upstream, out, libraries, backend)
+    return build.device(build.upstream_tree(), out, libraries, backend)
 
 
 def margins(args: argparse.Namespace, both: list[tuple[dict, dict]]) -> list[dict]:

@@ -1,13 +1,9 @@
 """What all tests need."""
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure() -> None:
@@ -18,6 +14,6 @@ def pytest_configure() -> None:
 @pytest.fixture(scope="session")
 def upstream() -> Path:
     """Upstream's tree with our patches: its headers are the real ones."""
-    folder = ROOT / "build" / "tests" / "upstream"
-    subprocess.run([sys.executable, ROOT / "vendor" / "upstream.py", "--dest", folder], check=True)
-    return folder
+    from emulator import build  # found by the folders that need it
+
+    return build.upstream_tree()

@@ -1,5 +1,6 @@
 """Compiles what stands in for a GPU: kernels on emulated lanes, and a device that ggml takes for one.
 
+upstream_tree()                              upstream's tree with our patches, for its headers
 runner(backend, upstream, out)               a program that runs a backend's kernels on cases from stdin, sanitized
 device(upstream, out, libraries[, backend])  a library with the counting device, which computes by the CPU backend, and
                                              ATTN_SPAN by the kernels of a backend if one is named
@@ -13,6 +14,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,8 +23,16 @@ ROOT = HERE.parents[1]
 NATIVE = ROOT / "native" / "ggml"
 BACKENDS = ("cuda", "metal")
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+KERNELS = 3 * len(KINDS) + 1  # types of K by tile sizes, and the reduction
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-attributes", "-Wno-unused-function"]
 SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def upstream_tree() -> Path:
+    """The folder, made or brought up to date; raises CalledProcessError."""
+    folder = ROOT / "build" / "tests" / "upstream"
+    subprocess.run([sys.executable, ROOT / "vendor" / "upstream.py", "--dest", folder], check=True)
+    return folder
 
 
 def run_compiler(flags: list[str], sources: list[Path], upstream: Path, out: Path, after: list[str]) -> Path:
@@ -43,7 +53,7 @@ def kernels(backend: str, out: Path) -> tuple[list[str], list[Path], list[str]]:
         subprocess.run(["cmake", f"-DOUT={out}", "-P", ROOT / "cmake" / "GpuKernels.cmake"], check=True)
         text = (out / "ggml-metal" / "kernels" / "attn_span.metal").read_text()
         named = re.findall(r'host_name\("(\w+)"\)\]\]\s*kernel logits_t (.+);', text)
-        assert len(named) == 3 * len(KINDS)
+        assert len(named) == KERNELS - 1
         (out / "instances.inc").write_text("".join(f'{{ "{name}", run_logits<{i}> }},\n' for name, i in named))
         sources.append(HERE / "metal" / "kernels.cpp")
     return flags, sources, ["-x", "c", str(NATIVE / "attn-span-gpu.c"), "-x", "none"]

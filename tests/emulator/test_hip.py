@@ -14,7 +14,6 @@ from emulator import build
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("gfx906", "gfx90a", "gfx1030", "gfx1100")  # the first two have waves of 64 lanes
-KERNELS = 8 * 3 + 1  # types of K by tile sizes, and the reduction
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -37,7 +36,7 @@ def test_compiles_without_spills(
         [int(n) for n in re.findall(rf"\.{name}: +(\d+)", told)]
         for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     )
-    assert len(registers) == len(spilled) == len(stack) == KERNELS
+    assert len(registers) == len(spilled) == len(stack) == build.KERNELS
     with capsys.disabled():
         print(f"\n{architecture}: {min(registers)} to {max(registers)} vector registers")
     assert not any(spilled + stack)

@@ -12,10 +12,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from emulator import build
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = (75, 80, 86, 89, 90, 120)
-KERNELS = 8 * 3 + 1  # types of K by tile sizes, and the reduction
 USED = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
     r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
@@ -52,7 +52,7 @@ def test_compiles_without_spills(
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     used = [match.groupdict() for match in USED.finditer(done.stderr)]
-    assert len({kernel["name"] for kernel in used}) == KERNELS
+    assert len({kernel["name"] for kernel in used}) == build.KERNELS
     registers = [int(kernel["registers"]) for kernel in used]
     spilled = [kernel for kernel in used if any(int(kernel[what]) for what in ("stack", "stores", "loads"))]
     with capsys.disabled():

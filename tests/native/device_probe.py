@@ -25,9 +25,7 @@ COUNTED = ("waits", "graphs", "bytes_in", "bytes_out", "kernels", "captures", "r
 class Counts(C.Structure):
     """struct device_counts."""
 
-    _fields_ = [
-        (name, C.c_int64) for name in ("waits", "graphs", "bytes_in", "bytes_out", "kernels", "captures", "replays")
-    ]
+    _fields_ = [(name, C.c_int64) for name in COUNTED]
 
 
 def main() -> None:
