@@ -32,9 +32,8 @@ from pathlib import Path
 import native_runtime
 import numpy as np
 
-from st3_edge import _libs
 from st3_edge._files import cache_folder
-from st3_edge._machine import commit, compiler, processor
+from st3_edge._machine import provenance
 from st3_edge.bench.cache import random_text
 from st3_edge.bench.shapes import SHAPES, TYPES
 
@@ -191,10 +190,7 @@ def main() -> None:
         "kv": args.kv,
         **compare(sides["stock"], sides["st3"], args),
         "processes": sides,
-        "processor": processor(),
-        "command": "python scripts/bench_kv_memory.py " + " ".join(sys.argv[1:]),
-        "commit": commit(),
-        "compiler": compiler(_libs.path_of("llama")),
+        **provenance(),
     }
     for how in ("told", "anon"):
         r = out[how]

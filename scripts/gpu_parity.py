@@ -38,7 +38,7 @@ from native_runtime import Context, Image, Model, Runtime, Vision  # noqa: E402
 from oracle.exact import write_exact  # noqa: E402
 
 from st3_edge import _doctor, demo  # noqa: E402
-from st3_edge._machine import commit, processor  # noqa: E402
+from st3_edge._machine import provenance  # noqa: E402
 
 NEAR_TIE = 1e-3
 HIDE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES")
@@ -152,9 +152,7 @@ def main() -> None:
         "other": len(differing) - ties,
         "same_first_token": sum(a["token"] == b["token"] for a, b in both),
         "differing": differing,
-        "command": "python scripts/gpu_parity.py " + " ".join(sys.argv[1:]),
-        "commit": commit(),
-        "processor": processor(),
+        **provenance(),
     }
     print(
         "{device}, {weights} weights: {pictures} pictures, {equal} equal, {near_ties} with near-ties, "

@@ -20,7 +20,6 @@ import hashlib
 import json
 import multiprocessing as mp
 import os
-import shlex
 import sys
 import tempfile
 import time
@@ -32,8 +31,8 @@ from pathlib import Path
 import native_runtime
 import numpy as np
 
-from st3_edge import _libs, _native, divergence
-from st3_edge._machine import commit, compiler, processor
+from st3_edge import _native, divergence
+from st3_edge._machine import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts" / "embedded_model"))
@@ -533,18 +532,11 @@ def main() -> None:
     rows, n = table(configs, done)
     if not rows:
         raise SystemExit("no scene that all configurations have")
-    told = ["grid", "scenes", "questions", "captions", "style", *(k for k in ("budgets", "only") if getattr(args, k))]
-    command = shlex.join(
-        ["python", "scripts/quality.py", *(w for k in told for w in (f"--{k}", str(getattr(args, k))))]
-    )
     about = {
         "scenes": n,
         "style": args.style,
         "grid": args.grid,
-        "command": command,
-        "commit": commit(),
-        "compiler": compiler(_libs.path_of("llama")),
-        "processor": processor(),
+        **provenance(),
         "model": args.model.name,
     }
     if any(c.name.startswith("st3 @ ") for c in configs):

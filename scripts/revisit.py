@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "embedded_model")]
 import scenes  # noqa: E402
 
-from st3_edge import Llava, ST3Config, _libs  # noqa: E402
-from st3_edge._machine import commit, compiler, processor  # noqa: E402
+from st3_edge import Llava, ST3Config  # noqa: E402
+from st3_edge._machine import provenance  # noqa: E402
 
 FIRSTS = ("question", "description")
 MAX_TOKENS = {"question": 10, "description": 130}
@@ -195,10 +195,7 @@ def main() -> None:
     done.sort(key=lambda result: result[0])
     about = {
         "scenes": len(done),
-        "command": f"python scripts/revisit.py --scenes {args.scenes} --budgets {args.budgets}",
-        "commit": commit(),
-        "compiler": compiler(_libs.path_of("llama")),
-        "processor": processor(),
+        **provenance(),
     }
     tables = {kind: table([asked for _, asked in done], names, kind) for kind in FIRSTS}
     args.out.parent.mkdir(parents=True, exist_ok=True)

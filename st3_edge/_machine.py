@@ -6,9 +6,12 @@ import os
 import platform
 import re
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+from . import _libs
 
 _ROOT = Path(__file__).resolve().parents[1]
 _COMPILER = re.compile(rb"GCC: \([ -~]{1,80}\) [\d.]+|(?:[A-Za-z]+ )?clang version [ -~]{1,80}")
@@ -86,3 +89,15 @@ def commit() -> str:
     except OSError:
         return "unknown"
     return done.stdout.strip() or "unknown"
+
+
+def provenance() -> dict[str, str | None]:
+    """What goes beside figures that a script of this project writes: its command, the commit, the compiler of the
+    native libraries in use, and the processor."""
+    script, *arguments = sys.argv
+    return {
+        "command": f"python scripts/{Path(script).name} {shlex.join(arguments)}".rstrip(),
+        "commit": commit(),
+        "compiler": compiler(_libs.path_of("llama")),
+        "processor": processor(),
+    }

@@ -1,0 +1,151 @@
+"""Time two schedules beside each other, prefill by prefill and decode step by step, on a shape with random weights.
+
+python scripts/bench_schedules.py [--shape llava-1.5-7b] [--type Q4_0] [--budget 0.30] [--steps 64]
+                                  [--n-gpu-layers 0] [--json OUT]
+
+`st3-edge bench` compares with stock; this compares two models that differ in `st3.*` keys alone:
+
+    scoring   the default schedule, against the same numbers of tokens left in the same steps but chosen without looking
+              at the attention: what recording and ranking it costs
+    pruned    annealing after a pruned prefill, against the same prefill without annealing
+    alone     annealing after a whole prefill, against ST3 off
+    control   two equal ones: how far a pair differs by chance
+
+Both models of a pair are loaded, prefill the same prompt and decode the same tokens, in the order A B, B A, A B, ...
+Where repacked weights lie in memory alone changes a model's speed by some per cent, so weights are read as they are in
+the file, the same pages by both, and the pair is run in either order of loading. Nothing else should run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import native_runtime
+import numpy as np
+from bench_kv_memory import prompt
+
+from st3_edge._files import cache_folder
+from st3_edge._machine import provenance
+from st3_edge.bench.cache import random_text
+from st3_edge.bench.shapes import SHAPES, TYPES
+
+Keys = dict[str, native_runtime.Value]
+
+
+def pairs(budget: float) -> dict[str, tuple[Keys, Keys]]:
+    """The `st3.*` keys of both models of each pair: (A, B)."""
+    default: Keys = {"st3.preset": "st3", "st3.budget": budget}
+    stay: Keys = {**default, "st3.anneal": "none"}
+    return {
+        "scoring": ({**default, "st3.coverage": 1.0, "st3.anneal_score": "random"}, default),
+        "pruned": (stay, default),
+        "alone": ({}, {"st3.preset": "st3", "st3.keep": 1.0}),
+        "control": (stay, stay),
+    }
+
+
+def timed(ctx: native_runtime.Context, call: Callable[[], int]) -> float:
+    """Milliseconds until what `call` computes on a context is there, logits included."""
+    start = time.perf_counter()
+    code = call()
+    ctx.rt.llama.llama_get_logits_ith(ctx.ptr, -1)  # waits for them
+    if code:
+        raise SystemExit(f"it failed ({code}): {ctx.rt.last_error()}")
+    return 1e3 * (time.perf_counter() - start)
+
+
+def measure(
+    rt: native_runtime.Runtime, path: Path, keys: list[Keys], args: argparse.Namespace
+) -> dict[str, np.ndarray]:
+    """Milliseconds of prefills, float64 [2, prefills], and of decode steps, [2, steps], of two models in the order of
+    keys."""
+    models = [native_runtime.Model(rt, path, k, repack=False) for k in keys]
+    visual = SHAPES[args.shape].n_visual
+    at = visual + args.text
+    contexts = [native_runtime.Context(m, at + args.steps + 1, threads=args.threads) for m in models]
+    pieces = prompt(models[0], visual, args.text)
+    said = [int(t) for t in np.random.default_rng(2).integers(3, models[0].n_vocab, args.steps + 1)]
+    prefill, decode = np.zeros((2, args.prefills)), np.zeros((2, args.steps))
+    for n in range(-1, args.prefills):  # the first warms up
+        for which in ((0, 1), (1, 0))[n % 2]:
+            ctx = contexts[which]
+            ctx.clear()
+            took = timed(ctx, lambda ctx=ctx: ctx.prefill(pieces))
+            if n >= 0:
+                prefill[which, n] = took
+    for t in range(-1, args.steps):  # as well: a decode step's graph is new
+        for which in ((0, 1), (1, 0))[t % 2]:
+            ctx = contexts[which]
+            took = timed(ctx, lambda ctx=ctx, t=t: ctx.decode([said[t + 1]], at + t + 1))
+            if t >= 0:
+                decode[which, t] = took
+    for it in (*contexts, *models):
+        it.close()
+    return {"prefill": prefill, "decode": decode}
+
+
+def summary(ms: np.ndarray) -> dict:
+    """Medians of milliseconds float64 [2, n] (A, B), and B / A: of the medians, and of the sums."""
+    a, b = (float(np.median(row)) for row in ms)
+    whole = float(ms[1].sum() / ms[0].sum())
+    return {"n": ms.shape[1], "ms": [round(a, 3), round(b, 3)], "ratio": round(b / a, 4), "of_sums": round(whole, 4)}
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llava-1.5-7b", choices=sorted(SHAPES))
+    parser.add_argument("--type", default="Q4_0", choices=TYPES)
+    parser.add_argument("--cache", type=Path, default=cache_folder())
+    parser.add_argument("--budget", type=float, default=0.30)
+    parser.add_argument("--text", type=int, default=64, help="text tokens, 1/16 of them before the image")
+    parser.add_argument("--only", choices=sorted(pairs(1.0)), help="this pair alone")
+    parser.add_argument("--prefills", type=int, default=3, help="of each model in a round")
+    parser.add_argument("--steps", type=int, default=64, help="of each model in a round")
+    parser.add_argument("--rounds", type=int, default=2, help="each loads the models in the other order")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--n-gpu-layers", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    args = parser.parse_args()
+    folder = native_runtime.lib_dir()
+    if folder is None:
+        raise SystemExit("no native libraries: build the package or set ST3_LIB_DIR")
+    os.environ["ST3_GPU_LAYERS"] = str(args.n_gpu_layers)
+    path = random_text(args.shape, args.type, args.cache)
+    rt = native_runtime.Runtime(folder)
+    out: dict = {}
+    print(f"{'pair':<20}{'A':>13}{'B':>13}{'B / A':>8}")
+    for name, keys in pairs(args.budget).items():
+        if name != (args.only or name):
+            continue
+        rounds = []
+        for n in range(args.rounds):
+            order = (0, 1) if n % 2 == 0 else (1, 0)
+            ms = measure(rt, path, [keys[i] for i in order], args)
+            rounds.append({what: rows[list(order)] for what, rows in ms.items()})  # A first
+        out[name] = {"keys": keys}
+        for what in ("prefill", "decode"):
+            each = [ms[what] for ms in rounds]
+            out[name][what] = {**summary(np.concatenate(each, 1)), "rounds": [summary(ms) for ms in each]}
+            row = name, what, *out[name][what]["ms"], out[name][what]["ratio"]
+            print("{:<10}{:<10}{:>10.2f} ms{:>10.2f} ms{:>8.3f}".format(*row), flush=True)
+    told = {
+        "model": path.name,
+        "visual": SHAPES[args.shape].n_visual,
+        "text": args.text,
+        "threads": args.threads,
+        "n_gpu_layers": args.n_gpu_layers,
+        "pairs": out,
+        **provenance(),
+    }
+    if args.json:
+        args.json.write_text(json.dumps(told, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
