@@ -1,6 +1,7 @@
 #!/bin/sh
 # Everything that wants an NVIDIA card, in one go: the op against its reference, compute-sanitizer, the op's time beside
-# the memory's, the embedded model's kept tokens beside the CPU's, prefill and decode at the 7B shape.
+# the memory's, the embedded model's kept tokens beside the CPU's, and at the 7B shape prefill and decode with and without ST3, and what
+# scoring costs.
 #
 #   sh scripts/gpu_check.sh [LIBRARIES] [RESULTS]
 #
@@ -66,10 +67,13 @@ step kept-tokens-q8_0 "$python" scripts/gpu_parity.py --quantized --json "$resul
 if [ "$shape" != none ]; then
     step bench sh -c '"$1" -m st3_edge bench --shape "$2" --against off --n-gpu-layers -1 --json >"$3"' \
         - "$python" "$shape" "$results/bench.json"
+    step scoring "$python" scripts/bench_schedules.py --shape "$shape" --only scoring --n-gpu-layers -1 \
+        --prefills 10 --json "$results/scoring.json"
 fi
 printf '\n}\n' >>"$summary"
 
 cat "$results/bandwidth.log"
+[ ! -f "$results/scoring.log" ] || cat "$results/scoring.log"
 [ -z "$failed" ] || {
     echo "$0: failed:$failed (see $results)" >&2
     exit 1

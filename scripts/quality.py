@@ -1,10 +1,12 @@
 """Answers on held-out scenes at each budget: ST3, other methods, and the baselines that cost the same.
 
 python scripts/quality.py [--grid methods|scores|anneal] [--scenes 1000] [--captions 200] [--jobs 2] [--work DIR]
-python scripts/quality.py --grid anneal --scenes 200 --questions 0 --budgets 0.3
+python scripts/quality.py --questions 0 --scenes 200   # captions alone
 
 Runs the embedded model: every picture is encoded once and shared by all configurations. Single facts, and the second
-question of a conversation, count as right on exact match; caption objects when colour, shape and place are named. The
+question of a conversation, count as right on exact match. An object of a caption is right when colour, shape and place
+are; what a caption misses, repeats and invents counts against it alike (F1: twice the right ones by the named ones and
+those that are there). The
 KL divergence needs no right answers: it is that of next-token distributions from the full model's, along its own
 greedy answers. Results go line by line to --work, so that a run that was stopped goes on where it was; tables go to
 --out (JSON and Markdown). Differences are paired by scene, with bootstrap 95 % intervals. The grid `methods` compares
@@ -40,10 +42,14 @@ import scenes  # noqa: E402
 
 CURVES, FLOORS, LENGTHS = ("linear", "cosine", "exponential"), (0.5, 0.3, 0.1), (32, 64, 128)
 ANNEAL_SCORES = ("last-mean", "last-max", "text-mean")  # beside the default, which is the schedule's own
-UNITS = {"facts": "single facts", "captions": "caption objects", "second": "second questions of a conversation"}
+UNITS = ("facts", "captions", "second")  # what configurations are compared by
+PARTS = ("found", "named")  # of `captions`: right ones by those that are there, and by those that are named
+COUNTED = {"facts": "single facts", "found": "caption objects", "second": "second questions of a conversation"}
 KL = ("kl facts", "kl captions")
-HELD_LEGEND = (
-    "`held`: share of visual tokens left when the caption ends, mean over layers; `tokens`: length of the captions."
+CAPTION_LEGEND = (
+    "`captions`: F1 of the objects that they name; of those that are there `found` per cent are named right, and of "
+    "those that are `named`. `held`: share of visual tokens left when the caption ends, mean over layers; `tokens`: "
+    "length of the captions."
 )
 CHUNK = 20  # scenes of one task
 TURNS, KL_FACTS, KL_CAPTIONS = 200, 200, 40  # scenes
@@ -282,8 +288,9 @@ def run(task: tuple[str, dict[str, native_runtime.Value], range]) -> tuple[str, 
             row["facts"].append([q.kind, scenes.answer_right(said, q.answer)])
         if i < job.captions:
             tokens = reader.answer(image, scenes.CAPTION_QUESTION, CAPTION_TOKENS)
-            right = scenes.caption_objects_right(reader.model.text(tokens), scenes.scene(i, style=job.style))
-            row |= {"captions": right, "tokens": len(tokens), "held": round(reader.held(), 4)}
+            said = reader.model.text(tokens)
+            objects = scenes.caption_objects(said, scenes.scene(i, style=job.style))
+            row |= {"said": said, "objects": objects, "tokens": len(tokens), "held": round(reader.held(), 4)}
         pair = scenes.held_out_pair(i, job.style) if i in job.turns else None
         if pair:
             reader.answer(image, pair[0].text, FACT_TOKENS)
@@ -345,27 +352,34 @@ def tasks(configs: list[Config], done: dict[str, dict[int, dict]], n: int) -> It
                 yield c.name, dict(c.keys), indices
 
 
+def f1(right: int, named: int, there: int) -> tuple[int, int]:
+    """The F1 of some objects as a share: numerator and denominator, which add up over scenes."""
+    return 2 * right, named + there
+
+
 def tally(rows: dict[int, dict], scene_ids: list[int]) -> dict[str, np.ndarray]:
     """Right and asked by scene, for KL nats and tokens: arrays [n, 2] for each measure and each kind of fact."""
-    out = {k: np.zeros((len(scene_ids), 2)) for k in (*UNITS, *scenes.KINDS, *KL)}
+    out = {k: np.zeros((len(scene_ids), 2)) for k in (*UNITS, *PARTS, *scenes.KINDS, *KL)}
     for at, i in enumerate(scene_ids):
         for kind, ok in rows[i]["facts"]:
             for k in ("facts", kind):
                 out[k][at] += (bool(ok), 1)
-        for k in ("captions", "second", *KL):
+        right, named, there = rows[i].get("objects", (0, 0, 0))
+        for k, pair in (("captions", f1(right, named, there)), ("found", (right, there)), ("named", (right, named))):
+            out[k][at] += pair
+        for k in ("second", *KL):
             out[k][at] += rows[i].get(k, 0)
     return out
 
 
 def interval(a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> list[float]:
     """a's share right minus b's, in points, with the bootstrap 95 % interval over scenes."""
-    asked = a[:, 1] > 0  # the others would leave some draws with fewer
+    asked = (a[:, 1] > 0) & (b[:, 1] > 0)  # the others would leave some draws with fewer
     a, b = a[asked], b[asked]
-    difference = a[:, 0] - b[:, 0]
-    drawn = rng.multinomial(len(a), np.full(len(a), 1 / len(a)), BOOTSTRAP)
-    samples = 100 * (drawn @ difference) / (drawn @ a[:, 1])
-    low, high = np.percentile(samples, [2.5, 97.5])
-    return [round(float(x), 2) for x in (100 * difference.sum() / a[:, 1].sum(), low, high)]
+    drawn = np.vstack([np.ones(len(a), int), rng.multinomial(len(a), np.full(len(a), 1 / len(a)), BOOTSTRAP)])
+    (a_right, a_asked), (b_right, b_asked) = (drawn @ a).T, (drawn @ b).T
+    mean, *samples = 100 * (a_right / a_asked - b_right / b_asked)
+    return [round(float(x), 2) for x in (mean, *np.percentile(samples, [2.5, 97.5]))]
 
 
 def table(configs: list[Config], done: dict[str, dict[int, dict]]) -> tuple[list[dict], int]:
@@ -397,13 +411,14 @@ def table(configs: list[Config], done: dict[str, dict[int, dict]]) -> tuple[list
 
 
 def smallest(rows: list[dict]) -> dict[str, float | None]:
-    """The smallest budget of `st3` down to which facts and caption objects lose at most 1 point (`point`), and down to
-    which their intervals end above -2 as well (`interval`); None where the largest budget fails."""
+    """The smallest budget of `st3` down to which what was asked of single facts and captions loses at most 1 point
+    (`point`), and down to which their intervals end above -2 as well (`interval`); None where the largest budget
+    fails."""
     out: dict[str, float | None] = {"point": None, "interval": None}
     st3 = [row for row in rows if row["name"].startswith("st3 @ ")]
     for key, lowest in (("point", -np.inf), ("interval", -2)):
         for row in sorted(st3, key=lambda row: -row["keys"]["st3.budget"]):
-            losses = [row.get(f"{k} - off", [0, 0, 0]) for k in ("facts", "captions")]
+            losses = [row[f"{k} - off"] for k in ("facts", "captions") if f"{k} - off" in row]
             if any(mean < -1 or low <= lowest for mean, low, _ in losses):
                 break
             out[key] = row["keys"]["st3.budget"]
@@ -414,7 +429,7 @@ def markdown(rows: list[dict], about: dict) -> str:
     """The tables as a page."""
     grid = GRIDS[about["grid"]]
     asked = rows[0]["asked"]
-    shares = [k for k in (*UNITS, *scenes.KINDS) if asked[k]]
+    shares = [k for k in (*UNITS, *PARTS, *scenes.KINDS) if asked[k]]
     kl = [k for k in KL if asked[k]]
     told = "tokens" in rows[0]
     spans = list(dict.fromkeys(k for row in rows for k in row if " - " in k))
@@ -433,14 +448,14 @@ def markdown(rows: list[dict], about: dict) -> str:
         values = (row.get(k) for k in spans)
         return [row["name"], *(f"{v[0]:+.1f} [{v[1]:+.1f}, {v[2]:+.1f}]" if v else "" for v in values)]
 
-    counted = ", ".join(f"{asked[k]} {what}" for k, what in UNITS.items() if asked[k])
+    counted = ", ".join(f"{asked[k]} {what}" for k, what in COUNTED.items() if asked[k])
     about_them = [
         f"{about['scenes']} held-out scenes ({about['style']} style), {counted}; greedy answers. Per cent right; "
         f"differences in points with 95 % intervals (paired by scene, {BOOTSTRAP} bootstrap draws).",
         grid.legend,
     ]
     if told:
-        about_them.append(HELD_LEGEND)
+        about_them.append(CAPTION_LEGEND)
     if kl:
         tokens = " and ".join(f"{asked[k]} tokens of its {k.removeprefix('kl ')}" for k in kl)
         about_them.append(f"`kl`: mean KL divergence from the full model in nats a token, along {tokens}.")
@@ -452,10 +467,11 @@ def markdown(rows: list[dict], about: dict) -> str:
         f"`{about['command']}`, commit {about['commit']}, {about['processor']}.",
     ]
     if budgets := about.get("smallest"):
+        lost = [k for k in ("facts", "captions") if asked[k]]
         named = {k: "none of these" if b is None else f"{b:g}" for k, b in budgets.items()}
         out += [
             "",
-            f"The smallest budget at which `st3` loses at most 1 point of single facts and of caption objects: "
+            f"The smallest budget at which `st3` loses at most 1 point of {' and of '.join(lost)}: "
             f"**{named['point']}** by the differences as measured, **{named['interval']}** if their intervals must end "
             "above -2 as well.",
         ]
@@ -476,7 +492,9 @@ def main() -> None:
     parser.add_argument("--grid", choices=GRIDS, default="methods")
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--captions", type=int, default=200, help="describe the first so many scenes as well")
-    parser.add_argument("--questions", type=int, default=1, help="at most so many of a scene's, in turns by kind")
+    parser.add_argument(
+        "--questions", type=int, default=1, help="at most so many of a scene's, in turns by kind; 0: captions alone"
+    )
     parser.add_argument("--style", choices=sorted(scenes.STYLES), default="known")
     parser.add_argument("--budgets", help="with commas between; default: the grid's own")
     parser.add_argument("--only", default="", help="only configurations whose name contains one of these, and off")
@@ -492,7 +510,7 @@ def main() -> None:
     files = [args.model, args.mmproj, *sorted(folder.glob("lib*"))]
     digest = hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest()[:12]
     base = args.work / f"{digest}-{args.style}"
-    more = args.grid != "anneal"  # which is about captions
+    more = args.questions > 0  # else it is about captions
     work = base / f"questions{args.questions}-captions{args.captions}{'-turns-kl' * more}"
     work.mkdir(parents=True, exist_ok=True)
     with native_runtime.Model(native_runtime.Runtime(folder), args.model) as model:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from quality import BOOTSTRAP, interval
+from quality import BOOTSTRAP, f1, interval
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "embedded_model")]
@@ -107,7 +107,7 @@ def talk(index: int) -> tuple[int, dict[tuple[str, str], Asked]] | None:
             two = ask(llava, [opening, one["choices"][0]["message"], user(second.text)], row.revisit, limit)
             said, report = one["st3"]["answer"], two["st3"]
             out[kind, row.name] = Asked(
-                right(one, first) if kind == "question" else scenes.caption_objects_right(said, scene),
+                right(one, first) if kind == "question" else f1(*scenes.caption_objects(said, scene)),
                 right(two, second),
                 alone[row.budget],
                 statistics.mean(report["visual_tokens"]["per_layer"]),
@@ -151,8 +151,8 @@ def markdown(tables: dict[str, list[dict[str, Any]]], about: dict[str, Any]) -> 
         "# Follow-up questions on the embedded model",
         "",
         f"{about['scenes']} held-out scenes, and for each a first turn, the model's answer, and a second question "
-        "about another object. Per cent right (of objects, for descriptions), greedy. `@`: the budget; `never`: the "
-        "picture stays as the first turn left it; `turn`: it is pruned anew by the second question; `alone`: the "
+        "about another object. Per cent right (F1 of the objects, for descriptions), greedy. `@`: the budget; `never`: "
+        "the picture stays as the first turn left it; `turn`: it is pruned anew by the second question; `alone`: the "
         "second question in a conversation of its own; `held`: visual tokens that a layer holds when it is answered, "
         f"mean. Differences in points with 95 % intervals (paired by scene, {BOOTSTRAP} bootstrap draws). Prefill of "
         "the second turn: medians.",

@@ -98,7 +98,7 @@ def evaluate(
     model.eval()
     before = [vocab.BOS, *tokenizer.encode(vocab.BEFORE_IMAGE)]
     right: dict[str, list[bool]] = defaultdict(list)
-    objects, lengths = [0, 0], []
+    objects, lengths = np.zeros(3, int), []
     for start in range(first, first + n_scenes, batch):
         indices = range(start, min(start + batch, first + n_scenes))
         pictures = [scenes.scene(i, style=style) for i in indices]
@@ -111,9 +111,7 @@ def evaluate(
                 right[q.kind].append(ok)
         if with_captions:
             for picture, said in zip(pictures, captions(reader, tokenizer, len(pictures)), strict=True):
-                ok, n = scenes.caption_objects_right(said, picture)
-                objects[0] += ok
-                objects[1] += n
+                objects += scenes.caption_objects(said, picture)
                 lengths.append(len(tokenizer.encode(" " + said)) + 1)
     every = [ok for results in right.values() for ok in results]
     out = {
@@ -124,7 +122,8 @@ def evaluate(
     }
     out |= {kind: round(float(np.mean(right[kind])), 4) for kind in scenes.KINDS}
     if with_captions:
-        out |= {"caption_objects": round(objects[0] / objects[1], 4), "objects": objects[1]}
+        right_ones, named, there = map(int, objects)
+        out |= {"found": round(right_ones / there, 4), "named": round(right_ones / max(1, named), 4), "objects": there}
         out |= {"caption_tokens": [min(lengths), round(float(np.mean(lengths)), 1), max(lengths)]}
     return out
 

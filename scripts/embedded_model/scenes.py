@@ -15,6 +15,7 @@ import functools
 import io
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -801,16 +802,12 @@ _SAID = re.compile(
 )
 
 
-def caption_objects_right(said: str, picture: Scene) -> tuple[int, int]:
-    """(things whose colour, shape and place a caption names right, things in the scene).
+def caption_objects(said: str, picture: Scene) -> tuple[int, int, int]:
+    """(things whose colour, shape and place a caption names right, things that it names, things in the scene).
 
-    A thing that a caption names once counts once, however often the scene repeats it.
+    A thing that a caption names once counts as right once, however often the scene repeats it; what it repeats or
+    invents counts as named.
     """
-    told = [tuple(part.lower() for part in m.groups()) for m in _SAID.finditer(said)]
-    right = 0
-    for t in picture.things:
-        key = (t.color, t.shape, t.place)
-        if key in told:
-            told.remove(key)
-            right += 1
-    return right, len(picture.things)
+    told = Counter(tuple(part.lower() for part in m.groups()) for m in _SAID.finditer(said))
+    there = Counter((t.color, t.shape, t.place) for t in picture.things)
+    return (told & there).total(), told.total(), there.total()

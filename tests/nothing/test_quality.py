@@ -68,12 +68,14 @@ def test_the_interval_of_a_known_difference():
     assert mean == pytest.approx(-10) and [low, high] == pytest.approx([-10 - half, -10 + half], abs=0.5)
     weighed = quality.interval(np.array([[3.0, 3], [0, 1], [0, 0]]), np.array([[0.0, 3], [0, 1], [0, 0]]), rng)
     assert weighed == [75, 0, 100]  # of scenes that are asked: none, one or both of the first
+    ratios = quality.interval(np.array([[2.0, 4]] * 9), np.array([[2.0, 8]] * 9), rng)
+    assert ratios == [25, 25, 25]  # each by what is asked of it
 
 
 def answers(n: int, wrong: int, nats: float) -> dict[int, dict]:
     """n scenes with a fact each, the first few wrong; a caption and KL in the first alone."""
     rows: dict[int, dict] = {i: {"scene": i, "facts": [["color", i >= wrong]]} for i in range(n)}
-    rows[0] |= {"captions": [1, 4], "tokens": 50, "held": 0.5, "second": [1, 1], "kl facts": [nats, 4]}
+    rows[0] |= {"objects": [1, 2, 4], "tokens": 50, "held": 0.5, "second": [1, 1], "kl facts": [nats, 4]}
     rows[0]["schedule"] = {"budget": 0.5}
     return rows
 
@@ -84,7 +86,8 @@ def test_a_row_tells_of_the_scenes_that_all_have():
     done = {"off": answers(10, 1, 0.0), "st3 @ 0.5": answers(8, 2, 2.0)}
     (off, st3), n = quality.table(configs, done)
     assert n == 8 and off["asked"]["facts"] == 8 and off["facts"] == 87.5 and st3["facts"] == 75
-    assert st3["facts - off"][0] == -12.5 and st3["color"] == 75 and st3["captions"] == 25
+    assert st3["facts - off"][0] == -12.5 and st3["color"] == 75 and st3["captions"] == 33.33
+    assert st3["found"] == 25 and st3["named"] == 50 and st3["asked"]["found"] == 4
     assert st3["kl facts"] == 0.5 and st3["asked"]["kl facts"] == 4 and st3["held"] == 50
     about = {"scenes": n, "style": "known", "grid": "methods", "command": "c", "commit": "d", "processor": "p"}
     page = quality.markdown([off, st3], {**about, "smallest": quality.smallest([off, st3])})
