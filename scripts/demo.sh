@@ -5,5 +5,5 @@ cd "$(dirname "$0")/.."
 . scripts/setup.sh
 
 echo "Compiling llama.cpp with ST3 and installing it into .venv (minutes at the first time) ..."
-"$python" -m pip install -qq --no-build-isolation .
+"$python" -m pip install -qq --no-build-isolation --editable .
 exec .venv/bin/st3-edge demo

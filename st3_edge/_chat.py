@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import threading
 from pathlib import Path
@@ -61,8 +60,10 @@ class Chat:
             self._ask(line)
         elif command == "/image" and rest:
             self._pictures.append(images.data_url(str(path)))
+            self._console.note("(shown with the next question)")
         elif command == "/save" and rest:
             self._llava.save_state(path, self._messages)
+            self._console.note(f"(kept in {path})")
         elif command == "/load" and rest:
             messages = self._llava.load_state(path)
             self._messages = messages if isinstance(messages, list) else []
@@ -71,11 +72,14 @@ class Chat:
             self._llava.reset()
             self._messages = []
             self._pictures.clear()
+            self._console.note("(begun anew)")
         elif command == "/report":
             report = self._llava.last_report
-            self._console.note(f"{report.summary()}\n{json.dumps(report.to_dict())}" if report else "(no answer yet)")
-        else:
+            self._console.note(report.summary() if report else "(no answer yet)")
+        elif command == "/help":
             self._console.note(_HELP)
+        else:
+            self._console.note(f"{line!r} is not one of these:\n{_HELP}")
 
     def _ask(self, text: str) -> None:
         content = [*({"type": "image", "image": url} for url in self._pictures), {"type": "text", "text": text}]

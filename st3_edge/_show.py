@@ -33,19 +33,23 @@ def run(console: Console) -> int:
         for scene in scenes:
             console.say(f"{scene.picture}")
             for question, expected in scene.questions[:_QUESTIONS]:
+                console.say(f"  {question}  ", end="")
                 answer = _ask(console, st3, scene, question)
                 asked += 1
                 right += answer == expected
                 console.say("" if answer == expected else f"   (right: {expected})")
             console.say()
-        console.say(f"{right} of {asked} right. The first picture as a whole:")
-        console.say(_ask(console, st3, scenes[0], _CAPTION) and "")
+        console.say(f"{right} of {asked} right. {_CAPTION} The first picture, with and without ST3, and as it is:")
+        for label, llava in (("ST3", st3), ("off", off)):
+            console.say(f"  {label}: ", end="")
+            _ask(console, llava, scenes[0], _CAPTION)
+            console.say()
+        console.say(f"  is:  {scenes[0].caption}")
         _numbers(console, st3, off, scenes[0])
     return 0
 
 
 def _ask(console: Console, llava: Llava, scene: demo.Scene, question: str) -> str:
-    console.say(f"  {question}  ", end="")
     answer = ""
     for chunk in _stream(llava, scene, question):
         piece = chunk["choices"][0]["delta"].get("content", "")

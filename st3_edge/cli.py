@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="st3-edge",
         description="Ask a LLaVA model about pictures, on this machine. Visual tokens that the answer does not need "
-        "are dropped on the way (ST3), so that it comes sooner and takes less memory.",
+        "are dropped on the way (ST3), so that it comes sooner and its KV cache takes less memory.",
         epilog="Begin with: st3-edge demo",
     )
     parser.add_argument("--version", action="store_true", help="print the version and leave")
@@ -227,6 +227,7 @@ def _ask(console: Console, arguments: argparse.Namespace) -> int:
         return 0
     console.say()
     console.note(report.summary())
+    _tell_which(console, arguments)
     return 0
 
 
@@ -240,7 +241,9 @@ def _inspect(console: Console, arguments: argparse.Namespace) -> int:
     from .inspect import command
 
     config = _options.config(arguments)
-    return command.main(console, arguments, lambda: _load(console, arguments, config))
+    code = command.main(console, arguments, lambda: _load(console, arguments, config))
+    _tell_which(console, arguments)
+    return code
 
 
 def _chat(console: Console, arguments: argparse.Namespace) -> int:
@@ -249,6 +252,7 @@ def _chat(console: Console, arguments: argparse.Namespace) -> int:
     config = _options.config(arguments)
     pictures = [images.data_url(picture) for picture in arguments.images]
     with run(console, lambda: _load(console, arguments, config)) as llava:
+        _tell_which(console, arguments)
         return _chat.Chat(console, llava, pictures, arguments.max_tokens, arguments.temperature).loop()
 
 
@@ -270,3 +274,8 @@ def _load(console: Console, arguments: argparse.Namespace, config: ST3Config) ->
     )
     console.stage(None)
     return llava
+
+
+def _tell_which(console: Console, arguments: argparse.Namespace) -> None:
+    if not arguments.model:
+        console.note("(no --model: the small demo model answers, which knows drawn shapes only)")

@@ -145,13 +145,19 @@ class Report:
 
     def summary(self) -> str:
         """One line for a person."""
-        kv, ms, visual = self.kv_bytes_end, self.ms, self.visual_tokens
-        return (
-            f"[{self.mode}{f' ({self.reason})' if self.reason else ''}: {visual.given} visual tokens, "
-            f"{self.schedule.budget:.0%} kept over the layers; {self.reused} tokens reused; "
-            f"KV {kv.live / 1e6:.1f} of {kv.full / 1e6:.1f} MB; "
-            f"encode {ms.encode:.0f} ms, prefill {ms.prefill:.0f} ms, decode {ms.decode:.0f} ms]"
-        )
+        kv, ms, given = self.kv_bytes_end, self.ms, self.visual_tokens.given
+        kept = {
+            "pruned-prefill": f"ST3 kept {self.schedule.budget:.0%} of {given} visual tokens",
+            "evict-only": f"{given} visual tokens, dropped only after the prompt was read",
+            "off": f"{given} visual tokens, none dropped",
+        }[self.mode]
+        told = [f"{kept} ({self.reason})" if self.reason else kept]
+        told += [f"{self.reused} positions of the prompt reused"] if self.reused else []
+        told.append(f"pictures {ms.encode:.0f} ms, prompt {ms.prefill:.0f} ms, answer {ms.decode:.0f} ms")
+        if self.n_generated > 1 and ms.decode > 0:
+            told[-1] += f" ({1e3 * (self.n_generated - 1) / ms.decode:.1f} tokens a second)"
+        told.append(f"KV cache {kv.live / 1e6:.1f} MB, {kv.full / 1e6:.1f} MB without ST3")
+        return f"[{'; '.join(told)}]"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings; the trace's fields, where there is one, beside the others."""

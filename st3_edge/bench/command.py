@@ -170,4 +170,4 @@ def _describe(found: dict[str, Any]) -> list[str]:
     ]
     if machine["load_before"] > _BUSY:
         lines.append(f"other programs were running (load {machine['load_before']:.1f}): the figures are noisy")
-    return [*lines, "", *figures.table(found["summary"])]
+    return [*lines, "", *figures.table(found["summary"], setup["against"])]

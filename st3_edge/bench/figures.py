@@ -120,9 +120,10 @@ def ideals(stock: Mapping[str, float], work: Work) -> dict[str, float]:
     }
 
 
-def table(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The summary as lines for a person: medians, ratios with their range, ideal and share."""
-    head = f"{'':21}{'stock':>12}{'ST3':>12}  {'times as good (pairs)':24}{'ideal':>7}{'reached':>9}"
+def table(found: Mapping[str, Mapping[str, Any]], against: str) -> list[str]:
+    """The summary as lines for a person: medians, ratios with their range, ideal and share. `against`: the other side's
+    name ("stock" or "off")."""
+    head = f"{'':21}{against:>12}{'ST3':>12}  {'times as good (pairs)':24}{'ideal':>7}{'reached':>9}"
     lines = [head]
     for name, row in found.items():
         stock, st3 = (_with_unit(name, row[side][0]) for side in ("stock", "st3"))

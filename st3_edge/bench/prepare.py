@@ -29,8 +29,8 @@ def find_stock(given: str | None) -> Path:
         if not library.is_file():
             raise LibraryError(
                 f"no stock llama.cpp: {library} is missing; build it in a source checkout (cmake -S . -B build/stock "
-                "-DST3_STOCK=ON && cmake --build build/stock) and name its folder with --stock, or compare with "
-                "pruning off: --against off"
+                "-G Ninja -DST3_STOCK=ON && cmake --build build/stock) and name its folder with --stock, or compare "
+                "with pruning off: --against off"
             )
     return folder
 

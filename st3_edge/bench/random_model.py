@@ -20,7 +20,7 @@ from .shapes import Shape, Tower
 try:
     import gguf
 except ImportError as e:
-    raise ModelError("random weights are written by the package gguf: pip install 'st3-edge[bench]'") from e
+    raise ModelError("random weights are written by the package gguf: pip install gguf") from e
 
 Kind = gguf.GGMLQuantizationType
 FILE_TYPES = {

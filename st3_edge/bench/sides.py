@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -32,6 +31,7 @@ class Side:
 
     def __init__(self, name: str, job: Job) -> None:
         self.name, self._job = name, job
+        self._label = "ST3" if job.st3 else "stock" if job.stock else "pruning off"
         self.setup: dict[str, Any] = {}
         self.report: dict[str, Any] = {}
         self.live: list[int] = []
@@ -44,14 +44,14 @@ class Side:
         if self._process:
             return
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed with the worker
-        paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+        # Not by -m, which looks in the current folder first: in a checkout that is the sources, whatever is installed.
+        start = "import sys; sys.path.insert(0, sys.argv[1]); from st3_edge.bench import worker; worker.main()"
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "st3_edge.bench.worker"],
+            [sys.executable, "-c", start, str(Path(__file__).resolve().parents[2])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)},
             start_new_session=True,  # a terminal's Ctrl-C is for the parent alone
         )
         self.setup = self._ask(asdict(self._job))
@@ -95,10 +95,10 @@ class Side:
         if self._stopped.is_set():
             raise Stopped
         if not line:
-            raise St3Error(f"the {self.name} side ended by itself{self._last_words()}")
+            raise St3Error(f"the side of {self._label} ended by itself{self._last_words()}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise St3Error(f"the {self.name} side: {answer['error']}")
+            raise St3Error(f"the side of {self._label}: {answer['error']}")
         return answer
 
     def _last_words(self) -> str:

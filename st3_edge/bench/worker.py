@@ -315,7 +315,3 @@ def main() -> None:
         answer({"error": str(e)})
     except BrokenPipeError:
         return  # nobody listens any more
-
-
-if __name__ == "__main__":
-    main()
