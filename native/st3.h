@@ -62,7 +62,7 @@ struct st3_piece {
 // ABI of this header; the Python package refuses any other.
 LLAMA_API int32_t st3_abi_version(void);
 
-// What went wrong in the last st3_* call of this thread that failed; "" if none did.
+// What went wrong in this thread's last st3_* call; "" if nothing did.
 LLAMA_API const char * st3_last_error(void);
 
 // Whether a device has a kernel of ours for the attention that keys of that type and head size receive
@@ -74,7 +74,8 @@ LLAMA_API bool st3_device_has_kernel(ggml_backend_dev_t device, enum ggml_type t
 LLAMA_API int32_t st3_check_model(const struct llama_model * model);
 
 // Prefills pieces into sequence seq_id from position p0 on, where the sequence ends (0 if it is empty); logits of the last
-// position are then llama_get_logits_ith(-1). The last piece must be text.
+// position are then llama_get_logits_ith(-1). The last piece must be text. Embeddings are for models with one position a
+// token and inputs as wide as the rest (no M-RoPE, no deepstack).
 // With a schedule, and when everything from the first image on fits one ubatch, visual tokens are dropped between layers;
 // else the pieces are decoded as stock mtmd decodes them, the cells are removed afterwards, and the reason is in the report.
 // Returns 0, a positive or negative llama_decode() code, or -100 for unusable arguments or a prompt that does not fit the

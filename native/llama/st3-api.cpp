@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <locale>
 #include <memory>
 #include <numeric>
 #include <sstream>
@@ -55,6 +56,7 @@ uint32_t n_rows(const st3_piece * pieces, size_t n_pieces) {
 }
 
 void check_pieces(const llama_context * ctx, const st3_piece * pieces, size_t n_pieces) {
+    const auto &  hparams = ctx->get_model().hparams;
     const int32_t n_vocab = ctx->get_model().vocab.n_tokens();
 
     require(pieces && n_pieces > 0, "the prompt is empty");
@@ -62,6 +64,8 @@ void check_pieces(const llama_context * ctx, const st3_piece * pieces, size_t n_
         const auto & p = pieces[i];
         require(p.n > 0 && !p.tokens != !p.embd, "a piece needs a positive length and either tokens or embeddings");
         if (p.embd) {
+            require(hparams.n_pos_per_embd() == 1 && hparams.n_embd_inp() == hparams.n_embd,
+                    "images of models with several positions a token (M-RoPE) or wider inputs are not supported");
             require(p.nx >= 0 && p.ny >= 0 && ((p.nx == 0 && p.ny == 0) || int64_t(p.nx) * p.ny == p.n),
                     format("an image of %d tokens is no grid of %d x %d", p.n, p.nx, p.ny));
         } else {
@@ -112,7 +116,7 @@ int32_t decode_pieces(
         llama_context * ctx, st3_memory * mem, llama_seq_id seq_id, llama_pos p0, const st3_piece * pieces,
         size_t n_pieces, bool output) {
     const int32_t n_batch = (int32_t) ctx->get_cparams().n_batch;
-    const int64_t n_embd  = ctx->get_model().hparams.n_embd_inp();
+    const int64_t n_embd  = ctx->get_model().hparams.n_embd;
 
     for (size_t i = 0; i < n_pieces; ++i) {
         const auto & p = pieces[i];
@@ -126,9 +130,6 @@ int32_t decode_pieces(
                     decode(ctx, seq_id, p0, p.tokens ? const_cast<llama_token *>(p.tokens) + j : nullptr,
                            p.embd ? const_cast<float *>(p.embd) + j * n_embd : nullptr, n, last);
             if (res != 0) {
-                if (mem) {
-                    mem->announce(0, 0);
-                }
                 return res;
             }
             p0 += n;
@@ -141,7 +142,7 @@ int32_t decode_pruned(
         llama_context * ctx, st3_memory * mem, llama_seq_id seq_id, llama_pos p0, const st3_piece * pieces,
         size_t n_pieces) {
     const auto &  model  = ctx->get_model();
-    const int64_t n_embd = model.hparams.n_embd_inp();
+    const int64_t n_embd = model.hparams.n_embd;
 
     std::vector<float>    embd(n_rows(pieces, n_pieces) * n_embd);
     std::vector<st3_span> images;
@@ -194,7 +195,8 @@ std::string why_not(const llama_context * ctx, const st3_memory * mem, size_t n_
                 "the image and its question, %u positions, do not fit one batch of %u (raise n_ubatch and n_batch)", n,
                 std::min(cparams.n_ubatch, cparams.n_batch));
     }
-    if (cparams.embeddings) {
+    const auto & layers = cparams.embeddings_layer_inp;
+    if (cparams.embeddings || cparams.embeddings_nextn || std::count(layers.begin(), layers.end(), true) > 0) {
         return "embeddings are asked for";
     }
     if (!ctx->get_model().hparams.causal_attn || !cparams.causal_attn) {
@@ -209,7 +211,7 @@ void check_room(const llama_context * ctx, const st3_memory * mem, llama_seq_id 
     const uint32_t  used  = mem ? mem->n_used(seq_id) : (uint32_t) p0;
     const llama_pos end   = ctx->get_memory()->seq_pos_max(seq_id) + 1;
 
-    require(end == 0 || p0 == end, format("the sequence goes on at position %d, not at %d", end, p0));
+    require(p0 == end, format("the sequence goes on at position %d, not at %d", end, p0));
     require(n <= n_ctx && used <= n_ctx - n,
             format("the prompt of %u positions does not fit: %u of %u KV cells (n_ctx) are in use", n, used, n_ctx));
 }
@@ -256,6 +258,7 @@ std::string quote(const std::string & s) {
 
 template <typename T> std::string list(const std::vector<T> & v) {
     std::ostringstream ss;
+    ss.imbue(std::locale::classic());
     for (size_t i = 0; i < v.size(); ++i) {
         ss << (i ? ", " : "[") << v[i];
     }
@@ -375,6 +378,7 @@ std::string make_report(const llama_context * ctx) {
     static const char * const modes[] = { "off", "pruned-prefill", "evict-only" };
 
     std::ostringstream ss;
+    ss.imbue(std::locale::classic());  // JSON, whatever the program's is
     ss.precision(9);
     ss << "{\"mode\": \"" << modes[state.mode]
        << "\", \"reason\": " << (state.reason.empty() ? "null" : quote(state.reason))
@@ -467,6 +471,18 @@ int32_t st3_prefill(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, cons
             }
         }
 
+        // whatever goes wrong from here on: nothing of the prompt stays
+        bool       done = false;
+        const auto undo = [&](llama_context * c) {
+            if (!done) {
+                if (mem) {
+                    mem->announce(0, 0);
+                }
+                c->get_memory()->seq_rm(seq_id, p0, -1);
+            }
+        };
+        const std::unique_ptr<llama_context, decltype(undo)> guard(ctx, undo);
+
         int32_t res = 0;
         if (!pruned) {
             res = decode_pieces(ctx, mem, seq_id, p0, pieces, n_pieces, true);
@@ -485,12 +501,13 @@ int32_t st3_prefill(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, cons
         }
         if (res != 0) {
             last_error = format("st3: decoding the prompt failed with code %d", res);
-            ctx->get_memory()->seq_rm(seq_id, p0, -1);
             return res;
         }
+        done = true;
 
         if (mem) {
             note_images(*mem, *state);
+            state->kept = pruned ? mem->take_kept() : st3_kept_t{};
         } else {
             state->images = images;
             state->per_layer.assign(n_layer, std::accumulate(images.begin(), images.end(), 0u));
@@ -507,10 +524,9 @@ int32_t st3_kept(const llama_context * ctx, int32_t i_cut, int32_t * out, int32_
     return guarded(-1, [&] {
         require(ctx && (out || cap == 0), "no context or no room for the result");
 
-        const auto * mem = pruned_memory(ctx);
-        require(mem && ctx->st3 && ctx->st3->mode == ST3_MODE_PRUNED_PREFILL, "no prompt was pruned");
+        require(ctx->st3 && !ctx->st3->kept.empty(), "no prompt was pruned");
 
-        const auto & kept = mem->last_kept();
+        const auto & kept = ctx->st3->kept;
         require(i_cut >= 0 && (size_t) i_cut < kept.size(), format("there is no cut %d", i_cut));
 
         std::copy_n(kept[i_cut].begin(), std::min<size_t>(kept[i_cut].size(), std::max(0, cap)), out);
@@ -544,6 +560,9 @@ int32_t st3_positions(const llama_context * ctx, llama_seq_id seq_id, int32_t il
 
 size_t st3_report(const llama_context * ctx, char * out, size_t cap) {
     return guarded(size_t(0), [&] {
+        if (out && cap > 0) {
+            out[0] = '\0';
+        }
         require(ctx && ctx->get_memory() && (out || cap == 0), "no context or no room for the result");
 
         const std::string report = make_report(ctx);

@@ -588,8 +588,15 @@ uint32_t st3_graph_extra_nodes(const llama_memory_i * memory, uint32_t n_tokens)
     const uint32_t n_terms  = (uint32_t) (1 + schedule.terms.size() + schedule.anneal_terms.size());
     const uint32_t n_parts  = n_tokens / (ST3_FFN_ROWS / 2);  // halves of what is a little more
 
+    uint32_t n_records = 0;  // layers that record, over all terms
+    for (const auto * terms : { &schedule.terms, &schedule.anneal_terms }) {
+        for (const auto & term : *terms) {
+            n_records += term.sum ? schedule.n_layer : mem->n_stage();
+        }
+    }
+
     // generous: about 10 nodes a layer, term and sequence to record, 20 an image, term and cut to select and gather, 10 a part
-    return 16 * schedule.n_layer * n_terms * mem->n_seq_max +
+    return 16 * (n_records + mem->n_stage()) * mem->n_seq_max +
            32 * (uint32_t) schedule.cuts.size() * ST3_MAX_IMAGES * (n_terms + 2) + 16 * schedule.n_layer * n_parts;
 }
 

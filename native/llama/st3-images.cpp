@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <set>
 
 const std::vector<st3_image> & st3_images::of(llama_seq_id seq_id) const {
     static const std::vector<st3_image> none;
@@ -53,10 +54,14 @@ void st3_images::rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 }
 
 void st3_images::cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) {
-    auto copy = of(src);
-    each_pos(copy, [=](st3_image &, llama_pos & p) { p = p >= p0 && p < p1 ? p : -1; });
-
     auto & images = seqs[dst];
+
+    std::set<llama_pos> there;  // copied before
+    for (const auto & image : images) {
+        there.insert(image.pos.begin(), image.pos.end());
+    }
+    auto copy = of(src);
+    each_pos(copy, [&](st3_image &, llama_pos & p) { p = p >= p0 && p < p1 && there.count(p) == 0 ? p : -1; });
     images.insert(images.end(), copy.begin(), copy.end());
 }
 

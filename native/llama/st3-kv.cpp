@@ -7,6 +7,10 @@
 #include <algorithm>
 #include <stdexcept>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 // Steps of growth. Elsewhere than on the host, flash attention's fast kernels take multiples of 256 cells only.
 static constexpr uint32_t STEP_HOST   = 32;
 static constexpr uint32_t STEP_DEVICE = 256;
@@ -110,6 +114,8 @@ bool st3_kv::fit(uint32_t n) {
     const uint32_t size = size_for(n);
     if (size < get_size()) {
         compact();
+        resize(size);  // where it cannot be, they stay as large
+        return true;
     }
     return size == get_size() || resize(size);
 }
@@ -203,6 +209,9 @@ bool st3_kv::resize(uint32_t n) {
         }
     }
     n_resized++;
+#ifdef __GLIBC__
+    malloc_trim(0);  // tensors of many sizes come and go: else what they left would stay resident
+#endif
 
     for (auto & cells : v_cells) {
         const llama_kv_cells kept = cells.cp(0, std::min(n, old));

@@ -68,8 +68,8 @@ shorten(const llama_ubatch & src, const std::vector<st3_span> & spans, const std
 
     llama_ubatch res = src;
     res.n_tokens     = n;
-    res.n_seq_tokens = n / src.n_seqs;
-    res.n_seqs       = src.n_seqs;
+    res.n_seq_tokens = src.n_seqs == src.n_tokens ? 1 : n;  // of a unified cache each row counts as a sequence
+    res.n_seqs       = n / res.n_seq_tokens;
     res.token        = nullptr;
     res.embd         = nullptr;
     res.pos          = data->pos.data();
@@ -253,7 +253,8 @@ st3_record st3_memory::make_record(const llama_ubatch & ubatch, llama_seq_id seq
                 res.tokens[s].push_back({ shares[i].image, id });
             }
             res.n_fresh[s] += i < n_waiting ? (uint32_t) h.ids.size() : 0;
-            n_ids += i < n_waiting ? (uint32_t) h.ids.size() : list[shares[i].image].n0[s];
+            // what is held falls and n0 does not, so that graphs can be used again; n0 may come from a saved state
+            n_ids += (uint32_t) std::max<size_t>(h.ids.size(), i < n_waiting ? 0 : list[shares[i].image].n0[s]);
         }
         res.n_ids.push_back(GGML_PAD(n_ids, PAD_IDS));
     }
@@ -557,16 +558,19 @@ void st3_memory::collect(std::vector<st3_record> records, ggml_tensor * out, ggm
     const size_t n_bytes = ggml_nbytes(out);
 
     ggml_backend_buffer_ptr buf;
-    if (!spare.empty() && ggml_backend_buffer_get_size(spare.back().get()) >= n_bytes) {
-        buf = std::move(spare.back());
-        spare.pop_back();
+    const auto              fits = [=](const auto & b) { return ggml_backend_buffer_get_size(b.get()) >= n_bytes; };
+    if (const auto it = std::find_if(spare.begin(), spare.end(), fits); it != spare.end()) {
+        buf = std::move(*it);
+        spare.erase(it);
     } else {
+        spare.clear();  // too small by now, all of them
         // a copy from a device waits for it unless the host's memory is pinned
         const auto dev  = model.dev_output();
         const auto buft = dev ? ggml_backend_dev_host_buffer_type(dev) : nullptr;
         buf.reset(ggml_backend_buft_alloc_buffer(buft ? buft : ggml_backend_cpu_buffer_type(), n_bytes));
-        if (!buf) {
-            throw std::runtime_error("st3: no memory for scores");
+        if (!buf) {  // nobody above llama_decode would catch an exception; ranks go by what other steps recorded
+            LLAMA_LOG_WARN("%s: no memory for the scores of a step\n", __func__);
+            return;
         }
     }
     ggml_backend_tensor_get_async(
@@ -971,6 +975,9 @@ std::string st3_unsupported(const llama_model & model, const llama_memory_params
     }
     if (model.hparams.f_max_alibi_bias > 0.0f || model.hparams.attn_soft_cap) {
         return "models with ALiBi or attention soft-capping are not supported yet";
+    }
+    if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        return "tensors split over several devices (split mode tensor) are not supported yet";
     }
     if (params && (params->ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT || params->mem_other)) {
         return "draft and multi-token-prediction contexts are not supported";

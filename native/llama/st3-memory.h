@@ -140,7 +140,8 @@ class st3_memory : public llama_memory_i {
     // Gives back memory that no cell needs. Between batches only.
     void trim();
 
-    const st3_kept_t & last_kept() const { return kept; }
+    // Of the last pruned prefill, once: the caller keeps it.
+    st3_kept_t take_kept() { return std::move(kept); }
 
     const st3_kv & stage(uint32_t i) const { return *stages[i]; }
 

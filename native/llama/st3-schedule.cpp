@@ -5,10 +5,12 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
+#include <locale>
 #include <map>
 #include <mutex>
 #include <numeric>
 #include <random>
+#include <sstream>
 #include <stdexcept>
 
 namespace {
@@ -67,8 +69,13 @@ bool get_number(const meta_map & meta, const std::string & key, double min, doub
     char *       end   = nullptr;
     const double x     = std::strtod(begin, &end);
     if (end == begin || *end != '\0' || !(x >= min && x <= max)) {
-        auto str = [](double v) { return std::to_string(v).substr(0, std::to_string(v).find_last_not_of(".0") + 1); };
-        fail(key + " = " + it->second + " is not a number in [" + (min == 0 ? "0" : str(min)) + ", " + str(max) + "]");
+        std::ostringstream ss;
+        ss.imbue(std::locale::classic());
+        ss.precision(10);
+        ss << key << " = " << it->second << " is not a number in ";
+        min == std::numeric_limits<double>::min() ? ss << "(0" : ss << "[" << min;
+        ss << ", " << max << "]";
+        fail(ss.str());
     }
     out = x;
     return true;

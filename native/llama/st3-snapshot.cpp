@@ -178,7 +178,7 @@ st3_image get_image(reader & r, const st3_memory & mem) {
     const auto n_scores = r.get<uint32_t>();
 
     if (n == 0 || uint64_t(image.nx) * image.ny != n || flags > 7 || n_counts != (image.pruned ? mem.n_stage() : 0) ||
-        (n_scores != 0 && n_scores != mem.n_stage()) || (n_scores != 0 && image.n_records == 0) ||
+        (n_scores != 0 && (!image.pruned || n_scores != mem.n_stage() || image.n_records == 0)) ||
         std::any_of(image.pos.begin(), image.pos.end(), [](llama_pos p) { return p < -1 || p > MAX_POS; }) ||
         std::any_of(image.n0.begin(), image.n0.end(), [n](uint32_t c) { return c > n; })) {
         fail("the saved state holds an impossible image");

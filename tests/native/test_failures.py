@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import cases
 import numpy as np
 import pytest
 from cases import SEED
-from native_runtime import Context, Image, Model
+from native_runtime import Context, Image, Model, NativeError
 from oracle import llama as oracle
 
 SHAPE = cases.SHAPES["mha-32"]
@@ -46,6 +48,43 @@ def test_aborted_prefill_leaves_nothing(model, ctx) -> None:
     ctx.abort_when(None)
     assert ctx.prefill(GOOD) == 0
     assert np.array_equal(ctx.logits(), want)
+
+
+def test_kept_tokens_are_those_of_the_last_prompt(model) -> None:
+    """Breaks if a sequence without images, or a prompt of text alone, gets what another one kept."""
+    with Context(model, n_ctx=512, n_seq=2) as ctx:
+        assert ctx.prefill(GOOD) == 0
+        kept = ctx.kept(1)
+        assert len(kept[0]) == 32
+        assert ctx.prefill([[5, 6]], p0=ctx.positions()[1] + 1) == 0
+        with pytest.raises(NativeError):
+            ctx.kept(1)
+        assert ctx.prefill([[1, 5], picture(36, 6, 6), [7]], seq=1) == 0
+        assert len(ctx.kept(1)[0]) == 18 and ctx.kept(1)[0].max() < 36
+
+
+@pytest.mark.parametrize("p0", [1, 2**31 - 100])
+def test_a_prompt_begins_where_the_sequence_ends(rt, ctx, p0: int) -> None:
+    """Breaks if an empty sequence can begin anywhere."""
+    assert ctx.prefill(GOOD, p0=p0) == -100
+    assert "goes on at position 0" in rt.last_error() and ctx.positions() == (-1, -1)
+
+
+def test_a_report_that_cannot_be_is_empty(rt) -> None:
+    """Breaks if what was in the caller's memory could be taken for a report."""
+    out = ctypes.create_string_buffer(b"garbage", 16)
+    assert rt.lib.st3_report(None, out, 16) == 0 and out.value == b""
+
+
+def test_inputs_of_layers_are_not_extracted_from_pruned_rows(rt, ctx) -> None:
+    """Breaks if a prompt whose layers' inputs are asked for is pruned: upstream aborts on layers with fewer rows."""
+    ask = getattr(rt.lib, "_Z30llama_set_embeddings_layer_inpP13llama_contextjb", None)
+    if ask is None:
+        pytest.skip("another compiler's names")
+    ask.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_bool]
+    ask(ctx.ptr, 2, True)
+    assert ctx.prefill(GOOD) == 0
+    assert ctx.report()["mode"] == "evict-only" and ctx.report()["reason"] == "embeddings are asked for"
 
 
 def test_prompt_longer_than_the_context(ctx) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes as C
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -207,12 +208,77 @@ def test_false_counts_with_a_true_checksum(rt, random_gguf) -> None:
         assert np.array_equal(ctx.logits(), want)
 
 
+def with_other_image(raw: bytes, n_layer: int, n_cuts: int, flags: int | None, n0: list[int] | None) -> bytes:
+    """A state of one image with other flags and counts, and a checksum that is right (st3-snapshot.cpp)."""
+    begin = raw.index(struct.pack("<I", 0x53335453)) + 24
+    at = begin + 4 * (4 + n_cuts + 2 * n_layer) + 4
+    n_images, _, n = struct.unpack_from("<IiI", raw, at)
+    assert n_images == 1
+    at += 24
+    had = struct.unpack_from("<I", raw, at)[0]
+    counts = at + 20 + 4 * n
+    (n_counts,) = struct.unpack_from("<I", raw, counts)
+    if n0 is None:
+        n0 = list(struct.unpack_from(f"<{n_counts}I", raw, counts + 4))
+    new = struct.pack("<I", had if flags is None else flags) + raw[at + 4 : counts]
+    new += struct.pack(f"<I{len(n0)}I", len(n0), *n0) + raw[counts + 4 + 4 * n_counts :]
+    body = raw[begin:at] + new
+    return raw[: begin - 16] + struct.pack("<QQ", len(body), checksum(body)) + body
+
+
+def test_images_that_lie_with_a_true_checksum(rt, random_gguf) -> None:
+    """Breaks if an image that waits for its cuts may have scores, which do not grow with it, or if one that is said to
+    have held less than it does has more scores recorded than there is room for (ASan sees either)."""
+    keys = {"st3.preset": "st3", "st3.keep": 0.5, "st3.start": 1, "st3.stride": 1}
+    rng = np.random.default_rng([SEED, 13])
+    image = Image(rng.standard_normal((400, 32)).astype(np.float32), 20, 20)
+    with Model(rt, random_gguf(Shape(3, 32, 1, 1, 32, n_vocab=272)), keys) as model, Context(model, n_ctx=4096) as ctx:
+        assert ctx.prefill([[1, 5], image, [7, 8, 9]]) == 0
+        assert [ctx.decode([5], 405 + i) for i in range(3)] == [0] * 3
+        raw = ctx.save(0)
+        assert with_other_image(raw, 3, 2, None, None) == raw
+
+        assert ctx.restore(with_other_image(raw, 3, 2, 0, []), 0) == 0  # waits, and has scores
+        assert ctx.restore(with_other_image(raw, 3, 2, None, [1, 1, 1]), 0) > 0
+        assert ctx.decode([7, 8, 9], 408) == 0
+        assert len(ctx.save(0)) > len(raw)
+
+
 def checksum(body: bytes) -> int:
     """That of st3-snapshot.cpp."""
     out, whole = 0xCBF29CE484222325, body + bytes(-len(body) % 8)
     for word in np.frombuffer(whole, "<u8").tolist():
         out = (out ^ word) * 0x100000001B3 % 2**64
     return out ^ len(body)
+
+
+def test_copying_twice_is_copying_once(model) -> None:
+    """Breaks if a sequence that is copied again counts its images again."""
+    with Context(model, n_ctx=256, n_seq=2, unified=True) as ctx:
+        assert ctx.prefill(prompt()) == 0
+        ctx.seq_cp(0, 1)
+        once = ctx.save(1)
+        ctx.seq_cp(0, 1)
+        assert ctx.save(1) == once
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_a_context_shift_reserves_no_logits(rt, random_gguf) -> None:
+    """Breaks if the graph that is reserved after a shift has room for the logits of a whole ubatch."""
+    n_vocab, n_ubatch = 32000, 4096
+    path = random_gguf(Shape(4, 32, 1, 1, 32, n_vocab=n_vocab))
+    with Model(rt, path, KEYS) as model, Context(model, n_ctx=n_ubatch, n_ubatch=n_ubatch) as ctx:
+        assert [ctx.decode([5], i) for i in range(8)] == [0] * 8
+        before = virtual_memory()
+        assert ctx.seq_rm(0, 0, 2)
+        ctx.seq_add(0, 2, -1, -2)
+        assert ctx.decode([5], 6) == 0
+        assert virtual_memory() - before < 4 * n_vocab * n_ubatch // 4
+
+
+def virtual_memory() -> int:
+    """Bytes of address space that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_full_context(model) -> None:

@@ -8,6 +8,12 @@ from oracle import schedule
 
 from st3_edge.bench.shapes import Shape
 
+RANGES = {
+    "st3.start": (99, "[1, 8]"),
+    "st3.budget": (2.0, "(0, 1]"),
+    "st3.anneal_floor": (3.0, "[0, 1]"),
+    "st3.stride": (0, "[1, 4294967295]"),
+}
 SHAPE = Shape(8, 32, 1, 1, 32, n_vocab=272)
 BAD = {
     "preset unknown": ("preset", {"st3.preset": "st4"}),
@@ -109,3 +115,11 @@ def test_off(rt, random_gguf, keys: dict) -> None:
         assert model.check() is None
         assert ctx.prefill([[1, 2, 3]]) == 0
         assert ctx.report()["mode"] == "off"
+
+
+@pytest.mark.parametrize("key", RANGES)
+def test_a_range_is_told_as_it_is(rt, random_gguf, key: str) -> None:
+    """Breaks if zeros are cut off a bound, or a bound is written with an exponent."""
+    value, told = RANGES[key]
+    with Model(rt, random_gguf(SHAPE), {key: value}) as model:
+        assert (model.check() or "").endswith(f"is not a number in {told}")
