@@ -20,7 +20,8 @@ def resident() -> int:
 
 
 def main() -> None:
-    """A fresh context; an image of 576 tokens with 64 of text; 128 generated tokens; nothing again."""
+    """A fresh context; an image of 576 tokens with 64 of text; 128 generated tokens; five more questions
+    and answers; nothing again."""
     lib, gguf, keys, n_ctx = sys.argv[1:]
     rt = native_runtime.Runtime(Path(lib))
     rng, out = np.random.default_rng(8), {}
@@ -40,6 +41,12 @@ def main() -> None:
             for i in range(128):
                 assert ctx.decode([5], 640 + i) == 0
             note("answer")
+            at = 768
+            for _ in range(5):
+                assert ctx.prefill([[7] * 500], p0=at) == 0
+                assert [ctx.decode([5], at + 500 + i) for i in range(48)] == [0] * 48
+                at += 548
+            note("talk")
             ctx.clear()
             note("cleared")
     print(json.dumps(out))
