@@ -42,7 +42,7 @@ def pairs(budget: float) -> dict[str, tuple[Keys, Keys]]:
     default: Keys = {"st3.preset": "st3", "st3.budget": budget}
     stay: Keys = {**default, "st3.anneal": "none"}
     return {
-        "scoring": ({**default, "st3.coverage": 1.0, "st3.anneal_score": "random"}, default),
+        "scoring": ({**default, "st3.preset": "random", "st3.anneal": "linear", "st3.anneal_score": "random"}, default),
         "pruned": (stay, default),
         "alone": ({}, {"st3.preset": "st3", "st3.keep": 1.0}),
         "control": (stay, stay),
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=cache_folder())
     parser.add_argument("--budget", type=float, default=0.30)
     parser.add_argument("--text", type=int, default=64, help="text tokens, 1/16 of them before the image")
-    parser.add_argument("--only", choices=sorted(pairs(1.0)), help="this pair alone")
+    parser.add_argument("--only", nargs="+", choices=sorted(pairs(1.0)), default=sorted(pairs(1.0)), help="these pairs")
     parser.add_argument("--prefills", type=int, default=3, help="of each model in a round")
     parser.add_argument("--steps", type=int, default=64, help="of each model in a round")
     parser.add_argument("--rounds", type=int, default=2, help="each loads the models in the other order")
@@ -121,7 +121,7 @@ def main() -> None:
     out: dict = {}
     print(f"{'pair':<20}{'A':>13}{'B':>13}{'B / A':>8}")
     for name, keys in pairs(args.budget).items():
-        if name != (args.only or name):
+        if name not in args.only:
             continue
         rounds = []
         for n in range(args.rounds):

@@ -1,6 +1,6 @@
 """Fixtures of the tests that need a GPU, and libraries that were built for it.
 
-Without one they are skipped; with $ST3_NEED_GPU set, as scripts/gpu_check.sh has it, they fail.
+Without one they are skipped; with $ST3_NEED_GPU set, as scripts/gpu_check.py has it, they fail.
 """
 
 from __future__ import annotations

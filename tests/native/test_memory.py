@@ -326,8 +326,8 @@ def measure(path: Path, keys: dict, n_ctx: int) -> dict:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 def test_a_long_context_costs_what_it_holds(rt, random_gguf) -> None:
-    """Breaks if cells are allocated before they are needed, or the report tells less than the process has, as where what
-    growing caches leave behind stays in the heap."""
+    """Breaks if cells are allocated before they are needed, or the report tells less than the process has, as where
+    what growing caches leave behind stays in the heap."""
     shape = Shape(8, 512, 8, 8, 256, n_vocab=272)
     keys = {
         "st3.preset": "st3",
