@@ -507,7 +507,8 @@ def main() -> None:
         raise SystemExit("no native libraries: build the package or set ST3_LIB_DIR")
     grid = GRIDS[args.grid]
     budgets = tuple(float(b) for b in args.budgets.split(",")) if args.budgets else grid.budgets
-    files = [args.model, args.mmproj, *sorted(folder.glob("lib*"))]
+    # rows of other questions, or judged otherwise, must not be mixed with these
+    files = [args.model, args.mmproj, Path(__file__), Path(scenes.__file__), *sorted(folder.glob("lib*"))]
     digest = hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest()[:12]
     base = args.work / f"{digest}-{args.style}"
     more = args.questions > 0  # else it is about captions
