@@ -36,6 +36,7 @@ COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#0
 MARKERS = "osD^vP*X"
 GRAY = "#6e7781"
 LOWEST = 50  # per cent right; what is worse runs out of the picture, and leaves room for what may be used
+COUNTED = {"captions": "found"}  # of an F1: what is there
 FIRST = ("st3", "text-max", "pvtp")  # drawn first, so in the first colours
 
 STYLE = {
@@ -123,7 +124,7 @@ def budgets(result: dict) -> Figure:
         if at and not row["keys"].get("st3.coverage"):
             methods.setdefault(name.removesuffix(" c0"), []).append(row)
     order = sorted(methods, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
-    panels = [(key, title) for key, title in (("facts", "Single facts"), ("captions", "Caption objects")) if off[key]]
+    panels = [(key, title) for key, title in (("facts", "Single facts"), ("captions", "Caption objects, F1")) if off[key]]
     fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 5.2), squeeze=False)
     for ax, (key, title) in zip(axes[0], panels, strict=True):
         ax.axhline(off[key], color=GRAY, linestyle="--", label="nothing dropped")
@@ -135,7 +136,7 @@ def budgets(result: dict) -> Figure:
             line(ax, x, rows, off, key, name, i)
         if ax.get_ylim()[0] < LOWEST:
             ax.set_ylim(LOWEST, None)
-        ax.set_title(f"{title} ({off['asked'][key]:,})")
+        ax.set_title(f"{title} ({off['asked'][COUNTED.get(key, key)]:,})")
         ax.set_xlabel("budget: mean share of visual tokens kept over the layers")
     axes[0][0].set_ylabel("right, %")
     legend_below(fig, axes[0][0], 4)
@@ -167,7 +168,7 @@ def annealing(result: dict) -> Figure:
     ax.minorticks_off()
     ax.set_xlabel("visual tokens held when the caption ends, % of those given, mean over layers")
     ax.set_ylabel("caption objects right, %")
-    ax.set_title(f"Annealing: {off['asked']['captions']} objects in captions of {result['scenes']} scenes")
+    ax.set_title(f"Annealing: F1 of {off['asked']['found']} objects in captions of {result['scenes']} scenes")
     legend_below(fig, ax, 3)
     return fig
 
