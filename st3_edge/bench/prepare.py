@@ -9,9 +9,9 @@ from pathlib import Path
 
 from .. import _gguf, _libs, _machine, _options, demo, images
 from .._files import cache_folder
+from .._pair import check_pair
 from ..config import Override
 from ..errors import ConfigError, LibraryError, ModelError
-from ..llava import check_pair
 from .cache import Tell, random_text, random_vision
 from .options import QUESTION
 from .shapes import CLIP_L_336, SHAPES

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 from .. import _gguf, _gguf_copy, _libs, _options, demo, images, state
 from .._console import INTERRUPTED, Console, run
 from .._files import cache_folder
+from .._pair import check_pair
 from ..config import Override, ST3Config
 from ..errors import ConfigError, ModelError, St3Error
-from ..llava import check_pair
 from . import search
 from .evaluate import Evaluation, Evaluator, Work
 from .prompts import QUESTIONS, Question, choose, pictures_in, read_questions
