@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import _libs, _log, _machine, _native, _openai, demo, sampling, state
+from . import _gguf, _libs, _log, _machine, _native, _openai, demo, sampling, state
 from ._openai import Response
 from ._pair import check_pair
 from ._text import TextStream
@@ -114,10 +114,7 @@ class Llava:
         self._lib = bindings.lib
         self._lock = threading.Lock()
         self._call = 0
-        if n_ctx == 0:
-            trained = header.metadata.get(f"{header.architecture}.context_length", 0)
-            n_ctx = min(int(trained), MAX_CTX) or 4096
-        self.n_ctx = n_ctx
+        self.n_ctx = n_ctx = n_ctx or _trained_n_ctx(header)
         overrides = config.overrides(header.schedule)
         # What a saved conversation is good for. Of the files as they are loaded: later they may be others.
         self._belongs_to = {
@@ -552,6 +549,7 @@ def load_text_model(
 ) -> Any:
     """The bindings' `Llama` of a text model, with the schedule that `overrides` (`st3.*` keys) and the file give it.
     Options as `Llava`'s, and checked there. Raises ModelError."""
+    n_ctx = n_ctx or _trained_n_ctx(_gguf.read_header(path))
     threads, threads_batch = _machine.default_threads()
     n_ubatch = min(n_ctx, n_ubatch or _DEFAULT_UBATCH)
     _log.forget()
@@ -575,6 +573,12 @@ def load_text_model(
         raise ModelError(
             f"model {path!r} cannot be used" + (f": {reason}" if reason else _log.why() or f": {e}")
         ) from e
+
+
+def _trained_n_ctx(header: _gguf.Header) -> int:
+    """What n_ctx=0 stands for."""
+    trained = header.metadata.get(f"{header.architecture}.context_length", 0)
+    return min(int(trained), MAX_CTX) or 4096
 
 
 def pieces_of(units: Sequence[Unit], visual: Mapping[Image, _native.Visual]) -> list[_native.Piece]:

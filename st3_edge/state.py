@@ -64,6 +64,20 @@ def fingerprint(path: str) -> str:
     return digest.hexdigest()
 
 
+def check_replaceable(path: Path) -> None:
+    """Raises StateError where `path` is there and is no saved conversation: a person meant another name."""
+    try:
+        if not path.exists():
+            return
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(MAGIC)) == MAGIC:
+                    return
+    except (OSError, ValueError) as e:
+        raise StateError(f"{str(path)!r} cannot be read: {one_line(getattr(e, 'strerror', None) or e)}") from e
+    raise StateError(f"{str(path)!r} exists and is no saved conversation: give another name")
+
+
 def write(path: str | os.PathLike[str], saved: Saved) -> None:
     """Writes the file whole or not at all: what was there before stays until the new one is on the disk.
 

@@ -109,6 +109,7 @@ def _find(console: Console, arguments: argparse.Namespace, task: Task, stage: Ca
         work,
         n_tokens=arguments.tokens,
         n_ctx=arguments.n_ctx,
+        n_ubatch=arguments.n_ubatch,
         n_threads=arguments.threads,
         n_gpu_layers=arguments.n_gpu_layers,
         stage=stage,
