@@ -12,7 +12,7 @@ from typing import Any
 
 from . import _options, images, state
 from ._console import Console, run
-from .errors import St3Error, one_line
+from .errors import OutputError, St3Error, one_line
 from .llava import Llava
 
 _HELP = """\
@@ -43,7 +43,7 @@ class Chat:
         self._console.note("Ask, or /help tells what else there is.")
         while True:
             try:
-                line = input(prompt).strip()
+                line = _line(prompt).strip()
                 if line in ("/quit", "/exit"):
                     return 0
                 if line:
@@ -52,6 +52,8 @@ class Chat:
                 return 0
             except KeyboardInterrupt:
                 self._console.note("\n(/quit leaves)")
+            except OutputError:  # nobody would read the next answer either
+                raise
             except St3Error as e:
                 self._console.note(f"st3-edge: error: {one_line(e)}")
 
@@ -108,3 +110,13 @@ class Chat:
         if any(said):
             self._messages += [question, {"role": "assistant", "content": "".join(said)}]
             self._pictures.clear()
+
+
+def _line(prompt: str) -> str:
+    """The next line; raises EOFError where there is none."""
+    if prompt:
+        return input(prompt)
+    line = sys.stdin.readline()  # input() also writes to standard output, even an empty prompt
+    if not line:
+        raise EOFError
+    return line
