@@ -186,14 +186,12 @@ class Llava:
         model, mmproj = (_hub.file(repo_id, name, **where) for name in (filename, mmproj_filename))
         return cls(model, mmproj, config, **options)
 
-    def ask(
-        self, images: ImageSource | list[ImageSource] | tuple[ImageSource, ...], question: str, **options: Any
-    ) -> str:
+    def ask(self, images: ImageSource | list[Any] | tuple[Any, ...], question: str, **options: Any) -> str:
         """The answer to one question about one picture, or a list of several. `options`: as for
         `create_chat_completion`, less stream. Raises as that does."""
         if options.get("stream"):
             raise ConfigError("ask returns whole answers: create_chat_completion has stream=True")
-        sources: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
+        sources = images if isinstance(images, (list, tuple)) else [images]
         content = [{"type": "image", "image": source} for source in sources]
         message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
         response = self.create_chat_completion([message], **options)
@@ -243,6 +241,9 @@ class Llava:
         was not read to its end.
         """
         _openai.check_others(others)
+        form = sampling.response_grammar(response_format)
+        if form is not None and grammar is not None:
+            raise ConfigError("grammar and response_format exclude each other: both are grammars")
         options = {
             "temperature": temperature,
             "top_p": top_p,
@@ -253,7 +254,7 @@ class Llava:
             "frequency_penalty": frequency_penalty,
             "presence_penalty": presence_penalty,
             "seed": self._seed if seed is None else seed,
-            "grammar": sampling.response_grammar(response_format) or grammar,
+            "grammar": grammar if form is None else form,
             "logit_bias": logit_bias,
         }
         chosen = sampling.Sampling(**{name: value for name, value in options.items() if value is not None})

@@ -153,6 +153,7 @@ def test_an_infinite_bias_bans_the_token(llava, picture):
         {"logit_bias": {3: float("inf")}},
         {"logit_bias": {3: 1e10}},
         {"response_format": {"type": "json_schema"}},
+        {"response_format": {"type": "json_object"}, "grammar": 'root ::= "x"'},
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
         {"seed": "a"},
         {"seed": 1.5},
