@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
-from . import images
+from . import _options, images, state
 from ._console import Console, run
-from .errors import St3Error, one_line
+from .errors import OutputError, St3Error, one_line
 from .llava import Llava
 
 _HELP = """\
@@ -23,25 +25,25 @@ _HELP = """\
 
 
 class Chat:
-    """The messages so far, and what a line does. `pictures`: data URLs, shown with the next question."""
+    """The messages so far, and what a line does. `pictures`: data URLs, shown with the next question; `options`: of
+    every answer, as `_options.answer` gives them."""
 
-    def __init__(
-        self, console: Console, llava: Llava, pictures: list[str], max_tokens: int, temperature: float
-    ) -> None:
+    def __init__(self, console: Console, llava: Llava, pictures: list[str], options: dict[str, Any]) -> None:
         self._console, self._llava = console, llava
-        self._pictures = pictures
-        self._options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
+        self._pictures, self._options = pictures, options
         self._messages: list[dict[str, Any]] = []
 
     def loop(self) -> int:
         """Reads lines and does them until the input ends."""
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  input() then edits its line
+        if isinstance(sys.stdin, io.TextIOWrapper):  # a name of a file may be in another encoding
+            sys.stdin.reconfigure(errors="surrogateescape")
         prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
         self._console.note("Ask, or /help tells what else there is.")
         while True:
             try:
-                line = input(prompt).strip()
+                line = _line(prompt).strip()
                 if line in ("/quit", "/exit"):
                     return 0
                 if line:
@@ -50,23 +52,28 @@ class Chat:
                 return 0
             except KeyboardInterrupt:
                 self._console.note("\n(/quit leaves)")
+            except OutputError:  # nobody would read the next answer either
+                raise
             except St3Error as e:
                 self._console.note(f"st3-edge: error: {one_line(e)}")
 
     def _do(self, line: str) -> None:
         command, _, rest = line.partition(" ")
-        path = Path(rest.strip()).expanduser()
+        # Not Path's, which raises for a name that is no user's, as in a question about "~ 3 cm".
+        path = Path(os.path.expanduser(rest.strip()))  # noqa: PTH111
         if not command.startswith("/"):
             self._ask(line)
         elif command == "/image" and rest:
             self._pictures.append(images.data_url(str(path)))
             self._console.note("(shown with the next question)")
         elif command == "/save" and rest:
+            state.check_replaceable(path)
             self._llava.save_state(path, self._messages)
             self._console.note(f"(kept in {path})")
         elif command == "/load" and rest:
             messages = self._llava.load_state(path)
             self._messages = messages if isinstance(messages, list) else []
+            self._pictures.clear()
             self._console.note(f"({len(self._messages) // 2} questions so far)")
         elif command == "/reset":
             self._llava.reset()
@@ -97,6 +104,19 @@ class Chat:
 
         run(self._console, answer, stopped.set)
         self._console.say()
+        report = self._llava.last_report
+        if report and not stopped.is_set() and (note := _options.cut(report, self._options, self._llava.n_ctx)):
+            self._console.note(note)
         if any(said):
             self._messages += [question, {"role": "assistant", "content": "".join(said)}]
             self._pictures.clear()
+
+
+def _line(prompt: str) -> str:
+    """The next line; raises EOFError where there is none."""
+    if prompt:
+        return input(prompt)
+    line = sys.stdin.readline()  # input() also writes to standard output, even an empty prompt
+    if not line:
+        raise EOFError
+    return line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import sys
@@ -9,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 from typing import TextIO, TypeVar
+
+from .errors import OutputError, one_line
 
 _TICK_S = 0.2
 _SHOW_AFTER_S = 1.0
@@ -28,7 +31,8 @@ def _own(stream: TextIO | None, descriptor: int) -> TextIO:
 
 
 class Console:
-    """`out` carries results, `err` all else. Safe to use from the working thread and the main one."""
+    """`out` carries results, `err` all else: nobody can be told that it cannot be written. Safe to use from the working
+    thread and the main one."""
 
     def __init__(self) -> None:
         self.out, self.err = _own(sys.stdout, 1), _own(sys.stderr, 2)
@@ -43,12 +47,22 @@ class Console:
         return "█" if "utf" in self.out.encoding.lower() else "#"
 
     def say(self, text: str = "", end: str = "\n") -> None:
-        """Writes to standard output, at once."""
-        self._write(self.out, text + end)
+        """Writes to standard output, at once. Raises OutputError, or BrokenPipeError where its reader has left."""
+        with self._lock:
+            self._clear()
+            try:
+                self.out.write(text + end)
+                self.out.flush()
+            except BrokenPipeError:
+                raise
+            except OSError as e:
+                raise OutputError(f"standard output cannot be written: {one_line(e.strerror or e)}") from e
 
     def note(self, text: str, end: str = "\n") -> None:
         """Writes to standard error, at once."""
-        self._write(self.err, text + end)
+        with self._lock:
+            self._clear()
+            self._tell(text + end)
 
     def stage(self, name: str | None, share: float | None = None) -> None:
         """What is being waited for from now on; None: nothing. It is told where the wait is longer than a second, with
@@ -70,23 +84,20 @@ class Console:
                 return
             if self.err.isatty():
                 bar = "" if self._share is None else f" {self.bar * round(_BAR_WIDTH * self._share):.<{_BAR_WIDTH}}"
-                self.err.write(f"\r\x1b[K{name}{bar} ... {waited:.0f} s")
+                self._tell(f"\r\x1b[K{name}{bar} ... {waited:.0f} s")
             elif not self._shown:
-                self.err.write(f"{name} ...\n")
-            self.err.flush()
+                self._tell(f"{name} ...\n")
             self._shown = True
 
     def _clear(self) -> None:
         if self._shown and self.err.isatty():
-            self.err.write("\r\x1b[K")
-            self.err.flush()
+            self._tell("\r\x1b[K")
         self._shown = False
 
-    def _write(self, stream: TextIO, text: str) -> None:
-        with self._lock:
-            self._clear()
-            stream.write(text)
-            stream.flush()
+    def _tell(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self.err.write(text)
+            self.err.flush()
 
 
 def run(console: Console, work: Callable[[], T], stop: Callable[[], None] | None = None) -> T:

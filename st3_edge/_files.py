@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,11 +44,13 @@ def cache_folder() -> Path:
 @contextmanager
 def replacing(target: Path) -> Iterator[BinaryIO]:
     """A file to write, which has the name `target` only once all of it is on the disk: what was there before stays
-    until then, and if writing fails. Raises OSError."""
+    until then, and if writing fails; who may read it stays too. Raises OSError."""
     folder = target.parent
     part = folder / f".{target.name}.{secrets.token_hex(8)}.part"
     try:
         with part.open("xb") as file:
+            if target.exists():
+                shutil.copymode(target, part)
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -6,6 +6,7 @@ goes to a log. So the kind of the file and its completeness are checked here, an
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import struct
@@ -44,7 +45,8 @@ class _Damaged(Exception):
 @dataclass(frozen=True)
 class Header:
     """`metadata`: the scalars and strings; `arrays`: of the arrays, the short ones of whole numbers; `tensors`: the
-    bytes of each, 0 of a type that is not known here; `need`: bytes that the file must have.
+    bytes of each, 0 of a type that is not known here; `shapes`: and how many elements along each dimension, the
+    innermost first; `need`: bytes that the file must have.
 
     `values`, `infos`, `data`: the bytes [begin, end) of each key with its value, in order, and of all tensors'
     descriptions, and where the tensors begin."""
@@ -52,6 +54,7 @@ class Header:
     metadata: dict[str, int | float | bool | str]
     arrays: dict[str, tuple[int, ...]]
     tensors: dict[str, int]
+    shapes: dict[str, tuple[int, ...]]
     need: int
     values: dict[str, tuple[int, int]]
     infos: tuple[int, int]
@@ -170,20 +173,18 @@ def _parse(reader: _Reader) -> Header:
 
     begin = reader.file.tell()
     end = 0
-    tensors = {}
+    tensors, shapes = {}, {}
     for _ in range(n_tensors):
         name = reader.string()
         n_dims = int(reader.scalar("I"))
         if n_dims > 4:
             raise _Damaged("its header gives an impossible number of dimensions")
-        elements = 1
-        for _ in range(n_dims):
-            elements *= int(reader.scalar("Q"))
+        shapes[name] = tuple(int(reader.scalar("Q")) for _ in range(n_dims))
         kind = int(reader.scalar("I"))
         offset = int(reader.scalar("Q"))
         # Of a type that is newer than this table, only the beginning is checked.
         block, n_bytes = _BLOCKS.get(kind, (1, 0))
-        tensors[name] = elements // block * n_bytes
+        tensors[name] = math.prod(shapes[name]) // block * n_bytes
         end = max(end, offset + tensors[name])
 
     alignment = metadata.get("general.alignment", 32)
@@ -191,7 +192,7 @@ def _parse(reader: _Reader) -> Header:
         raise _Damaged("its header gives an impossible alignment")
     infos = begin, reader.file.tell()
     start = aligned(infos[1], alignment)
-    return Header(metadata, arrays, tensors, start + end if n_tensors else 0, values, infos, start)
+    return Header(metadata, arrays, tensors, shapes, start + end if n_tensors else 0, values, infos, start)
 
 
 def aligned(n: int, alignment: int) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import fields
+from typing import Any
 
 from .config import CURVES, PRESETS, ST3Config
-from .errors import ModelError
+from .errors import ConfigError, ModelError
+from .report import Report
 
 
 def add_model(parser: argparse.ArgumentParser, n_gpu_layers: int = -1) -> argparse._ArgumentGroup:
@@ -68,8 +71,74 @@ def add_schedule(parser: argparse.ArgumentParser, *, budget: bool = True) -> Non
     )
 
 
+def add_context(group: argparse._ArgumentGroup) -> None:
+    """--n-ctx and --n-ubatch."""
+    group.add_argument(
+        "--n-ctx",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="room for prompt and answer, in tokens; 0: what the model was trained on (default 4096)",
+    )
+    group.add_argument(
+        "--n-ubatch",
+        type=int,
+        metavar="N",
+        help="tokens prefilled at once; a longer prompt is read unpruned (default: --n-ctx, at most 4096)",
+    )
+
+
+def add_answer(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """--max-tokens, --temperature and --seed; `answer` reads them. Returns their group."""
+    group = parser.add_argument_group("answer")
+    group.add_argument(
+        "--max-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="longest answer, in tokens; 0 or less: as long as there is room in --n-ctx (default 256)",
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0: always the likeliest word (default); 1: much chance",
+    )
+    group.add_argument(
+        "--seed",
+        dest="sampling_seed",  # ST3Config has a seed too
+        type=int,
+        metavar="N",
+        help="with a temperature above 0: the same N gives the same answer (default: another one each time)",
+    )
+    return group
+
+
+def answer(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `Llava.create_chat_completion` that `add_answer` offers."""
+    return {
+        "max_tokens": arguments.max_tokens,
+        "temperature": arguments.temperature,
+        "seed": arguments.sampling_seed,
+    }
+
+
+def cut(report: Report, options: Mapping[str, Any], n_ctx: int) -> str:
+    """What to tell where the answer had not come to its end; "" where it had. `options`: of `answer`."""
+    if report.finish_reason != "length":
+        return ""
+    if 0 < options["max_tokens"] <= report.n_generated:
+        return f"(cut at --max-tokens {options['max_tokens']})"
+    return f"(the context of {n_ctx} tokens is full: raise --n-ctx)"
+
+
 def config(arguments: argparse.Namespace) -> ST3Config:
     """The schedule that was asked for. Raises ConfigError where it cannot be, ModelError where one file is missing."""
     if (arguments.model is None) != (arguments.mmproj is None):
         raise ModelError("--model and --mmproj belong together: the text model and the vision half of one LLaVA")
-    return ST3Config(**{f.name: getattr(arguments, f.name) for f in fields(ST3Config) if hasattr(arguments, f.name)})
+    given = {f.name: getattr(arguments, f.name) for f in fields(ST3Config) if hasattr(arguments, f.name)}
+    idle = [f"--{name.replace('_', '-')}" for name, value in given.items() if name != "preset" and value is not None]
+    if arguments.preset == "off" and idle:
+        raise ConfigError(f"--preset off drops nothing, so there is nothing for {', '.join(idle)} to say")
+    return ST3Config(**given)

@@ -38,7 +38,7 @@ VICUNA = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant")  # developer: OpenAI's newer name for system
 
 # Written forms of an image that no text may hold, beside the vocabulary's control tokens.
 _IMAGE_FORMS = ("<image>", "<__media__>", "<__image__>")
@@ -66,8 +66,8 @@ def read_messages(messages: Sequence[Message]) -> list[Turn]:
 
     A message has a role of ROLES and content: a string, or a list of parts {"type": "text", "text": str},
     {"type": "image_url", "image_url": source or {"url": source}} or {"type": "image", "image": source}, where a
-    source is what `st3_edge.images.load` takes. Raises PromptError for another shape or where the last message, a
-    user's, asks nothing; ImageError for a picture that cannot be used.
+    source is what `st3_edge.images.load` takes; an assistant's None is an empty text. Raises PromptError for another
+    shape or where the last message, a user's, asks nothing; ImageError for a picture that cannot be used.
     """
     if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
         raise PromptError("messages must be a list with at least one message")
@@ -85,6 +85,13 @@ def _read_message(message: Message) -> Turn:
     if not isinstance(message, Mapping) or message.get("role") not in ROLES:
         raise PromptError(f"a message is an object with a role of {', '.join(ROLES)} and content")
     role, content = message["role"], message.get("content")
+    for key in ("tool_calls", "function_call"):
+        if message.get(key):
+            raise PromptError(f"a message with {key} cannot become a prompt: tools are not supported")
+    if role == "developer":
+        role = "system"
+    if content is None and role == "assistant":
+        content = ""
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, Sequence) or isinstance(content, (bytes, bytearray)):

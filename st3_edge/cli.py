@@ -105,22 +105,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _shared_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """What every command that loads a model takes; returns the group of the answer's options."""
-    _options.add_model(parser).add_argument(
-        "--n-ctx", type=int, default=4096, metavar="N", help="room for prompt and answer, in tokens (default 4096)"
-    )
+    _options.add_context(_options.add_model(parser))
     _options.add_schedule(parser)
-    answer = parser.add_argument_group("answer")
-    answer.add_argument(
-        "--max-tokens", type=int, default=256, metavar="N", help="longest answer, in tokens (default 256)"
-    )
-    answer.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="T",
-        help="0: always the likeliest word (default); 1: much chance",
-    )
-    return answer
+    return _options.add_answer(parser)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -135,6 +122,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("say what to do: demo, ask, inspect, chat, bench, tune or doctor")
     if arguments.command in ("ask", "inspect") and len(arguments.inputs) < 2:
         parser.error(f"{arguments.command} needs at least one picture, and last the question")
+    if arguments.command == "ask" and arguments.trace and not arguments.json:
+        parser.error("--trace goes with --json")
     return arguments
 
 
@@ -212,9 +201,8 @@ def _ask(console: Console, arguments: argparse.Namespace) -> int:
         chunks: Any = llava.create_chat_completion(
             messages,
             stream=True,
-            max_tokens=arguments.max_tokens,
-            temperature=arguments.temperature,
             trace=arguments.trace,
+            **_options.answer(arguments),
         )
         for chunk in chunks:
             piece = chunk["choices"][0]["delta"].get("content", "")
@@ -226,6 +214,8 @@ def _ask(console: Console, arguments: argparse.Namespace) -> int:
         console.say(json.dumps(report.to_dict()))
         return 0
     console.say()
+    if note := _options.cut(report, _options.answer(arguments), llava.n_ctx):
+        console.note(note)
     console.note(report.summary())
     _tell_which(console, arguments)
     return 0
@@ -253,7 +243,7 @@ def _chat(console: Console, arguments: argparse.Namespace) -> int:
     pictures = [images.data_url(picture) for picture in arguments.images]
     with run(console, lambda: _load(console, arguments, config)) as llava:
         _tell_which(console, arguments)
-        return _chat.Chat(console, llava, pictures, arguments.max_tokens, arguments.temperature).loop()
+        return _chat.Chat(console, llava, pictures, _options.answer(arguments)).loop()
 
 
 def _load(console: Console, arguments: argparse.Namespace, config: ST3Config) -> Llava:
@@ -267,6 +257,7 @@ def _load(console: Console, arguments: argparse.Namespace, config: ST3Config) ->
         mmproj,
         config,
         n_ctx=arguments.n_ctx,
+        n_ubatch=arguments.n_ubatch,
         n_threads=arguments.threads,
         n_gpu_layers=arguments.n_gpu_layers,
         on_stage=lambda stage: console.stage(_STAGES[stage]),

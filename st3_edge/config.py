@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from .errors import ConfigError
 
@@ -108,11 +109,7 @@ class ST3Config:
             raise ConfigError(f"{name} must be in {'(' if above else '['}0, 1], not {value!r}")
 
     def _int(self, name: str, low: int) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= _U32_MAX:
-            raise ConfigError(f"{name} must be a whole number from {low} to {_U32_MAX}, not {value!r}")
+        check_whole(name, getattr(self, name), low, _U32_MAX, optional=True)
 
     def overrides(self, carried: Mapping[str, Override] | None = None) -> dict[str, Override]:
         """The `kv_overrides` of `llama_cpp.Llama`: the keys given, of the types that st3.h names, and a preset where
@@ -128,3 +125,11 @@ class ST3Config:
         keys = {} if "st3.preset" in carried else {"preset": _DEFAULT_PRESET}
         keys |= {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         return {f"st3.{name}": float(v) if name in real else v for name, v in keys.items()}
+
+
+def check_whole(name: str, value: Any, low: int, high: int, *, optional: bool = False) -> None:
+    """Raises ConfigError where `value` is no whole number from `low` to `high`, nor None where it is optional."""
+    if value is None and optional:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ConfigError(f"{name} must be a whole number from {low} to {high}, not {value!r}")

@@ -30,7 +30,7 @@ class StateError(St3Error):
 
 
 class OutputError(St3Error):
-    """A result cannot be written to a file, or would replace one that is to stay."""
+    """A result cannot be written, or would replace a file that is to stay."""
 
 
 def one_line(text: object) -> str:

@@ -139,6 +139,9 @@ def _check_size(width: int, height: int, name: str) -> None:
 
 def _decode(image: Image.Image, name: str) -> RGB:
     _check_size(image.width, image.height, name)
+    # Pillow scales to 16 bits what it reads from PNG and PPM as 32-bit numbers.
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise ImageError(f"{name} has gray values of no known range: save it with 8 or 16 bits a pixel")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -149,7 +152,7 @@ def _decode(image: Image.Image, name: str) -> RGB:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I"):
         # convert() would clip 16 bits at 255 instead of scaling them.
         wide: Any = np.asarray(image)
         return Image.fromarray((wide >> 8).astype(np.uint8)).convert("RGB")

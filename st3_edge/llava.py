@@ -3,44 +3,35 @@
 from __future__ import annotations
 
 import ctypes
-import fnmatch
-import functools
 import json
 import os
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from . import _gguf, _libs, _log, _machine, _native, demo, state
+from . import _gguf, _libs, _log, _machine, _native, _openai, demo, sampling, state
+from ._openai import Response
+from ._pair import check_pair
 from ._text import TextStream
 from .chat import ChatTemplate, Message, read_messages
-from .config import KV_TYPES, Override, ST3Config
+from .config import KV_TYPES, Override, ST3Config, check_whole
 from .conversation import REVISIT, Conversation, Embeddings, Image, Record, Unit, n_positions, reusable
-from .errors import ConfigError, ModelError, PromptError, St3Error, StateError, one_line
+from .errors import ConfigError, ModelError, PromptError, St3Error, StateError
 from .images import ImageSource, load
 from .report import Milliseconds, Report, Trace
-from .sampling import Sampling, response_grammar
 from .vision import Tokenized, Vision
 
 Path = str | os.PathLike[str]
-Response = dict[str, Any]
 
 MAX_CTX = 2**20
 # Pruned prefill needs the whole prompt in one physical batch. Its compute buffers grow with it, so the default holds
 # a picture of LLaVA-1.6 (up to 2880 tokens), or six of LLaVA-1.5, and not the whole of a long context; a longer prompt
 # runs unpruned between its layers.
 _DEFAULT_UBATCH = 4096
-
-# What upstream's LLaVA graph uses without asking whether it was in the file: it would crash.
-_MMPROJ_TENSORS = (
-    *("v.patch_embd.weight", "v.position_embd.weight"),
-    *("mm.0.weight", "mm.0.bias", "mm.2.weight", "mm.2.bias"),
-)
 
 _TOP_LOGITS = 10
 _CONTROL_OR_UNKNOWN = 1 << 3 | 1 << 0  # llama_token_attr
@@ -94,11 +85,14 @@ class Llava:
         on_stage: Callable[[str], None] | None = None,
     ) -> None:
         started = time.perf_counter()
-        _check_int("n_ctx", n_ctx, 0, MAX_CTX)
-        _check_int("n_ubatch", n_ubatch, 1, MAX_CTX)
-        _check_int("n_threads", n_threads, 1, 1024)
-        _check_int("n_gpu_layers", n_gpu_layers, -1, 2**31 - 1)
-        _check_int("image_cache_bytes", image_cache_bytes, 0, 2**62)
+        if not isinstance(config, ST3Config | None):
+            raise ConfigError(f"config is an ST3Config or None, not of the type {type(config).__name__}")
+        check_whole("n_ctx", n_ctx, 0, MAX_CTX)
+        check_whole("n_ubatch", n_ubatch, 1, MAX_CTX, optional=True)
+        check_whole("n_threads", n_threads, 1, 1024, optional=True)
+        check_whole("n_gpu_layers", n_gpu_layers, -1, 2**31 - 1)
+        check_whole("image_cache_bytes", image_cache_bytes, 0, 2**62)
+        sampling.check_seed(seed)
         _check_revisit(revisit)
         for name, kv_type in (("type_k", type_k), ("type_v", type_v)):
             if kv_type not in KV_TYPES:
@@ -112,7 +106,6 @@ class Llava:
 
         self.config = config = config or ST3Config()
         self.model_path, self.mmproj_path = model_name, mmproj_name
-        self._kv_types = f"{type_k}, {type_v}"
         self.last_report: Report | None = None
         self._seed = seed
         self._revisit = revisit
@@ -121,12 +114,16 @@ class Llava:
         self._lib = bindings.lib
         self._lock = threading.Lock()
         self._call = 0
-        if n_ctx == 0:
-            trained = header.metadata.get(f"{header.architecture}.context_length", 0)
-            n_ctx = min(int(trained), MAX_CTX) or 4096
-        self.n_ctx = n_ctx
+        self.n_ctx = n_ctx = n_ctx or _trained_n_ctx(header)
         overrides = config.overrides(header.schedule)
-        self._schedule = {**header.schedule, **overrides}
+        # What a saved conversation is good for. Of the files as they are loaded: later they may be others.
+        self._belongs_to = {
+            "model": state.fingerprint(model_name),
+            "vision half": state.fingerprint(mmproj_name),
+            "schedule": json.dumps({**header.schedule, **overrides}, sort_keys=True),
+            "KV cache type": f"{type_k}, {type_v}",
+            "llama.cpp": f"{bindings.llama.__version__}, st3 {_libs.ABI_VERSION}",
+        }
         self._llama = load_text_model(
             model_name,
             overrides,
@@ -138,7 +135,8 @@ class Llava:
             type_v=type_v,
             verbose=verbose,
         )
-        self._conversation = Conversation(lambda p0: _native.remove(self._llama.ctx, p0))
+        llama = self._llama  # not self, which would keep a dropped Llava until the collector finds the cycle
+        self._conversation = Conversation(lambda p0: _native.remove(llama.ctx, p0))
         try:
             self._vision = Vision(
                 mmproj_name, self._llama.model, n_threads=n_threads or _machine.usable_cpus(), use_gpu=n_gpu_layers != 0
@@ -178,45 +176,22 @@ class Llava:
     ) -> Llava:
         """A pair of files of a Hugging Face repository, downloaded once and then taken from the cache.
 
-        The file names may hold wildcards, if each fits one file. `options`: as for the class. Raises ModelError where
-        the repository or a file is not there, or there is no network and they are not in the cache.
+        The file names may hold wildcards, if each fits one file: of the repository, and where that cannot be asked, of
+        the cache. `options`: as for the class. Raises ModelError where the repository or a file is not there, or there
+        is no network and they are not in the cache.
         """
-        try:
-            import huggingface_hub as hub
-        except ImportError as e:
-            raise ModelError("from_pretrained needs huggingface-hub: pip install huggingface-hub") from e
-        paths = []
-        for pattern in (filename, mmproj_filename):
-            try:
-                name = pattern
-                if any(c in pattern for c in "*?["):
-                    names = fnmatch.filter(hub.HfApi().list_repo_files(repo_id, revision=revision), pattern)
-                    if len(names) != 1:
-                        raise ModelError(f"{len(names)} files of {repo_id} fit {pattern!r}, not one")
-                    name = names[0]
-                paths.append(
-                    hub.hf_hub_download(
-                        repo_id,
-                        name,
-                        revision=revision,
-                        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-                        local_files_only=local_files_only,
-                    )
-                )
-            except St3Error:
-                raise
-            except Exception as e:  # its own errors, and those of the network libraries below it
-                reason = one_line(e)
-                raise ModelError(
-                    f"{pattern!r} of {repo_id!r} cannot be downloaded, and is not in the cache: {reason}"
-                ) from e
-        return cls(paths[0], paths[1], config, **options)
+        from . import _hub  # takes long to import
 
-    def ask(self, images: ImageSource | Sequence[ImageSource], question: str, **options: Any) -> str:
-        """The answer to one question about one picture or several. `options`: as for `create_chat_completion`,
-        less stream."""
-        several = isinstance(images, Sequence) and not isinstance(images, (str, bytes))
-        sources: Sequence[Any] = images if several else [images]  # type: ignore[assignment]
+        where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        model, mmproj = (_hub.file(repo_id, name, **where) for name in (filename, mmproj_filename))
+        return cls(model, mmproj, config, **options)
+
+    def ask(self, images: ImageSource | list[Any] | tuple[Any, ...], question: str, **options: Any) -> str:
+        """The answer to one question about one picture, or a list of several. `options`: as for
+        `create_chat_completion`, less stream. Raises as that does."""
+        if options.get("stream"):
+            raise ConfigError("ask returns whole answers: create_chat_completion has stream=True")
+        sources = images if isinstance(images, (list, tuple)) else [images]
         content = [{"type": "image", "image": source} for source in sources]
         message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
         response = self.create_chat_completion([message], **options)
@@ -227,16 +202,18 @@ class Llava:
         self,
         messages: Sequence[Message],
         *,
-        stream: bool = False,
+        stream: bool | None = False,
+        stream_options: Mapping[str, bool] | None = None,
         max_tokens: int | None = None,
-        temperature: float = 0.2,
-        top_p: float = 0.95,
-        top_k: int = 40,
-        min_p: float = 0.05,
-        typical_p: float = 1.0,
-        repeat_penalty: float = 1.0,
-        frequency_penalty: float = 0.0,
-        presence_penalty: float = 0.0,
+        max_completion_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        typical_p: float | None = None,
+        repeat_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        presence_penalty: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         grammar: Any = None,
@@ -245,38 +222,47 @@ class Llava:
         model: str | None = None,
         revisit: str | None = None,
         trace: bool = False,
+        **others: Any,
     ) -> Response | Iterator[Response]:
         """Answers messages in the OpenAI shape (see `st3_edge.chat.read_messages`), as llama-cpp-python does.
 
         Returns a chat.completion object, or with stream=True an iterator of chat.completion.chunk objects. The former,
-        and the last of the latter, also hold "st3": the call's report as `Report.to_dict()` gives it; `last_report` is
-        the object. What the KV cache holds of these messages, from the calls before, is not computed again.
-        max_tokens: None, or below 1: as many as the context holds. Sampling options: see
-        `st3_edge.sampling.Sampling`; penalties look at the answer's last 64 tokens. revisit: the class's, for this
-        call. trace=True fills the report's trace.
+        and of the latter the one with the finish_reason, also hold "st3": the call's report as `Report.to_dict()` gives
+        it; `last_report` is the object. With stream_options={"include_usage": True} one more chunk tells the tokens.
+        What the KV cache holds of these messages, from the calls before, is not computed again.
+        max_tokens, or by its other name max_completion_tokens: None, or below 1: as many as the context holds. Sampling
+        options: see `st3_edge.sampling.Sampling`, whose defaults stand for None; penalties look at the answer's last 64
+        tokens. revisit: the class's, for this call. trace=True fills the report's trace. `others`: OpenAI's other
+        arguments, where they ask for nothing: None, n=1, tools=[], tool_choice="none", functions=[], logprobs=False;
+        and user and store, which no answer depends on.
 
-        Raises before any work PromptError, ImageError or ConfigError; St3Error where llama.cpp fails. The conversation
-        so far can go on after each of them, and after an answer that was not read to its end.
+        Raises before any work PromptError, ImageError or ConfigError, this also for arguments that are not supported;
+        St3Error where llama.cpp fails. The conversation so far can go on after each of them, and after an answer that
+        was not read to its end.
         """
-        sampling = Sampling(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            typical_p=typical_p,
-            repeat_penalty=repeat_penalty,
-            frequency_penalty=frequency_penalty,
-            presence_penalty=presence_penalty,
-            seed=self._seed if seed is None else seed,
-            grammar=response_grammar(response_format) or grammar,
-            logit_bias=logit_bias or {},
-        )
-        stops = [stop] if isinstance(stop, str) else list(stop or [])
-        if not all(isinstance(s, str) for s in stops):
-            raise ConfigError("stop is a string or a list of strings")
+        _openai.check_others(others)
+        form = sampling.response_grammar(response_format)
+        if form is not None and grammar is not None:
+            raise ConfigError("grammar and response_format exclude each other: both are grammars")
+        options = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "typical_p": typical_p,
+            "repeat_penalty": repeat_penalty,
+            "frequency_penalty": frequency_penalty,
+            "presence_penalty": presence_penalty,
+            "seed": self._seed if seed is None else seed,
+            "grammar": grammar if form is None else form,
+            "logit_bias": logit_bias,
+        }
+        chosen = sampling.Sampling(**{name: value for name, value in options.items() if value is not None})
+        usage = _openai.includes_usage(stream, stream_options)
+        stops = _openai.stops_of(stop)
+        limit = _openai.limit_of(max_tokens, max_completion_tokens)
         if revisit is not None:
             _check_revisit(revisit)
-        self._check_open()
         tokenized = self._tokenize(messages)
         n_prompt = n_positions(tokenized.units)
         room = self.n_ctx - n_prompt
@@ -285,38 +271,16 @@ class Llava:
                 f"the prompt has {n_prompt} tokens and n_ctx is {self.n_ctx}: "
                 f"set n_ctx to {n_prompt + 1} or more, or ask with less text or fewer pictures"
             )
-        limit = room if max_tokens is None or max_tokens < 1 else min(max_tokens, room)
-        sampler = sampling.chain(self._llama._model, self._n_vocab)
+        with self._lock:
+            self._check_open()
+            sampler = chosen.chain(self._llama._model, self._n_vocab)
+        limit = min(limit or room, room)
         pieces = self._generate(tokenized, sampler, limit, TextStream(stops), revisit or self._revisit, trace)
-
-        head: Response = {
-            "id": f"chatcmpl-{uuid.uuid4()}",
-            "object": "chat.completion.chunk" if stream else "chat.completion",
-            "created": int(time.time()),
-            "model": self.model_path if model is None else model,
-        }
+        name = self.model_path if model is None else model
         if stream:
-            return self._chunks(head, pieces)
-        text = "".join(pieces)
-        report = self.last_report
-        assert report is not None
-        return {
-            **head,
-            "choices": [
-                {
-                    "index": 0,
-                    "message": {"role": "assistant", "content": text},
-                    "logprobs": None,
-                    "finish_reason": report.finish_reason,
-                }
-            ],
-            "usage": {
-                "prompt_tokens": n_prompt,
-                "completion_tokens": report.n_generated,
-                "total_tokens": n_prompt + report.n_generated,
-            },
-            "st3": report.to_dict(),
-        }
+            return _openai.chunks(name, n_prompt, pieces, usage)
+        *_, (report, _) = pieces
+        return _openai.completion(name, n_prompt, report)
 
     def visual_tokens(self, image: ImageSource) -> npt.NDArray[np.float32]:
         """What the vision encoder gives the decoder for a picture: float32 [tokens][n_embd], row by row of patches."""
@@ -331,7 +295,6 @@ class Llava:
     def pieces(self, messages: Sequence[Message]) -> list[_native.Piece]:
         """What the decoder reads for messages (as `create_chat_completion` takes them): text tokens, and the visual
         tokens of pictures, in order. Nothing is decoded."""
-        self._check_open()
         tokenized = self._tokenize(messages)
         with self._lock:
             self._check_open()
@@ -394,17 +357,6 @@ class Llava:
 
         return self._conversation.replace(record, load)
 
-    @functools.cached_property
-    def _belongs_to(self) -> dict[str, str]:
-        """What a saved conversation is good for."""
-        return {
-            "model": state.fingerprint(self.model_path),
-            "vision half": state.fingerprint(self.mmproj_path),
-            "schedule": json.dumps(self._schedule, sort_keys=True),
-            "KV cache type": self._kv_types,
-            "llama.cpp": f"{_libs.load().llama.__version__}, st3 {_libs.ABI_VERSION}",
-        }
-
     def close(self) -> None:
         """Frees both models. Called again it does nothing."""
         with self._lock:
@@ -425,25 +377,14 @@ class Llava:
 
     def _tokenize(self, messages: Sequence[Message]) -> Tokenized:
         prompt = self._template.render(read_messages(messages))
-        return self._vision.tokenize(prompt.parts, self._llama.token_bos() if prompt.bos else None)
-
-    def _chunks(self, head: Response, pieces: Iterator[str]) -> Iterator[Response]:
-        def chunk(delta: dict[str, str], finish_reason: str | None = None) -> Response:
-            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-            return {**head, "choices": [choice]}
-
-        yield chunk({"role": "assistant"})
-        for piece in pieces:
-            if piece:
-                yield chunk({"content": piece})
-        report = self.last_report
-        assert report is not None
-        yield {**chunk({}, report.finish_reason), "st3": report.to_dict()}
+        with self._lock:
+            self._check_open()
+            return self._vision.tokenize(prompt.parts, self._llama.token_bos() if prompt.bos else None)
 
     def _generate(
         self, tokenized: Tokenized, sampler: Any, limit: int, text: TextStream, revisit: str, trace: bool
-    ) -> Iterator[str]:
-        """Prefills, then yields the answer piece by piece; `last_report` is kept up to date."""
+    ) -> Iterator[tuple[Report, str]]:
+        """Prefills, then yields the answer piece by piece, each with this call's report, which grows with them."""
         with self._lock:
             self._check_open()
             self._call += 1
@@ -463,15 +404,17 @@ class Llava:
                 report.ms.decode += _ms_since(started)
                 if report.trace:
                     self._note_left(report.schedule.cuts, report.trace.left, report.n_generated)
-            if self._lib.llama_vocab_is_eog(self._vocab, token):
+                ended = self._lib.llama_vocab_is_eog(self._vocab, token)
+                data = b"" if ended else self._token_bytes(token, first=report.n_generated == 0)
+            if ended:
                 report.finish_reason = "stop"
                 break
-            piece = text.push(self._token_bytes(token, first=report.n_generated == 0))
+            piece = text.push(data)
             report.n_generated += 1
             report.answer += piece
             if report.trace:
                 report.trace.pieces.append(piece)
-            yield piece
+            yield report, piece
             if text.stopped:
                 report.finish_reason = "stop"
                 break
@@ -484,7 +427,7 @@ class Llava:
         with self._lock:
             if call == self._call:
                 report.end(self._native_report())
-        yield piece
+        yield report, piece
 
     def _prefill(self, tokenized: Tokenized, revisit: str, trace: bool) -> Report:
         """Brings the KV cache to the end of the prompt, from where it already is."""
@@ -607,6 +550,7 @@ def load_text_model(
 ) -> Any:
     """The bindings' `Llama` of a text model, with the schedule that `overrides` (`st3.*` keys) and the file give it.
     Options as `Llava`'s, and checked there. Raises ModelError."""
+    n_ctx = n_ctx or _trained_n_ctx(_gguf.read_header(path))
     threads, threads_batch = _machine.default_threads()
     n_ubatch = min(n_ctx, n_ubatch or _DEFAULT_UBATCH)
     _log.forget()
@@ -632,6 +576,12 @@ def load_text_model(
         ) from e
 
 
+def _trained_n_ctx(header: _gguf.Header) -> int:
+    """What n_ctx=0 stands for."""
+    trained = header.metadata.get(f"{header.architecture}.context_length", 0)
+    return min(int(trained), MAX_CTX) or 4096
+
+
 def pieces_of(units: Sequence[Unit], visual: Mapping[Image, _native.Visual]) -> list[_native.Piece]:
     """Units as `_native.prefill` takes them: runs of text, and images between."""
     pieces: list[_native.Piece] = []
@@ -651,28 +601,6 @@ def pieces_of(units: Sequence[Unit], visual: Mapping[Image, _native.Visual]) -> 
 def _check_revisit(value: Any) -> None:
     if value not in REVISIT:
         raise ConfigError(f"revisit is one of {', '.join(REVISIT)}, not {value!r}")
-
-
-def _check_int(name: str, value: Any, low: int, high: int) -> None:
-    if value is None and name in ("n_ubatch", "n_threads"):
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ConfigError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
-
-
-def check_pair(model: str, mmproj: str) -> _gguf.Header:
-    """Reads both headers; raises ModelError where the two files are not a text model and a vision half."""
-    header = _gguf.read_header(model)
-    if header.architecture == "clip":
-        raise ModelError(f"model {model!r} is a vision half (mmproj); the text model belongs here")
-    other = _gguf.read_header(mmproj, "mmproj")
-    if other.architecture != "clip":
-        raise ModelError(f"mmproj {mmproj!r} is a text model; the vision half (mmproj) belongs here")
-    if other.metadata.get("clip.projector_type") == "mlp":
-        for tensor in _MMPROJ_TENSORS:
-            if tensor not in other.tensors:
-                raise ModelError(f"mmproj {mmproj!r} lacks the tensor {tensor}: it is damaged, or no LLaVA's")
-    return header
 
 
 def _ms_since(started: float) -> float:

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import _libs, _log
+from .config import check_whole
 from .errors import ConfigError, one_line
 
 _U32 = 2**32
 _RANDOM_SEED = _U32 - 1  # LLAMA_DEFAULT_SEED: a new one each time
 _PENALTY_WINDOW = 64
+_MAX_BIAS = 1e9
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Sampling:
     """Sampling options, with the meaning that llama-cpp-python gives them. temperature 0 takes the likeliest token.
 
     seed: None, or a negative number, for another one each time. grammar: GBNF text or a
-    llama_cpp.LlamaGrammar. logit_bias: token id -> added to its logit. Raises ConfigError for values out of range.
+    llama_cpp.LlamaGrammar. logit_bias: token id -> added to its logit, -1e9 to 1e9; -inf bans the token, as -1e9 does.
+    Raises ConfigError for values out of range.
     """
 
     temperature: float = 0.2
@@ -42,6 +45,7 @@ class Sampling:
         for name in ("frequency_penalty", "presence_penalty"):
             self._number(name)
         self._number("top_k")
+        check_seed(self.seed)
         if self.repeat_penalty == 0:
             raise ConfigError("repeat_penalty must be greater than 0")
 
@@ -98,21 +102,35 @@ def _biases(given: Mapping[Any, float], n_vocab: int) -> dict[int, float]:
         raise ConfigError("logit_bias maps token ids to numbers") from e
     if not all(0 <= token < n_vocab for token in biases):
         raise ConfigError(f"logit_bias names a token id outside 0 to {n_vocab - 1}")
+    # Infinite ones would become NaN on their way through the samplers.
+    biases = {token: -_MAX_BIAS if bias == -math.inf else bias for token, bias in biases.items()}
+    if not all(abs(bias) <= _MAX_BIAS for bias in biases.values()):
+        raise ConfigError(f"logit_bias must be from {-_MAX_BIAS:g} to {_MAX_BIAS:g}, or -inf")
     return biases
 
 
+def check_seed(seed: Any) -> None:
+    """Raises ConfigError where `seed` is neither None nor a whole number of 64 bits."""
+    check_whole("seed", seed, -(2**63), 2**63 - 1, optional=True)
+
+
 def response_grammar(response_format: Mapping[str, Any] | None) -> Any:
-    """The grammar of an OpenAI response_format: {"type": "text"}, or {"type": "json_object"} with or without
-    "schema". Raises ConfigError for another, or a schema that cannot become a grammar."""
+    """The grammar of an OpenAI response_format: {"type": "text"}, {"type": "json_object"} with or without "schema", or
+    {"type": "json_schema", "json_schema": {"schema": ...}}. Raises ConfigError for another, or a schema that cannot
+    become a grammar."""
     if response_format is None:
         return None
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
     if kind == "text":
         return None
-    if kind != "json_object":
-        raise ConfigError('response_format is {"type": "text"} or {"type": "json_object"}')
+    of_schema = response_format.get("json_schema") if kind == "json_schema" else response_format
+    schema = of_schema.get("schema") if isinstance(of_schema, Mapping) else None
+    if kind not in ("json_object", "json_schema") or (kind == "json_schema" and schema is None):
+        raise ConfigError(
+            'response_format is {"type": "text"}, {"type": "json_object"} or '
+            '{"type": "json_schema", "json_schema": {"schema": ...}}'
+        )
     grammar = _libs.load().grammar
-    schema = response_format.get("schema")
     if schema is None:
         return grammar.LlamaGrammar.from_string(grammar.JSON_GBNF, verbose=False)
     try:

@@ -26,7 +26,7 @@ import numpy as np
 from ._files import replacing
 from ._native import Visual
 from .conversation import Image, Record, Span, Unit, n_positions
-from .errors import StateError, one_line
+from .errors import ModelError, StateError, one_line
 
 MAGIC = b"st3-edge state\r\n"
 VERSION = 1
@@ -49,15 +49,33 @@ class Saved:
 
 
 def fingerprint(path: str) -> str:
-    """Tells model files apart without reading all of a large one: its size, and 64 blocks of 64 KiB spread over it."""
+    """Tells model files apart without reading all of a large one: its size, and 64 blocks of 64 KiB spread over it.
+    Raises ModelError where it cannot be read."""
     blocks, size = 64, 2**16
-    with Path(path).open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        digest = hashlib.sha256(str(end).encode())
-        for i in range(blocks):
-            file.seek(max(0, end - size) * i // (blocks - 1))
-            digest.update(file.read(size))
+    try:
+        with Path(path).open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            digest = hashlib.sha256(str(end).encode())
+            for i in range(blocks):
+                file.seek(max(0, end - size) * i // (blocks - 1))
+                digest.update(file.read(size))
+    except OSError as e:
+        raise ModelError(f"model {path!r} cannot be read: {e.strerror or e}") from e
     return digest.hexdigest()
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises StateError where `path` is there and is no saved conversation: a person meant another name."""
+    try:
+        if not path.exists():
+            return
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(MAGIC)) == MAGIC:
+                    return
+    except (OSError, ValueError) as e:
+        raise StateError(f"{str(path)!r} cannot be read: {one_line(getattr(e, 'strerror', None) or e)}") from e
+    raise StateError(f"{str(path)!r} exists and is no saved conversation: give another name")
 
 
 def write(path: str | os.PathLike[str], saved: Saved) -> None:
@@ -88,8 +106,9 @@ def write(path: str | os.PathLike[str], saved: Saved) -> None:
                 digest.update(data)
                 file.write(data)
             file.write(digest.digest())
-    except OSError as e:
-        raise StateError(f"the conversation cannot be written to {str(target)!r}: {e.strerror or e}") from e
+    except (OSError, ValueError) as e:
+        reason = one_line(getattr(e, "strerror", None) or e)
+        raise StateError(f"the conversation cannot be written to {str(target)!r}: {reason}") from e
 
 
 def read(path: str | os.PathLike[str], belongs_to: Mapping[str, str], *, n_vocab: int, n_embd: int) -> Saved:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import os
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ class Vision:
         params.print_timings = False
         params.n_threads = n_threads
         _log.forget()
-        context = mtmd.mtmd_init_from_file(path.encode(), model, params)
+        context = mtmd.mtmd_init_from_file(os.fsencode(path), model, params)
         if not context:
             raise ModelError(f"mmproj {path!r} cannot be used{_log.why()}")
         self.close = weakref.finalize(self, mtmd.mtmd_free, context)

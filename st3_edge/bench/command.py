@@ -14,7 +14,7 @@ from typing import Any
 from .. import _doctor, _machine
 from .._console import INTERRUPTED, Console, run
 from . import figures, prepare
-from .shapes import SEED
+from .shapes import SEED, TYPES
 from .sides import Raw, Side, Stopped, measure
 from .worker import Job
 
@@ -104,7 +104,8 @@ class _Bench:
         off = [setup["visual"]] * setup["layers"]  # stock's memory, which knows of no pictures
         per_layer, held = (off, off) if report["mode"] == "off" else (report["per_layer"], report["held"])
         weights = prepare.bytes_per_token(self._jobs[1].model)
-        return figures.Work(setup["visual"], setup["text"], per_layer, held, st3.live, weights)
+        pruned = report["mode"] == "pruned-prefill"
+        return figures.Work(setup["visual"], setup["text"], per_layer, held, st3.live, weights, pruned)
 
     def _setup(self) -> dict[str, Any]:
         arguments = self._arguments
@@ -131,7 +132,7 @@ class _Bench:
             "command": "st3-edge " + shlex.join(sys.argv[1:]),
             "commit": _machine.commit(),
             "shape": arguments.shape,
-            "type": arguments.type if arguments.shape else None,
+            "type": (arguments.type or TYPES[0]) if arguments.shape else None,
             "seed": SEED if arguments.shape else None,
             **setup,
             "generate": arguments.generate,

@@ -28,7 +28,7 @@ _AFTER = {
 class Work:
     """What the schedule makes of one request. visual, text: tokens of the prompt; per_layer, held: visual tokens that
     each layer holds after prefill and at the end; live: KV bytes in use after each generated token; weights: bytes of
-    them that a token reads."""
+    them that a token reads; pruned: whether tokens were dropped while the prompt was read, and not only after it."""
 
     visual: int
     text: int
@@ -36,6 +36,7 @@ class Work:
     held: Sequence[int]
     live: Sequence[int]
     weights: int
+    pruned: bool = True
 
     @property
     def prompt(self) -> int:
@@ -101,7 +102,8 @@ def ideals(stock: Mapping[str, float], work: Work) -> dict[str, float]:
         full = sum(cell * (work.prompt + 1 + i) for i in range(n))
         return (n * work.weights + full) / (n * work.weights + sum(work.live[:n]))
 
-    prefill = work.token_layers(work.per_layer, work.text)
+    kv = work.token_layers(work.per_layer, work.text)
+    prefill = kv if work.pruned else 1.0
     kv_end = work.token_layers(work.held, work.text + generate)
     first = stock["first_token_ms"] - stock["prefill_ms"] * (1 - 1 / prefill)
     rest = stock["answer_ms"] - stock["first_token_ms"]
@@ -113,8 +115,8 @@ def ideals(stock: Mapping[str, float], work: Work) -> dict[str, float]:
         **{f"decode_{n}_tps": decode(n) for n in lengths(generate)},
         "answer_ms": stock["answer_ms"] / (first + rest / decode(generate)),
         "peak_rss_bytes": stock["peak_rss_bytes"] / (stock["peak_rss_bytes"] - dropped),
-        "kv_allocated_bytes": prefill,
-        "kv_live_bytes": prefill,
+        "kv_allocated_bytes": kv,
+        "kv_live_bytes": kv,
         "kv_allocated_end_bytes": kv_end,
         "kv_live_end_bytes": kv_end,
     }

@@ -12,6 +12,7 @@ from ..config import KV_TYPES
 from .shapes import SHAPES, TYPES
 
 QUESTION = "Describe the image."
+TEXT = 64
 
 
 def add_parser(commands: Any) -> None:
@@ -29,11 +30,9 @@ def add_parser(commands: Any) -> None:
     files.add_argument("--question", metavar="TEXT", help=f"about the pictures (default: {QUESTION})")
     random = parser.add_argument_group("random weights in place of a model: they cost as much, and say nothing")
     random.add_argument("--shape", choices=SHAPES, metavar="SHAPE", help=", ".join(SHAPES))
-    random.add_argument("--type", choices=TYPES, default=TYPES[0], help=f"of the weights (default {TYPES[0]})")
+    random.add_argument("--type", choices=TYPES, help=f"of the weights (default {TYPES[0]})")
     random.add_argument("--visual", type=_whole(1, 2**16), metavar="N", help="visual tokens (default: the shape's)")
-    random.add_argument(
-        "--text", type=_whole(2, 2**16), default=64, metavar="N", help="text tokens around them (default 64)"
-    )
+    random.add_argument("--text", type=_whole(2, 2**16), metavar="N", help=f"text tokens around them (default {TEXT})")
     random.add_argument("--cache", type=Path, metavar="DIR", help="where they are kept (default: your cache folder)")
     _options.add_schedule(parser)
     how = parser.add_argument_group("measurement")

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from .. import _gguf, _libs, _machine, _options, demo, images
 from .._files import cache_folder
+from .._pair import check_pair
 from ..config import Override
-from ..errors import ConfigError, LibraryError, ModelError
-from ..llava import check_pair
+from ..errors import ConfigError, LibraryError, ModelError, PromptError
 from .cache import Tell, random_text, random_vision
-from .options import QUESTION
-from .shapes import CLIP_L_336, SHAPES
+from .options import QUESTION, TEXT
+from .shapes import CLIP_L_336, SHAPES, TYPES
 from .worker import Job
 
 _GRAPHS = 2**29  # bytes that graphs and outputs of a context take, about
@@ -45,19 +45,22 @@ def make_jobs(arguments: argparse.Namespace, tell: Tell) -> tuple[Job, Job]:
     _libs.check_present()
     stock = find_stock(arguments.stock) if arguments.against == "stock" else None
     if arguments.shape:
-        if arguments.model or arguments.image or arguments.question:
+        if arguments.model or arguments.image or arguments.question is not None:
             raise ConfigError("--shape is in place of --model, --mmproj, --image and --question")
         shape = SHAPES[arguments.shape]
-        visual, text, question = arguments.visual or shape.n_visual, arguments.text, None
+        visual, text, question = arguments.visual or shape.n_visual, arguments.text or TEXT, None
         folder = arguments.cache or cache_folder()
-        model, mmproj, pictures = str(random_text(arguments.shape, arguments.type, folder, tell)), None, []
+        model, mmproj, pictures = str(random_text(arguments.shape, arguments.type or TYPES[0], folder, tell)), None, []
         if visual % CLIP_L_336.n_visual == 0:  # any other number is of no vision encoder
             mmproj = str(random_vision(shape.n_embd, folder, tell))
             shipped = itertools.cycle(str(scene.picture) for scene in demo.scenes())
             pictures = list(itertools.islice(shipped, visual // CLIP_L_336.n_visual))
     else:
-        if arguments.visual:
-            raise ConfigError("--visual is for random weights: of a model, the picture decides")
+        for name in ("visual", "text", "type", "cache"):
+            if getattr(arguments, name):
+                raise ConfigError(f"--{name} is for random weights (--shape): of a model, file and picture decide")
+        if arguments.question is not None and not arguments.question.strip():
+            raise PromptError("the question is empty")
         model, mmproj = (arguments.model, arguments.mmproj) if arguments.model else map(str, demo.model_paths())
         pictures = arguments.image or [str(demo.scenes()[0].picture)]
         visual, text, question = 0, 0, arguments.question or QUESTION

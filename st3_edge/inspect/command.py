@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from .. import _gguf, images
+from .. import _gguf, _options, images
 from .._console import Console
 from .._files import check_output
 from ..errors import PromptError
@@ -32,9 +32,8 @@ def main(console: Console, arguments: argparse.Namespace, load: Callable[[], Lla
         chunks: Any = llava.create_chat_completion(
             [{"role": "user", "content": content}],
             stream=True,
-            max_tokens=arguments.max_tokens,
-            temperature=arguments.temperature,
             trace=True,
+            **_options.answer(arguments),
         )
         for chunk in chunks:
             console.say(chunk["choices"][0]["delta"].get("content", ""), end="")
@@ -43,6 +42,8 @@ def main(console: Console, arguments: argparse.Namespace, load: Callable[[], Lla
         assert report is not None
         header = _gguf.read_header(llava.mmproj_path, "mmproj")
         seen = see(question, sources, pictures, report, llava.model_path, header)
+    if note := _options.cut(report, _options.answer(arguments), llava.n_ctx):
+        console.note(note)
     console.note(report.summary())
     if seen.unknown:
         console.note(f"The patches are not shown: {seen.unknown}.")

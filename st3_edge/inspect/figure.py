@@ -143,10 +143,11 @@ def _text(
     font = _font(size, text := one_line(text))
     text = "".join(letter if _has(font, letter) else _PLAIN.get(letter, letter) for letter in text)
     wrapped = _wrap(text, font, width)
-    while tail and len(wrapped) > lines:
-        text = text.lstrip("… ")
-        text = "… " + (text.partition(" ")[2] or text[1:])
-        wrapped = _wrap(text, font, width)
+    if tail and len(wrapped) > lines:
+        first, *rest = wrapped[-lines:]
+        while font.getlength("… " + first) > width:
+            first = first.partition(" ")[2] or first[1:]
+        wrapped = ["… " + first, *rest]
     if len(wrapped) > lines:
         last = wrapped[lines - 1]
         while font.getlength(last + " …") > width:

@@ -24,8 +24,8 @@ def add_parser(commands: Any, shared: Callable[[argparse.ArgumentParser], object
         "-o",
         "--output",
         metavar="OUT",
-        help="OUT.png and OUT.html, or only the one that it ends in (default: the first picture's name and -st3, in "
-        "the current folder)",
+        help="OUT.png and OUT.html, or only the one that it ends in; of a folder, or by default in the current one: "
+        "the first picture's name and -st3",
     )
     files.add_argument("--force", action="store_true", help="replace files of these names")
     shared(parser)

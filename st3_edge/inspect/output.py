@@ -10,17 +10,23 @@ from .._files import check_output, replacing
 from ..errors import OutputError, one_line
 
 SUFFIXES = (".png", ".html")
+_OTHERS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".svg", ".pdf", ".htm")
 
 
 def targets(output: str | None, sources: Sequence[str]) -> list[Path]:
-    """The files that `output` means: itself, where it ends in one of SUFFIXES, else with both of them added. None:
-    named as the first of the pictures, in the current folder."""
-    if output is None:
+    """The files that `output` means: itself, where it ends in one of SUFFIXES, else with both of them added. In a
+    folder, or with None in the current one: named as the first of the pictures. Raises OutputError for no name, and
+    for a picture of another kind."""
+    if output == "":
+        raise OutputError("output '' is no name of a file")
+    if output is None or output.endswith(os.sep) or Path(output).is_dir():
         data_url = sources[0][:5].lower() == "data:"
-        output = ("picture" if data_url else Path(sources[0]).stem) + "-st3"
-    if output.lower().endswith(SUFFIXES):
-        return [Path(output)]
-    return [Path(output + suffix) for suffix in SUFFIXES]
+        name = ("picture" if data_url else Path(sources[0]).stem) + "-st3"
+        return [Path(output or "", name + suffix) for suffix in SUFFIXES]
+    suffix = Path(output).suffix.lower()
+    if suffix in _OTHERS:
+        raise OutputError(f"output {output!r}: a picture is written as {SUFFIXES[0]}, a page as {SUFFIXES[1]}")
+    return [Path(output)] if suffix in SUFFIXES else [Path(output + suffix) for suffix in SUFFIXES]
 
 
 def write(target: Path, data: bytes, inputs: Iterable[str | os.PathLike[str]], *, force: bool) -> None:

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 from .. import _gguf, _gguf_copy, _libs, _options, demo, images, state
 from .._console import INTERRUPTED, Console, run
 from .._files import cache_folder
+from .._pair import check_pair
 from ..config import Override, ST3Config
 from ..errors import ConfigError, ModelError, St3Error
-from ..llava import check_pair
 from . import search
 from .evaluate import Evaluation, Evaluator, Work
 from .prompts import QUESTIONS, Question, choose, pictures_in, read_questions
@@ -109,6 +109,7 @@ def _find(console: Console, arguments: argparse.Namespace, task: Task, stage: Ca
         work,
         n_tokens=arguments.tokens,
         n_ctx=arguments.n_ctx,
+        n_ubatch=arguments.n_ubatch,
         n_threads=arguments.threads,
         n_gpu_layers=arguments.n_gpu_layers,
         stage=stage,

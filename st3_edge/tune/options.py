@@ -46,7 +46,5 @@ def add_parser(commands: Any) -> None:
     group.add_argument(
         "--work", metavar="DIR", help="where measurements are kept (default: st3-edge/tune in the user's cache)"
     )
-    _options.add_model(parser).add_argument(
-        "--n-ctx", type=int, default=4096, metavar="N", help="room for prompt and answer, in tokens (default 4096)"
-    )
+    _options.add_context(_options.add_model(parser))
     _options.add_schedule(parser, budget=False)

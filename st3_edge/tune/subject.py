@@ -33,8 +33,8 @@ class Prompt:
 class Subject:
     """Two model files, prompts, and the folder that keeps what is known of them.
 
-    n_tokens: of an answer, at most; n_ctx, n_threads, n_gpu_layers: as for `Llava`; stage: told what is being done, and
-    the share of it that is done; what it raises ends that. Nothing is loaded before it is needed.
+    n_tokens: of an answer, at most; n_ctx, n_ubatch, n_threads, n_gpu_layers: as for `Llava`; stage: told what is being
+    done, and the share of it that is done; what it raises ends that. Nothing is loaded before it is needed.
     """
 
     def __init__(
@@ -46,13 +46,19 @@ class Subject:
         *,
         n_tokens: int,
         n_ctx: int,
+        n_ubatch: int | None = None,
         n_threads: int | None,
         n_gpu_layers: int = 0,
         stage: Callable[[str, float], None] = lambda *_: None,
     ) -> None:
         self._model, self._mmproj, self._prompts, self._work = model, mmproj, prompts, work
         self._n_tokens = n_tokens
-        self._runs: dict[str, Any] = {"n_ctx": n_ctx, "n_threads": n_threads, "n_gpu_layers": n_gpu_layers}
+        self._runs: dict[str, Any] = {
+            "n_ctx": n_ctx,
+            "n_ubatch": n_ubatch,
+            "n_threads": n_threads,
+            "n_gpu_layers": n_gpu_layers,
+        }
         self._stage = stage
 
     def answer(self) -> None:

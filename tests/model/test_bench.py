@@ -53,6 +53,14 @@ def test_pruning_off_is_measured_as_no_gain(command):
         assert got["summary"][name]["ratio"] == 1
 
 
+def test_a_prompt_that_is_read_in_full_promises_no_faster_prefill(command):
+    # broken if tokens that leave after the prompt was read counted as if they had not been read
+    got = measured(command(*QUICK, "--against", "off", "--n-ubatch", "128"))
+    assert got["setup"]["schedule"]["mode"] == "evict-only"
+    assert got["summary"]["prefill_ms"]["ideal"] == got["summary"]["first_token_ms"]["ideal"] == 1
+    assert got["summary"]["kv_live_bytes"]["ideal"] > 1.5
+
+
 def test_stock_is_another_library(command):
     # broken if both sides ran on one: a slower build of ours would go unseen
     stock = os.environ.get("ST3_STOCK_LIB_DIR")

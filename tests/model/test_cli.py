@@ -1,7 +1,9 @@
 """`st3-edge` as a person runs it, on the embedded model."""
 
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -241,8 +243,66 @@ def test_what_goes_wrong_in_a_chat_is_told_and_the_chat_goes_on(environment, pic
     assert done.returncode == 0 and done.stdout.strip()
     errors = [line for line in done.stderr.splitlines() if line.startswith("st3-edge: error: ")]
     assert len(errors) == 4, done.stderr
-    for said, error in zip(("cannot be read", "does not begin", "n_ctx is", "cannot be written"), errors, strict=True):
+    expected = ("cannot be read", "does not begin", "n_ctx is", "is no saved conversation")
+    for said, error in zip(expected, errors, strict=True):
         assert said in error
+
+
+def test_output_that_cannot_be_written_is_told_in_one_line(environment, picture):
+    # broken by a traceback of OSError: a full disk is no bug of ours
+    for arguments in (("ask", picture, QUESTION, "--max-tokens", "3"), ("chat", picture), ("doctor",), ("--version",)):
+        command = [sys.executable, "-m", "st3_edge", *arguments]
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                command, input="a?\n", stdout=full, stderr=subprocess.PIPE, text=True, env=environment, timeout=300
+            )
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert done.stderr.splitlines()[-1].startswith("st3-edge: error: standard output cannot be written: No space")
+
+
+def test_standard_error_that_cannot_be_written_is_no_error(environment, picture):
+    # broken if an answer were lost because its summary could not be told
+    command = [sys.executable, "-m", "st3_edge", "ask", picture, QUESTION, "--max-tokens", "3"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, text=True, env=environment, timeout=300)
+    assert done.returncode == 0 and done.stdout.strip()
+
+
+def test_an_answer_that_was_cut_is_said_to_be(ask, picture):
+    # broken if a person took a part of an answer for all of it
+    assert "(cut at --max-tokens 6)" in ask(picture, "Describe the image.").stderr
+    full = ask(picture, "Describe the image.", "--max-tokens", "0", "--n-ctx", "600")
+    assert "(the context of 600 tokens is full: raise --n-ctx)" in full.stderr
+    whole = ask(picture, "How many shapes are there?", "--max-tokens", "100")
+    assert "(cut" not in whole.stderr and "is full" not in whole.stderr
+
+
+def test_a_seed_makes_an_answer_repeatable(ask, picture):
+    # broken if it did not reach the sampler, or became the seed of the preset "random"
+    def sampled(seed):
+        done = ask(picture, QUESTION, "--temperature", "20", "--seed", str(seed))
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert sampled(1) == sampled(1) != sampled(2)
+
+
+def test_a_prompt_longer_than_n_ubatch_is_read_unpruned(ask, picture):
+    # broken if the option did not reach the context
+    assert answered(ask(picture, QUESTION, "--json", "--n-ubatch", "128"))["mode"] == "evict-only"
+    long = ask(*[picture] * 8, QUESTION, "--json", "--n-ctx", "8192", "--n-ubatch", "8192")
+    assert answered(long)["mode"] == "pruned-prefill"
+
+
+def test_a_vision_half_whose_name_is_no_text_is_used(ask, picture, files, tmp_path):
+    # broken by a traceback of UnicodeEncodeError: a name is bytes
+    folder = tmp_path / os.fsdecode(b"d\xff")
+    folder.mkdir()
+    for path in files:
+        shutil.copy(path, folder)
+    model, mmproj = (folder / Path(path).name for path in files)
+    assert answered(ask(picture, QUESTION, "--json", "--model", files[0], "--mmproj", str(mmproj)))["n_generated"]
+    refused(ask(picture, QUESTION, "--model", str(model), "--mmproj", str(mmproj)), "cannot be used")
 
 
 def test_ctrl_c_leaves_at_once_with_130(start, picture):

@@ -169,6 +169,21 @@ def test_another_context_refuses_it_by_name(llava, load, kept, config, options, 
         other.load_state(kept)
 
 
+def test_a_conversation_belongs_to_the_files_that_were_loaded(files, picture, tmp_path):
+    # broken if the file that has the model's name when it is saved were taken for the model
+    import shutil
+
+    model = tmp_path / "model.gguf"
+    shutil.copy(files[0], model)
+    with Llava(model, files[1], n_threads=1) as llava:
+        model.unlink()
+        model.write_bytes(b"another model")
+        ask(llava, first(picture), max_tokens=1)
+        llava.save_state(tmp_path / "kept")
+    with Llava(*files, n_threads=1) as llava:
+        llava.load_state(tmp_path / "kept")
+
+
 def test_a_stream_ends_where_another_conversation_is_loaded(llava, kept, picture):
     # broken if it went on, token by token, in a conversation that is not its own
     from st3_edge import St3Error

@@ -153,11 +153,19 @@ def test_a_prompt_that_leaves_no_room_is_told(tune):
     assert done.returncode == 1 and "set n_ctx to" in done.stderr.splitlines()[-1]
 
 
-def test_a_prompt_that_cannot_be_pruned_is_told(files, scenes, tmp_path, monkeypatch):
-    # broken if schedules were compared that change nothing: here the prompt does not fit one batch
-    monkeypatch.setattr("st3_edge.llava._DEFAULT_UBATCH", 128)
+def test_n_ctx_0_is_what_the_model_was_trained_on(files, scenes, tmp_path):
+    # broken if a context of no tokens were made: the other commands take 0, too
     prompt = Prompt(scenes[0].picture, "digest", QUESTION)
-    subject = Subject(*files, [prompt], Work(tmp_path), n_tokens=2, n_ctx=1024, n_threads=1)
+    subject = Subject(*files, [prompt], Work(tmp_path), n_tokens=2, n_ctx=0, n_threads=1)
+    subject.answer()
+    with subject.opened(ST3Config(preset="pvtp").overrides()) as measure:
+        assert measure(0).flops < measure(0).flops_full
+
+
+def test_a_prompt_that_cannot_be_pruned_is_told(files, scenes, tmp_path):
+    # broken if schedules were compared that change nothing: here the prompt does not fit one batch
+    prompt = Prompt(scenes[0].picture, "digest", QUESTION)
+    subject = Subject(*files, [prompt], Work(tmp_path), n_tokens=2, n_ctx=1024, n_ubatch=128, n_threads=1)
     subject.answer()
     with (
         subject.opened(ST3Config(preset="pvtp").overrides()) as measure,

@@ -86,6 +86,14 @@ def test_ideals_by_hand():
     assert found["encode_ms"] == 1
 
 
+def test_a_prompt_that_was_read_in_full_promises_no_faster_prefill():
+    # broken if what is dropped after the prompt was read counted as if it had never been read
+    stock = figures.metrics(run(2))
+    found = figures.ideals(stock, replace(work(2, PER_LAYER, 200_000), pruned=False))
+    assert found["prefill_ms"] == found["first_token_ms"] == 1
+    assert found["kv_live_bytes"] == pytest.approx(2.7033, abs=1e-4)
+
+
 @given(st.integers(1, 3000), st.integers(1, 500), st.integers(1, 40), st.integers(1, 300), st.integers(1, 10**6))
 def test_where_nothing_is_dropped_nothing_is_promised(visual, text, layers, generate, weights):
     # broken if an ideal counted anything that the schedule leaves as it is
@@ -212,6 +220,11 @@ def libraries(tmp_path) -> str:
         (["--budget", "2"], "budget must be in (0, 1]", 1),
         (["--model", "a.gguf"], "--mmproj", 1),
         (["--visual", "100"], "--visual is for random weights", 1),
+        (["--text", "100"], "--text is for random weights", 1),
+        (["--type", "Q4_0"], "--type is for random weights", 1),
+        (["--cache", "/tmp"], "--cache is for random weights", 1),
+        (["--question", " "], "the question is empty", 1),
+        (["--shape", "tinyllama-1.1b", "--question", ""], "--shape is in place of", 1),
         (["--shape", "tinyllama-1.1b", "--image", "a.png"], "--shape is in place of", 1),
         (["--image", "none.png"], "No such file", 1),
         (["--model", "none.gguf", "--mmproj", "none.gguf"], "No such file", 1),

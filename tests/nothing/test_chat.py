@@ -217,6 +217,21 @@ def test_messages_of_another_shape_are_refused(messages):
     assert "\n" not in str(caught.value)
 
 
+def test_other_forms_of_openais_are_read():
+    # broken if a conversation that its client kept could not be gone on with
+    turns = [("developer", "Be brief."), ("user", "a?"), ("assistant", None), ("user", "b?")]
+    read = read_messages([{"role": role, "content": content} for role, content in turns])
+    assert [turn.role for turn in read] == ["system", "user", "assistant", "user"]
+    assert read[2].parts == ("",)
+
+
+def test_calls_of_tools_are_refused():
+    # broken if the conversation went on as if they had not been made
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    with pytest.raises(PromptError, match="tools are not supported"):
+        read_messages([{"role": "user", "content": "a?"}, call, {"role": "user", "content": "b?"}])
+
+
 def test_a_picture_part_with_no_picture_is_refused():
     # broken if a missing url became the text "None"
     with pytest.raises(ImageError):

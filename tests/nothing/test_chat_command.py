@@ -4,12 +4,14 @@ import io
 import itertools
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from st3_edge import PromptError, StateError, images
 from st3_edge._chat import Chat
+from st3_edge.state import MAGIC
 
 
 class Console:
@@ -32,7 +34,7 @@ class Console:
 class Model:
     """Says `words`, piece by piece; takes down what it was asked and told."""
 
-    last_report = None
+    last_report, n_ctx = None, 100
 
     def __init__(self, words=("one", " two")) -> None:
         self.words, self.asked, self.calls, self.closed = words, [], [], False
@@ -71,7 +73,7 @@ def talk(monkeypatch):
     def run(model, *lines, pictures=()) -> Console:
         console = Console()
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        assert Chat(console, model, list(pictures), 9, 0.0).loop() == 0
+        assert Chat(console, model, list(pictures), {"max_tokens": 9}).loop() == 0
         return console
 
     return run
@@ -134,7 +136,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talk):
     assert "xxx" in console.out
 
     model.words = ("fine",)
-    chat = Chat(Console(), model, [], 9, 0.0)
+    chat = Chat(Console(), model, [], {"max_tokens": 9})
     chat._do("b?")
     assert chat._messages[-1]["content"] == "fine"
 
@@ -159,3 +161,52 @@ def test_commands_reach_the_model(talk):
     assert model.calls == [("save", "my file"), "reset", ("load", "my file")]
     assert [len(messages) for messages in model.asked] == [1, 3]
     assert "1 questions so far" in console.err and "no answer yet" in console.err and "/image FILE" in console.err
+
+
+def test_a_conversation_that_is_fetched_begins_without_pictures(talk, tmp_path):
+    # broken if a picture of the conversation before were shown with the next question of the other
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4), "red").save(path)
+    model = Model()
+    talk(model, "a?", "/save f", f"/image {path}", "/load f", "b?")
+    assert [part["type"] for part in model.asked[1][-1]["content"]] == ["text"]
+
+
+def test_save_replaces_conversations_and_nothing_else(talk, tmp_path):
+    # broken if a picture, a folder or a device were replaced because its name was typed
+    kept, photo, folder = tmp_path / "kept", tmp_path / "photo.jpg", tmp_path / "folder"
+    kept.write_bytes(MAGIC + b"...")
+    photo.write_bytes(b"a photo")
+    folder.mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    model = Model()
+    console = talk(model, *(f"/save {tmp_path / name}" for name in ("photo.jpg", "folder", "pipe", "new", "kept")))
+    assert model.calls == [("save", str(tmp_path / name)) for name in ("new", "kept")]
+    assert console.err.count("is no saved conversation: give another name") == 3
+
+
+def test_a_question_about_somebody_who_is_no_user_is_a_question(talk):
+    # broken by a RuntimeError about a home directory
+    model = Model()
+    talk(model, "is ~nobodyatall here?", "/image ~nobodyatall/a.png", "b?")
+    assert len(model.asked) == 2
+
+
+def test_bytes_that_are_no_text_are_told(monkeypatch):
+    # broken by a traceback of UnicodeDecodeError; a name of a file may be in another encoding
+    console, model = Console(), Model()
+    stdin = io.TextIOWrapper(io.BytesIO(b"/image caf\xe9.png\na?\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert Chat(console, model, [], {"max_tokens": 9}).loop() == 0
+    assert "No such file" in console.err and len(model.asked) == 1
+
+
+def test_an_answer_that_was_cut_is_said_to_be(talk):
+    # broken if a person took a part of an answer for all of it
+    model = Model()
+    model.last_report = SimpleNamespace(finish_reason="length", n_generated=9)
+    assert "(cut at --max-tokens 9)" in talk(model, "a?").err
+    model.last_report.n_generated = 8
+    assert "(the context of 100 tokens is full: raise --n-ctx)" in talk(model, "a?").err
+    model.last_report.finish_reason = "stop"
+    assert "cut" not in (err := talk(model, "a?").err) and "full" not in err

@@ -79,6 +79,19 @@ def test_sixteen_bits_are_scaled():
     # broken by Pillow's own conversion, which clips all above 255 to white
     gray = Image.fromarray(np.full((4, 4), 0x8000, np.uint16))
     assert set(load(encoded(gray)).data) == {0x80}
+    pgm = b"P5 4 4 65535\n" + b"\x80\x00" * 16
+    assert set(load(pgm).data) == {0x80}
+    assert set(load(b"P5 4 4 1023\n" + b"\x02\x00" * 16).data) == {0x80}
+    assert set(load(Image.open(io.BytesIO(pgm))).data) == {0x80}
+
+
+@pytest.mark.parametrize(("kind", "value"), [(np.int32, 30_000), (np.float32, 0.5)])
+def test_gray_values_of_no_known_range_are_refused(kind, value):
+    # broken if they were clipped: all white, or all black, and answered about
+    gray = Image.fromarray(np.full((4, 4), value, kind))
+    for source in (gray, encoded(gray, "TIFF")):
+        with pytest.raises(ImageError, match="8 or 16 bits"):
+            load(source)
 
 
 def test_the_first_frame_of_an_animation_is_taken():

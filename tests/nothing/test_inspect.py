@@ -326,11 +326,40 @@ def test_the_figure_is_drawn_where_no_font_is_installed(monkeypatch):
         ("out.v1", ["a"], ["out.v1.png", "out.v1.html"]),
         ("x/out.png", ["a"], ["x/out.png"]),
         ("OUT.HTML", ["a"], ["OUT.HTML"]),
+        ("/", ["x/cat.jpg"], ["/cat-st3.png", "/cat-st3.html"]),
+        ("none/", ["x/cat.jpg"], ["none/cat-st3.png", "none/cat-st3.html"]),
     ],
 )
 def test_the_files_are_those_that_were_named(given, sources, expected):
     # broken if a suffix were added to one that is there, or a data: URL became a name
     assert [str(path) for path in output.targets(given, sources)] == expected
+
+
+def test_a_folder_is_where_the_files_go(tmp_path):
+    # broken if it were the beginning of their names: .png and .html, which nobody sees, or files beside the folder
+    for name in (str(tmp_path), f"{tmp_path}/"):
+        assert output.targets(name, ["cat.jpg"]) == [tmp_path / "cat-st3.png", tmp_path / "cat-st3.html"]
+
+
+@pytest.mark.parametrize("given", ["", "a.jpg", "x/a.JPEG", "a.webp"])
+def test_names_of_what_is_not_written_are_refused(given):
+    # broken if ".png" were written, or "a.jpg.png" where a JPEG was asked for
+    with pytest.raises(OutputError):
+        output.targets(given, ["cat.png"])
+
+
+@pytest.mark.parametrize("said", [" ".join(f"word{i}" for i in range(400)), "图片显示一张小木桌" * 100])
+def test_a_caption_shows_the_last_lines_and_is_wrapped_once(monkeypatch, said):
+    # broken if the text were wrapped again for each word that is left out, which took seconds
+    calls, drawn = [], []
+    real = figure._wrap
+    monkeypatch.setattr(figure, "_wrap", lambda *a: (calls.append(1), real(*a))[1])
+    monkeypatch.setattr(figure.ImageDraw.ImageDraw, "text", lambda _, at, line, *__: drawn.append(line))
+    figure._text(said, figure._SMALL, width=figure._PANEL, tail=True)
+    assert len(calls) == 1
+    assert len(drawn) == 2 and drawn[0].startswith("… ")
+    shown = "".join(drawn).removeprefix("… ").replace(" ", "")
+    assert said.replace(" ", "").endswith(shown) and len(shown) > 10
 
 
 def test_nothing_is_replaced_unasked_and_what_is_read_never(tmp_path):

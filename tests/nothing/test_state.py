@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from st3_edge import StateError, state
+from st3_edge import ModelError, StateError, state
 from st3_edge._native import Visual
 from st3_edge.conversation import Image, Record, Span, n_positions
 
@@ -247,10 +247,24 @@ def test_the_file_is_on_the_disk_before_it_has_its_name(path, monkeypatch):
 
 def test_a_folder_that_is_not_there_is_told(tmp_path):
     # broken by an OSError that is let through
-    for target in (tmp_path / "none" / "x", tmp_path):
+    for target in (tmp_path / "none" / "x", tmp_path, f"{tmp_path}/a\0b"):
         with pytest.raises(StateError, match="cannot be written"):
             state.write(target, saved())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_replaced_keeps_its_mode(path):
+    # broken if a private conversation became readable for everyone the second time it is saved
+    state.write(path, saved())
+    path.chmod(0o600)
+    state.write(path, saved(native=b"new"))
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_model_that_cannot_be_read_is_told(tmp_path):
+    # broken by an OSError that is let through
+    with pytest.raises(ModelError, match="cannot be read"):
+        state.fingerprint(str(tmp_path / "none"))
 
 
 def test_a_fingerprint_tells_files_apart(tmp_path):

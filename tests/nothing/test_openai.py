@@ -1,0 +1,62 @@
+"""What a call's arguments mean, in OpenAI's shape."""
+
+import pytest
+
+from st3_edge import ConfigError, _openai
+
+
+@pytest.mark.parametrize(
+    ("others", "named"),
+    [
+        ({"n": 2}, "n other than 1"),
+        ({"tools": [{}]}, "tools"),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"functions": [{}]}, "functions"),
+        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"max_token": 3}, "max_token"),
+    ],
+)
+def test_what_is_not_supported_is_named(others, named):
+    # broken if an argument were ignored: the answer would not be what was asked for
+    with pytest.raises(ConfigError, match=f"does not support {named}"):
+        _openai.check_others(others)
+
+
+def test_what_asks_for_nothing_is_accepted():
+    # broken if OpenAI's own client could not be used as it is
+    _openai.check_others(dict.fromkeys(("n", "tools", "tool_choice", "logprobs", "top_logprobs", "audio")))
+    _openai.check_others({"n": 1, "tools": [], "tool_choice": "none", "functions": [], "logprobs": False})
+    _openai.check_others({"user": "me", "store": True})
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "max_completion_tokens", "limit"),
+    [(None, None, None), (5, None, 5), (None, 5, 5), (5, 5, 5), (0, None, None), (-1, None, None)],
+)
+def test_the_limit_has_two_names(max_tokens, max_completion_tokens, limit):
+    # broken if one of them were ignored
+    assert _openai.limit_of(max_tokens, max_completion_tokens) == limit
+
+
+@pytest.mark.parametrize("given", [("5", None), (2.5, None), (True, None), (None, "5"), (5, 6), ([], None)])
+def test_limits_that_are_none_are_refused(given):
+    # broken by a TypeError from deep inside, or by 2.5 tokens
+    with pytest.raises(ConfigError):
+        _openai.limit_of(*given)
+
+
+@pytest.mark.parametrize("stop", [5, [1], {"a": 1}, object()])
+def test_stops_that_are_none_are_refused(stop):
+    # broken by a TypeError about iterating
+    with pytest.raises(ConfigError, match="stop"):
+        _openai.stops_of(stop)
+
+
+@pytest.mark.parametrize(
+    ("stream", "options"), [(False, {"include_usage": True}), (True, {"usage": True}), (True, [("include_usage", 1)])]
+)
+def test_stream_options_that_do_nothing_are_refused(stream, options):
+    # broken if a client waited for a chunk that never comes
+    with pytest.raises(ConfigError, match="stream_options"):
+        _openai.includes_usage(stream, options)
