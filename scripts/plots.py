@@ -124,7 +124,9 @@ def budgets(result: dict) -> Figure:
         if at and not row["keys"].get("st3.coverage"):
             methods.setdefault(name.removesuffix(" c0"), []).append(row)
     order = sorted(methods, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
-    panels = [(key, title) for key, title in (("facts", "Single facts"), ("captions", "Caption objects, F1")) if off[key]]
+    panels = [
+        (key, title) for key, title in (("facts", "Single facts"), ("captions", "Caption objects, F1")) if off[key]
+    ]
     fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 5.2), squeeze=False)
     for ax, (key, title) in zip(axes[0], panels, strict=True):
         ax.axhline(off[key], color=GRAY, linestyle="--", label="nothing dropped")

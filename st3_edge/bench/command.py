@@ -124,6 +124,7 @@ class _Bench:
             setup |= {key: st3.setup[key] for key in ("visual", "text", "layers", "n_ctx", "n_ubatch", "threads")}
             setup["schedule"] = {key: st3.report[key] for key in _SCHEDULE if key in st3.report}
             setup |= {"per_layer": work.per_layer, "held": work.held, "weights_bytes_per_token": work.weights}
+            setup["devices"] = st3.setup["devices"]
             setup["libraries"] = {
                 side.name: {key: side.setup[key] for key in ("ggml", "compiler", "cpu_features")}
                 for side in self._sides

@@ -129,6 +129,7 @@ class Worker:
             "threads": [threads, threads_batch],
             "ggml": _doctor.ggml_version(bindings),
             "cpu_features": _doctor.cpu_features(bindings),
+            "devices": _doctor.devices(bindings.lib._lib) if job.st3 else [],  # stock's libraries know no kernels
             "compiler": _machine.compiler(_libs.path_of("llama")),
         }
 

@@ -222,16 +222,10 @@ def _page(arguments: argparse.Namespace, task: Task, found: Found) -> str:
     lines += [
         f"*: the cheapest within {task.max_kl:g}; farthest, {kl:.4f}: {worst.question!r} about {worst.picture.name}",
         f"\nst3-edge ask IMAGE QUESTION {' '.join(f'{option} {shlex.quote(str(v))}' for option, v in ask.items())}",
-        f"llama.cpp: --override-kv {_override_kv(found.overrides)}",
     ]
     if found.output:
         lines.append(f"\n{found.output} is the model with this schedule: it needs none of these options")
     return "\n".join(lines)
-
-
-def _override_kv(overrides: dict[str, Override]) -> str:
-    """As llama.cpp's tools take them."""
-    return ",".join(f"{key}={type(value).__name__}:{value}" for key, value in overrides.items())
 
 
 def _object(task: Task, found: Found) -> dict[str, Any]:
@@ -256,6 +250,5 @@ def _object(task: Task, found: Found) -> dict[str, Any]:
         "frontier": [row(r) for r in search.frontier(found.results)],
         "best": row(found.best) if found.best else None,
         "overrides": found.overrides,
-        "override_kv": _override_kv(found.overrides),
         "output": found.output,
     }

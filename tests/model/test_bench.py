@@ -25,6 +25,7 @@ def test_both_sides_do_the_same_work(command):
     setup = got["setup"]
     assert (setup["visual"], setup["layers"], setup["threads"], setup["kv_type"]) == (576, 16, [1, 1], "f16")
     assert setup["schedule"]["mode"] == "pruned-prefill" and setup["per_layer"][0] == 576 > setup["per_layer"][-1]
+    assert [d["backend"] for d in setup["devices"]][-1] == "CPU"
     assert setup["command"].startswith("st3-edge bench --threads 1") and setup["commit"] and setup["together"]
     assert len(got["pairs"]) == 2
     for pair in got["pairs"]:
