@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from st3_edge.errors import St3Error
 ROOT = Path(__file__).parents[2]
 # One thread: where a machine is busy, several wait for each other longer than they compute on so small a model.
 THREADS = 1
+LONGEST = 120.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -86,20 +89,30 @@ def command(environment: dict[str, str]) -> Callable[..., subprocess.CompletedPr
     return run
 
 
-@pytest.fixture(scope="session")
-def start(environment: dict[str, str]) -> Callable[..., subprocess.Popen[str]]:
-    """Starts `st3-edge`, to be read from and sent signals while it runs."""
+@pytest.fixture
+def start(environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts `st3-edge`, to be read from and sent signals while it runs.
 
-    def run(*arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "st3_edge", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
+    After LONGEST seconds it is killed: a test that reads on for a line that never comes would wait for ever.
+    """
+    with ExitStack() as at_end:
 
-    return run
+        def run(*arguments: str) -> subprocess.Popen[str]:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "st3_edge", *arguments],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment,
+            )
+            at_end.enter_context(process)
+            at_end.callback(process.kill)
+            watchdog = threading.Timer(LONGEST, process.kill)
+            watchdog.start()
+            at_end.callback(watchdog.cancel)
+            return process
+
+        yield run
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ for folder in (ROOT / "tests", ROOT / "tests" / "native", ROOT / "scripts"):
         sys.path.insert(0, str(folder))
 
 import native_runtime  # noqa: E402
-from annealing import NEAR_TIE, Conversation  # noqa: E402
+from annealing import MOST_ERROR_BYTES, MOST_ERROR_LONG, NEAR_TIE, Conversation  # noqa: E402
 from oracle import llama as oracle  # noqa: E402
 from oracle import schedule  # noqa: E402
 from oracle.exact import write_exact  # noqa: E402
@@ -65,11 +65,17 @@ def pictures(rt: native_runtime.Runtime, files: tuple[str, str], scenes: list) -
 
 
 def converse(
-    ctx: native_runtime.Context, path: Path, keys: dict, kv: str, pictures: list[oracle.Image]
+    ctx: native_runtime.Context,
+    path: Path,
+    keys: dict,
+    kv: str,
+    pictures: list[oracle.Image],
+    tally: dict[str, int],
+    most_error: dict[str, float],
 ) -> Conversation:
     """A caption's first tokens."""
     s = schedule.resolve(N_LAYER, **{k.removeprefix("st3."): v for k, v in keys.items()})
-    talk = Conversation(ctx, path, s, kv, TALLY, "embedded")
+    talk = Conversation(ctx, path, s, kv, tally, "embedded", most_error=most_error)
     pieces: list = [[1, *ctx.model.tokenize("USER: ")]]
     for im in pictures:
         pieces += [im, ctx.model.tokenize("\n")]
@@ -90,7 +96,7 @@ def test_tokens_of_every_layer_after_every_step(
         native_runtime.Model(rt, exact, keys) as model,
         native_runtime.Context(model, n_ctx=2048, n_ubatch=2048, kv=kv) as ctx,
     ):
-        talk = converse(ctx, exact, keys, kv, pictures[:n_images])
+        talk = converse(ctx, exact, keys, kv, pictures[:n_images], TALLY, MOST_ERROR_LONG)
         held = ctx.report()["held"]
         assert held == [len(talk.result.held(talk.result.stage(i))) for i in range(N_LAYER)]
         assert max(held) < 0.25 * 576 * n_images, "the floor was reached"
@@ -99,6 +105,8 @@ def test_tokens_of_every_layer_after_every_step(
 
 def test_near_ties_are_rare(capsys) -> None:
     # broken if ties excused choices. Rounding does more here: 1750 cells are summed in F16 where the cache is F16
+    if TALLY.get("embedded conversations", 0) < len(CASES):
+        pytest.skip("needs the whole of test_tokens_of_every_layer_after_every_step")
     with capsys.disabled():
         print(f" [{', '.join(f'{n} {word}' for word, n in TALLY.items())}]", end="")
     assert TALLY["embedded near-ties"] <= TALLY["embedded choices"] / 50
@@ -108,12 +116,12 @@ def test_near_ties_are_rare(capsys) -> None:
 def test_the_shipped_weights_choose_much_the_same(rt, files: tuple[str, str], pictures: list) -> None:
     # broken if products of quantized weights, whose inputs are rounded to a byte, went another way than exact ones
     keys = {"st3.preset": "st3", "st3.anneal_tokens": N_STEPS, "st3.anneal_floor": 0.21}
-    path = Path(files[0])
+    path, tally = Path(files[0]), {}
     with (
         native_runtime.Model(rt, path, keys) as model,
         native_runtime.Context(model, n_ctx=1024, n_ubatch=1024) as ctx,
     ):
-        talk = converse(ctx, path, keys, "F16", pictures[:1])
+        talk = converse(ctx, path, keys, "F16", pictures[:1], tally, MOST_ERROR_BYTES)
     doubts = [margin for margin, _ in talk.doubts.values() if margin >= NEAR_TIE]
-    assert len(doubts) < 0.5 * TALLY["embedded choices"]
-    assert max(doubts, default=0.0) < 0.3  # of the score of a token at the border
+    assert len(doubts) < 0.75 * tally["embedded choices"]  # seen: 21 of 44, by tokens at the border
+    assert max(doubts, default=0.0) < 0.12  # of the score of a token at the border; seen: 0.03

@@ -17,7 +17,10 @@ from oracle import llama as oracle
 from oracle.schedule import Schedule
 
 NEAR_TIE = 1e-4
-MOST_ERROR = 1e-3  # NMSE of logits
+# NMSE of logits by the cache's type, some four times the worst seen. It is more if a step does not see a kept cell.
+MOST_ERROR = {"F16": 5e-6, "Q8_0": 6e-5}
+MOST_ERROR_LONG = {"F16": 2e-4, "Q8_0": 6e-5}  # of 600 cells and more: an F16 cache has its values summed in F16
+MOST_ERROR_BYTES = {"F16": 6e-4}  # where weights are quantized: what they are multiplied by is rounded to a byte
 AGAIN = 12  # runs with noise, at most
 
 
@@ -59,6 +62,7 @@ class Conversation:
     turns: list[Turn] = field(default_factory=list)
     doubts: dict[tuple[int, int], tuple[float, oracle.Cut]] = field(default_factory=dict)  # turn, stage: margin, choice
     worst: float = 0.0
+    most_error: dict[str, float] = field(default_factory=lambda: MOST_ERROR)
 
     def __post_init__(self) -> None:
         self.result = decoder(self.path).begin(self.schedule)
@@ -105,7 +109,7 @@ class Conversation:
         if kind != "picture" if check_logits is None else check_logits:
             error = oracle.nmse(self.ctx.logits(), self.result.logits)
             self.worst = max(self.worst, error)
-            assert error <= MOST_ERROR, f"{kind} {len(self.turns)}: NMSE {error:.1e}"
+            assert error <= self.most_error[self.kv], f"{kind} {len(self.turns)}: NMSE {error:.1e}"
 
     @staticmethod
     def _got(result: oracle.Result, stage: int, cut: oracle.Cut, turn: Turn) -> np.ndarray:

@@ -18,7 +18,7 @@ from oracle.llama import nmse
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1", "IQ4_NL")
 HEADS = (64, 80, 96, 128, 256)
 PAIRS = [(kind, d) for kind in KINDS for d in HEADS if d % gguf.GGML_QUANT_SIZES[Kind[kind]][0] == 0]
-TOLERANCE = 1e-6
+TOLERANCE = 1e-9  # NMSE, of GPUs too; queries rounded to F16 make it 1e-8
 
 
 @pytest.fixture(scope="module")
@@ -150,4 +150,4 @@ def test_large_scores(cpu) -> None:
     for reduce in ("mean", "max"):
         got = cpu.attn_span(q, packed, Kind.F32, causal(3, 100), ids, 1.0, reduce, True)
         want = attn_span(q, k, causal(3, 100), ids, 1.0, reduce)
-        assert np.isfinite(got).all() and nmse(got, want) <= TOLERANCE
+        assert np.isfinite(got).all() and nmse(got, want) <= 1e-8  # an F32 score of 1000 is off by 1e-4
