@@ -127,7 +127,7 @@ def budgets(result: dict) -> Figure:
     panels = [
         (key, title) for key, title in (("facts", "Single facts"), ("captions", "Caption objects, F1")) if off[key]
     ]
-    fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 5.2), squeeze=False)
+    fig, axes = plt.subplots(1, len(panels), figsize=(max(8, 5 * len(panels)), 5.2), squeeze=False)
     for ax, (key, title) in zip(axes[0], panels, strict=True):
         ax.axhline(off[key], color=GRAY, linestyle="--", label="nothing dropped")
         step = 0.007 * np.ptp([row["schedule"]["budget"] for rows in methods.values() for row in rows])
