@@ -11,7 +11,7 @@ anon    growth of the anonymous resident bytes (RssAnon: mapped weights do not c
         Ours grows while compute buffers grow too, so the same work is done once before, the cache is cleared, and one
         token decoded, at which it shrinks: KV is what that empty cache has (as told; 32 cells a layer) and the growth
         since. llama.cpp keeps a copy of the batch until the next one, so `after prefill` is read at the first token
-        of the answer.
+        of the answer. malloc is told to map large blocks each on its own, else what is freed may stay resident.
         What else a context makes when it is created (room for graphs, outputs) is `other`.
 
 Visual KV of stock is the visual tokens' cells; ours is all but the text's cells, so that cells that are allocated
@@ -179,8 +179,8 @@ def main() -> None:
         )
     sides = {}
     for side in ("stock", "st3"):
-        command = [sys.executable, *sys.argv, "--side", side]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        command, env = [sys.executable, *sys.argv, "--side", side], {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
         sides[side] = json.loads(done.stdout)
     out = {
         "model": random_text(args.shape, args.type, args.cache).name,
