@@ -45,7 +45,9 @@ def run(console: Console) -> int:
             _ask(console, llava, scenes[0], _CAPTION)
             console.say()
         console.say(f"  is:  {scenes[0].caption}")
-        console.say("What ST3 costs this model is counting: a count too high is then filled up. --budget 0.5 costs less.")
+        console.say(
+            "What ST3 costs this model is counting: too high a count is then filled up. --budget 0.5 costs less."
+        )
         _numbers(console, st3, off, scenes[0])
     return 0
 
