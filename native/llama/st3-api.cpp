@@ -472,16 +472,13 @@ int32_t st3_prefill(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, cons
         }
 
         // whatever goes wrong from here on: nothing of the prompt stays
-        bool       done = false;
         const auto undo = [&](llama_context * c) {
-            if (!done) {
-                if (mem) {
-                    mem->announce(0, 0);
-                }
-                c->get_memory()->seq_rm(seq_id, p0, -1);
+            if (mem) {
+                mem->announce(0, 0);
             }
+            c->get_memory()->seq_rm(seq_id, p0, -1);
         };
-        const std::unique_ptr<llama_context, decltype(undo)> guard(ctx, undo);
+        std::unique_ptr<llama_context, decltype(undo)> guard(ctx, undo);
 
         int32_t res = 0;
         if (!pruned) {
@@ -503,7 +500,7 @@ int32_t st3_prefill(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, cons
             last_error = format("st3: decoding the prompt failed with code %d", res);
             return res;
         }
-        done = true;
+        (void) guard.release();
 
         if (mem) {
             note_images(*mem, *state);

@@ -22,6 +22,6 @@ struct st3_state {
     std::vector<std::vector<uint32_t>> counts;     // [cut][image] kept
     std::vector<uint32_t>              per_layer;  // [layer] visual tokens held
 
-    std::vector<std::vector<int32_t>>
-            kept;  // [cut] indices kept, over the prompt's images in order; none if not pruned
+    // [cut] indices kept over the prompt's images, in order; none if not pruned
+    std::vector<std::vector<int32_t>> kept;
 };

@@ -10,7 +10,7 @@ from pathlib import Path
 from .. import _gguf, _libs, _machine, _options, demo, images
 from .._files import cache_folder
 from .._pair import check_pair
-from ..config import Override
+from ..config import Override, check_whole
 from ..errors import ConfigError, LibraryError, ModelError, PromptError
 from .cache import Tell, random_text, random_vision
 from .options import QUESTION, TEXT
@@ -38,10 +38,8 @@ def find_stock(given: str | None) -> Path:
 def make_jobs(arguments: argparse.Namespace, tell: Tell) -> tuple[Job, Job]:
     """Stock's and ST³'s; random weights are written where they are missing. Raises St3Error's kinds."""
     config = _options.config(arguments)
-    if arguments.threads is not None and not 1 <= arguments.threads <= 1024:
-        raise ConfigError(f"--threads must be from 1 to 1024, not {arguments.threads}")
-    if not -1 <= arguments.n_gpu_layers <= 2**16:
-        raise ConfigError(f"--n-gpu-layers must be from -1 to {2**16}, not {arguments.n_gpu_layers}")
+    check_whole("--threads", arguments.threads, 1, 1024, optional=True)
+    check_whole("--n-gpu-layers", arguments.n_gpu_layers, -1, 2**16)
     _libs.check_present()
     stock = find_stock(arguments.stock) if arguments.against == "stock" else None
     if arguments.shape:
