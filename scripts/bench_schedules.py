@@ -49,14 +49,27 @@ def pairs(budget: float) -> dict[str, tuple[Keys, Keys]]:
     }
 
 
-def timed(ctx: native_runtime.Context, call: Callable[[], int]) -> float:
-    """Milliseconds until what `call` computes on a context is there, logits included."""
-    start = time.perf_counter()
-    code = call()
-    ctx.rt.llama.llama_get_logits_ith(ctx.ptr, -1)  # waits for them
-    if code:
-        raise SystemExit(f"it failed ({code}): {ctx.rt.last_error()}")
-    return 1e3 * (time.perf_counter() - start)
+def alternately(
+    contexts: list[native_runtime.Context],
+    n: int,
+    call: Callable[[native_runtime.Context, int], int],
+    before: Callable[[native_runtime.Context], None] = lambda _: None,
+) -> np.ndarray:
+    """Milliseconds until what call(context, i) computes is there, logits included: float64 [2, n], taken in the order
+    A B, B A, ... after a turn (i = -1) that warms up. `before` is not timed."""
+    ms = np.zeros((2, n))
+    for i in range(-1, n):
+        for which in ((0, 1), (1, 0))[i % 2]:
+            ctx = contexts[which]
+            before(ctx)
+            start = time.perf_counter()
+            code = call(ctx, i)
+            ctx.rt.llama.llama_get_logits_ith(ctx.ptr, -1)  # waits for them
+            if code:
+                raise SystemExit(f"it failed ({code}): {ctx.rt.last_error()}")
+            if i >= 0:
+                ms[which, i] = 1e3 * (time.perf_counter() - start)
+    return ms
 
 
 def measure(
@@ -70,23 +83,15 @@ def measure(
     contexts = [native_runtime.Context(m, at + args.steps + 1, threads=args.threads) for m in models]
     pieces = prompt(models[0], visual, args.text)
     said = [int(t) for t in np.random.default_rng(2).integers(3, models[0].n_vocab, args.steps + 1)]
-    prefill, decode = np.zeros((2, args.prefills)), np.zeros((2, args.steps))
-    for n in range(-1, args.prefills):  # the first warms up
-        for which in ((0, 1), (1, 0))[n % 2]:
-            ctx = contexts[which]
-            ctx.clear()
-            took = timed(ctx, lambda ctx=ctx: ctx.prefill(pieces))
-            if n >= 0:
-                prefill[which, n] = took
-    for t in range(-1, args.steps):  # as well: a decode step's graph is new
-        for which in ((0, 1), (1, 0))[t % 2]:
-            ctx = contexts[which]
-            took = timed(ctx, lambda ctx=ctx, t=t: ctx.decode([said[t + 1]], at + t + 1))
-            if t >= 0:
-                decode[which, t] = took
+    out = {
+        "prefill": alternately(
+            contexts, args.prefills, lambda ctx, _: ctx.prefill(pieces), native_runtime.Context.clear
+        ),
+        "decode": alternately(contexts, args.steps, lambda ctx, t: ctx.decode([said[t + 1]], at + t + 1)),
+    }
     for it in (*contexts, *models):
         it.close()
-    return {"prefill": prefill, "decode": decode}
+    return out
 
 
 def summary(ms: np.ndarray) -> dict:

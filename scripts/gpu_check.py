@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from st3_edge._machine import commit, processor, usable_cpus  # noqa: E402
+from st3_edge._machine import provenance, usable_cpus  # noqa: E402
 
 # what the steps import, and what llama-cpp-python's bindings do
 PACKAGES = ("numpy", "pytest", "hypothesis", "PIL", "gguf", "jinja2", "llama_cpp", "diskcache", "typing_extensions")
@@ -107,15 +107,14 @@ def build(log: Path) -> Path:
     return folder / "lib"
 
 
-def environment(libraries: Path) -> dict[str, str]:
-    """For the steps: these libraries, and CUDA's own where the loader does not look (the toolkit's, or pip's)."""
+def use(libraries: Path) -> None:
+    """Has the steps find these libraries, and CUDA's own where the loader does not look (the toolkit's, or pip's)."""
     folders = [Path("/usr/local/cuda/lib64")]
     spec = importlib.util.find_spec("nvidia")
     for package in spec.submodule_search_locations or [] if spec else []:
         folders += sorted({f.parent for f in Path(package).glob("**/lib/lib*.so*")})
     path = [str(f) for f in folders if f.is_dir()] + [os.environ.get("LD_LIBRARY_PATH", "")]
-    return {
-        **os.environ,
+    os.environ |= {
         "ST3_LIB_DIR": str(libraries.resolve()),
         "ST3_NEED_GPU": "1",
         "LD_LIBRARY_PATH": os.pathsep.join(p for p in path if p),
@@ -123,13 +122,13 @@ def environment(libraries: Path) -> dict[str, str]:
     }
 
 
-def check(env: dict[str, str]) -> list[dict]:
+def check() -> list[dict]:
     """ggml's devices. Raises SystemExit where no step could work, or would go without our kernel."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise SystemExit(f"{sys.executable} lacks {', '.join(missing)}")
     command = [sys.executable, "-m", "st3_edge", "doctor", "--json"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         found = json.loads(done.stdout)
     except ValueError:
@@ -138,19 +137,19 @@ def check(env: dict[str, str]) -> list[dict]:
         raise SystemExit(found["problems"][0])
     gpus = [d for d in found["devices"] if d["backend"] != "CPU"]
     if not gpus:
-        raise SystemExit(f"no GPU for the libraries in {env['ST3_LIB_DIR']}")
+        raise SystemExit(f"no GPU for the libraries in {os.environ['ST3_LIB_DIR']}")
     if KERNEL_FOR - set(gpus[0]["kernel_for"]):
         raise SystemExit(f"{gpus[0]['name']} has no kernel of ours for {', '.join(sorted(KERNEL_FOR))}")
     return gpus
 
 
-def run(step: Step, env: dict[str, str], results: Path) -> dict:
+def run(step: Step, results: Path) -> dict:
     """How it went, how long it took, its last line, and the JSON that it wrote."""
     file, begin = results / "step.json", time.monotonic()
     file.unlink(missing_ok=True)
     command = step.command + (["--json", str(file)] if step.out else [])
     try:
-        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, timeout=step.limit, check=False)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=step.limit, check=False)
         how, out, err = "ok" if done.returncode == 0 else f"failed ({done.returncode})", done.stdout, done.stderr
     except subprocess.TimeoutExpired as e:
         how, out, err = f"took longer than {step.limit} s", e.stdout or b"", e.stderr or b""
@@ -212,18 +211,16 @@ def main() -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     log = args.results / "log.txt"
     log.unlink(missing_ok=True)
-    env = environment(args.libraries or build(log))
+    use(args.libraries or build(log))
     about = {
         "card": query("name"),
         "driver": query("driver_version"),
-        "commit": commit(),
-        "processor": processor(),
-        "devices": check(env),
-        "command": "python scripts/gpu_check.py " + " ".join(sys.argv[1:]),
+        "devices": check(),
+        **provenance(),
     }
     told: dict[str, dict] = {}
     for name in args.steps or known:
-        told[name] = run(known[name], env, args.results)
+        told[name] = run(known[name], args.results)
         (args.results / "summary.json").write_text(json.dumps({**about, "steps": told}, indent=1) + "\n")
         print(f"{name:<20}{told[name]['how']:<24}{told[name]['seconds']:>7.0f} s  {told[name]['last']}", flush=True)
         for line in lines(name, told[name]) if "found" in told[name] else []:
