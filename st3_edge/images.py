@@ -84,10 +84,12 @@ def _read(source: str | os.PathLike[str]) -> bytes:
     name = _name(source)
     try:
         # Checked before it is opened: opening a pipe would wait for its writer.
-        if not stat.S_ISREG(Path(source).stat().st_mode):
+        found = Path(source).stat()
+        if not stat.S_ISREG(found.st_mode):
             raise ImageError(f"picture {name} is not a file")
         with Path(source).open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            # read(n) asks for n bytes of memory, whatever the file holds.
+            data = file.read(min(found.st_size, MAX_BYTES) + 1)
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or e
         raise ImageError(f"picture {name} cannot be read: {one_line(reason)}") from e

@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -173,6 +174,18 @@ def test_a_pipe_is_refused_without_waiting_for_its_writer(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ImageError, match="not a file"):
         load(tmp_path / "pipe")
+
+
+def test_a_small_file_takes_little_memory(tmp_path):
+    # broken if as much memory were asked for as the largest file may take
+    path = tmp_path / "small.png"
+    path.write_bytes(encoded(noise()))
+    tracemalloc.start()
+    try:
+        load(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_too_many_bytes_are_refused(tmp_path):
