@@ -32,6 +32,7 @@ for folder in (ROOT, ROOT / "tests", ROOT / "scripts", ROOT / "scripts" / "embed
 
 import native_runtime  # noqa: E402
 import numpy as np  # noqa: E402
+import questions  # noqa: E402
 import scenes  # noqa: E402
 from emulator import build  # noqa: E402
 from native_runtime import Context, Image, Model, Runtime, Vision  # noqa: E402
@@ -51,7 +52,7 @@ def keys(budget: float) -> dict[str, native_runtime.Value]:
 
 def pieces(model: Model, number: int, embd: np.ndarray) -> list:
     """The prompt of a picture: its first question."""
-    question = scenes.held_out_questions(number)[0].text
+    question = questions.held_out_questions(number)[0].text
     before = [model.rt.llama.llama_vocab_bos(model.vocab), *model.tokenize("USER: ")]
     return [before, Image(embd, 24, 24), model.tokenize(f"\n{question} ASSISTANT:")]
 

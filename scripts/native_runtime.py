@@ -127,6 +127,8 @@ class Model:
             slot.key = key.encode()
             if isinstance(value, str):
                 slot.tag, slot.value.val_str = L.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
+            elif isinstance(value, bool):
+                slot.tag, slot.value.val_bool = L.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
             elif isinstance(value, int):
                 slot.tag, slot.value.val_i64 = L.LLAMA_KV_OVERRIDE_TYPE_INT, value
             else:

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from quality import BOOTSTRAP, f1, interval
+from quality_tables import BOOTSTRAP, f1, interval
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "embedded_model")]
+import questions  # noqa: E402
 import scenes  # noqa: E402
 
 from st3_edge import Llava, ST3Config  # noqa: E402
@@ -78,8 +79,8 @@ def start_worker(table: list[Row]) -> None:
 
 def talk(index: int) -> tuple[int, dict[tuple[str, str], Asked]] | None:
     """The conversations about one scene, by first turn and row."""
-    questions = scenes.held_out_pair(index)
-    if questions is None:
+    pair = questions.held_out_pair(index)
+    if pair is None:
         return None
     scene = scenes.scene(index)
     out, alone = {}, {}
@@ -91,23 +92,23 @@ def talk(index: int) -> tuple[int, dict[tuple[str, str], Asked]] | None:
         shown = [{"type": "image", "image": p} for p in pictures]
         return {"role": "user", "content": [*shown, {"type": "text", "text": text}]}
 
-    def right(response: Any, question: scenes.Question) -> tuple[int, int]:
-        return int(scenes.answer_right(response["st3"]["answer"], question.answer)), 1
+    def right(response: Any, question: questions.Question) -> tuple[int, int]:
+        return int(questions.answer_right(response["st3"]["answer"], question.answer)), 1
 
-    first, second = questions
+    first, second = pair
     for row in _rows:
         llava, limit = _llavas[row.budget], MAX_TOKENS["question"]
         if row.budget not in alone:
             llava.reset()
             alone[row.budget] = right(ask(llava, [user(second.text, scene.image)], row.revisit, limit), second)
         for kind in FIRSTS:
-            opening = user(first.text if kind == "question" else scenes.CAPTION_QUESTION, scene.image)
+            opening = user(first.text if kind == "question" else questions.CAPTION_QUESTION, scene.image)
             llava.reset()
             one = ask(llava, [opening], row.revisit, MAX_TOKENS[kind])
             two = ask(llava, [opening, one["choices"][0]["message"], user(second.text)], row.revisit, limit)
             said, report = one["st3"]["answer"], two["st3"]
             out[kind, row.name] = Asked(
-                right(one, first) if kind == "question" else f1(*scenes.caption_objects(said, scene)),
+                right(one, first) if kind == "question" else f1(*questions.caption_objects(said, scene)),
                 right(two, second),
                 alone[row.budget],
                 statistics.mean(report["visual_tokens"]["per_layer"]),

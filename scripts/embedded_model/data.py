@@ -6,13 +6,16 @@ import multiprocessing as mp
 import os
 from dataclasses import dataclass
 
+import drawing
 import numpy as np
+import questions
 import scenes
 import vocab
+from things import Scene
 
 TEXT = 256  # text rows a sequence has; what does not fit is left out
 PACKS = 4  # different sets of questions for one picture
-# how often each of scenes.KINDS is asked: color, shape, glyph, count, position, presence
+# how often each of questions.KINDS is asked: color, shape, glyph, count, position, presence
 WEIGHTS = (1.0, 0.8, 1.6, 3.0, 1.0, 1.4)
 
 
@@ -74,14 +77,14 @@ def blocks(conversations: list[list[Turn]], tokenizer) -> Pack:
     return out
 
 
-def pack(picture: scenes.Scene, rng: np.random.Generator, tokenizer) -> Pack:
+def pack(picture: Scene, rng: np.random.Generator, tokenizer) -> Pack:
     """Questions, one in five followed by a second turn, and in three of four sequences a caption before them."""
     conversations: list[list[Turn]] = []
     if rng.random() < 0.75:
-        conversations.append([(scenes.caption_question(rng), scenes.caption(picture), 1.0, 0)])
+        conversations.append([(questions.caption_question(rng), questions.caption(picture), 1.0, 0)])
     asked: list[Turn] = [
         (q.text, q.answer, 1.0, sum(1 << picture.things.index(t) for t in q.about))
-        for q in scenes.questions(picture, rng, 20, False, WEIGHTS)
+        for q in questions.ask_several(picture, rng, 20, False, WEIGHTS)
     ]
     while asked:
         n = 2 if rng.random() < 0.2 else 1
@@ -93,7 +96,7 @@ def pack(picture: scenes.Scene, rng: np.random.Generator, tokenizer) -> Pack:
 def _work(queue: mp.Queue, first: int, step: int, dense: float, texts: bool, tokenizer_path: str) -> None:
     os.nice(3)
     tokenizer = vocab.load(tokenizer_path)
-    fonts = (None,) * 5 + scenes.extra_fonts()
+    fonts = (None,) * 5 + drawing.extra_fonts()
     index = first
     while True:
         rng = np.random.default_rng([scenes.SPLITS["train"], 1, index])

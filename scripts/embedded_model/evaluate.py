@@ -1,6 +1,6 @@
 """Accuracy on held-out scenes, through torch in float32, of a Hugging Face folder or a GGUF pair.
 
-    python evaluate.py FOLDER [--scenes 1000] [--style known|other] [--no-captions]
+    python evaluate.py FOLDER [--scenes 1000] [--style known|other|gray] [--no-captions]
 
 Prints one JSON object: exact match by kind of question, over all single facts, and the share of caption
 objects whose colour, shape and place are named right. Answers are greedy.
@@ -17,6 +17,7 @@ import data
 import export
 import modeling
 import numpy as np
+import questions
 import scenes
 import torch
 import train
@@ -73,7 +74,7 @@ def facts(reader: Reader, packs: list[data.Pack]) -> list[list[bool]]:
 
 def captions(reader: Reader, tokenizer, n: int, limit: int = 130) -> list[str]:
     """Greedy answers to `Describe the image.`; ends the reader's usefulness, its cache grows."""
-    prompt = tokenizer.encode("\n" + vocab.turn(scenes.CAPTION_QUESTION))
+    prompt = tokenizer.encode("\n" + vocab.turn(questions.CAPTION_QUESTION))
     ids = torch.tensor(prompt).expand(n, -1)
     at = torch.arange(len(prompt)).expand(n, -1)
     mask = torch.cat([torch.zeros(len(prompt), reader.n), torch.full((len(prompt), len(prompt)), -1e9).triu(1)], 1)
@@ -102,7 +103,7 @@ def evaluate(
     for start in range(first, first + n_scenes, batch):
         indices = range(start, min(start + batch, first + n_scenes))
         pictures = [scenes.scene(i, style=style) for i in indices]
-        asked = [scenes.held_out_questions(i, style) for i in indices]
+        asked = [questions.held_out_questions(i, style) for i in indices]
         pixels = torch.from_numpy(np.stack([np.asarray(p.image) for p in pictures])).float() / 255
         reader = Reader(model, before, ((pixels - train.MEAN) / train.STD).permute(0, 3, 1, 2))
         packs = [data.blocks([[(q.text, q.answer, 1.0, 0)] for q in qs], tokenizer) for qs in asked]
@@ -111,7 +112,7 @@ def evaluate(
                 right[q.kind].append(ok)
         if with_captions:
             for picture, said in zip(pictures, captions(reader, tokenizer, len(pictures)), strict=True):
-                objects += scenes.caption_objects(said, picture)
+                objects += questions.caption_objects(said, picture)
                 lengths.append(len(tokenizer.encode(" " + said)) + 1)
     every = [ok for results in right.values() for ok in results]
     out = {
@@ -120,7 +121,7 @@ def evaluate(
         "questions": len(every),
         "facts": round(float(np.mean(every)), 4),
     }
-    out |= {kind: round(float(np.mean(right[kind])), 4) for kind in scenes.KINDS}
+    out |= {kind: round(float(np.mean(right[kind])), 4) for kind in questions.KINDS}
     if with_captions:
         right_ones, named, there = map(int, objects)
         out |= {"found": round(right_ones / there, 4), "named": round(right_ones / max(1, named), 4), "objects": there}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import gguf_writer
 import numpy as np
+import questions
 import scenes
 import vocab
 
@@ -210,8 +211,8 @@ def write_pictures(folder: Path) -> None:
         picture = scenes.scene(index, "demo")
         name = f"scene-{number}.png"
         picture.image.save(folder / name, optimize=True)
-        asked = [{"q": q.text, "a": q.answer} for q in scenes.held_out_questions(index, split="demo")]
-        rows.append({"picture": name, "questions": asked, "caption": scenes.caption(picture)})
+        asked = [{"q": q.text, "a": q.answer} for q in questions.held_out_questions(index, split="demo")]
+        rows.append({"picture": name, "questions": asked, "caption": questions.caption(picture)})
     (folder / "questions.json").write_text(json.dumps(rows, indent=2) + "\n")
 
 

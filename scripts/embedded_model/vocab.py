@@ -10,8 +10,10 @@ import io
 from pathlib import Path
 
 import numpy as np
+import questions
 import scenes
 import sentencepiece
+from things import Scene
 
 MODEL = Path(__file__).with_name("tokenizer.model")  # `python vocab.py` makes it anew
 UNK, BOS, EOS, IMAGE = 0, 1, 2, 3
@@ -46,9 +48,9 @@ def train(path: Path, n_scenes: int = 4000) -> None:
     lines = []
     for seed in range(n_scenes):
         rng = np.random.default_rng([scenes.SPLITS["train"], 0, seed])
-        picture = scenes.Scene(None, scenes.random_things(rng), str(rng.choice(["light", "dark"])))
-        lines += [f"USER: {turn(q.text)} {q.answer}" for q in scenes.questions(picture, rng, 6, plain=False)]
-        lines.append(f"USER: {turn(scenes.caption_question(rng))} {scenes.caption(picture)}")
+        picture = Scene(None, scenes.random_things(rng), str(rng.choice(["light", "dark"])))
+        lines += [f"USER: {turn(q.text)} {q.answer}" for q in questions.ask_several(picture, rng, 6, plain=False)]
+        lines.append(f"USER: {turn(questions.caption_question(rng))} {questions.caption(picture)}")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),

@@ -24,6 +24,7 @@ for folder in (ROOT / "scripts", ROOT / "scripts" / "embedded_model"):
 
 import gguf  # noqa: E402
 import native_runtime  # noqa: E402
+import questions  # noqa: E402
 import scenes  # noqa: E402
 
 DEMO = ROOT / "st3_edge" / "data" / "demo"
@@ -148,7 +149,7 @@ def test_next_token(rebuilt: SimpleNamespace, ours: SimpleNamespace) -> None:
     """Breaks if picture, prompt, positions or weights differ anywhere on the way to the logits."""
     image_token = rebuilt.hf.config.image_token_id
     before = [1, *ours.model.tokenize("USER: ")]
-    prompts = ((i, q) for i in range(N_PROMPTS) for q in scenes.held_out_questions(i))
+    prompts = ((i, q) for i in range(N_PROMPTS) for q in questions.held_out_questions(i))
     done, worst = 0, 0.0
     seen: tuple[int, native_runtime.Image | None, torch.Tensor | None] = (-1, None, None)
     for i, question in prompts:

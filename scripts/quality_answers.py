@@ -1,0 +1,265 @@
+"""What scripts/quality.py measures: the embedded model's answers about held-out scenes under one configuration.
+
+Scenes come in chunks. A chunk's pictures are encoded once and kept on disk; all configurations share them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+
+import native_runtime
+import numpy as np
+
+from st3_edge import _native, divergence
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts" / "embedded_model"))
+import questions  # noqa: E402
+import scenes  # noqa: E402
+
+FACT_TOKENS, CAPTION_TOKENS, LONG_TOKENS = 10, 130, 512
+LONG = (128, 256)  # generated tokens: where `early`, `middle` and `late` descriptions begin
+CHUNK = 20  # scenes of one task
+
+Keys = dict[str, native_runtime.Value]
+Asked = tuple[str, list[int] | None]  # a question, and the answer that stands in for the model's own, if any
+Turn = tuple[str, list[int], list[np.ndarray]]  # a question, its answer's tokens, the logits of each and of the end
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs besides a task."""
+
+    model: Path
+    mmproj: Path
+    embeddings: Path  # folder
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """Scenes of a style under a configuration, and what is measured (quality_grids.Grid.measures)."""
+
+    style: str
+    name: str
+    keys: Keys
+    indices: range
+    measures: tuple[str, ...]
+
+
+class Reader:
+    """Greedy answers of one configuration."""
+
+    def __init__(self, rt: native_runtime.Runtime, job: Job, keys: Keys) -> None:
+        self.model = native_runtime.Model(rt, job.model, keys)
+        self.ctx = native_runtime.Context(self.model, n_ctx=1024, threads=job.threads)
+        L = rt.llama
+        self.before = [L.llama_vocab_bos(self.model.vocab), *self.model.tokenize("USER: ")]
+        self.eos = L.llama_vocab_eos(self.model.vocab)
+
+    def prompt(self, embd: np.ndarray, question: str) -> list[_native.Piece]:
+        """The prompt of a question about one image, float32 [576, width]."""
+        after = np.array(self.after(question))
+        return [_native.Text(np.array(self.before)), _native.Visual(embd, 24, 24), _native.Text(after)]
+
+    def after(self, question: str) -> list[int]:
+        """What follows the image in a prompt."""
+        return self.model.tokenize(f"\n{question} ASSISTANT:")
+
+    def ask(self, embd: np.ndarray, question: str) -> None:
+        """Read the prompt of a question about one image. Raises SystemExit where that fails."""
+        self.ctx.clear()
+        code = _native.prefill(self.ctx.ptr, 0, self.prompt(embd, question))
+        if code:
+            raise SystemExit(f"prefill failed ({code}): {_native.last_error()}")
+
+    def ask_more(self, question: str) -> None:
+        """Read a question that follows the last answer: the picture stays as that left it."""
+        self._decode([self.eos, *self.model.tokenize(f"USER: {question} ASSISTANT:")])
+
+    def ask_anew(self, question: str) -> None:
+        """Take all text after the image back, and read a question there: the picture stays as the answers left it."""
+        if not self.ctx.seq_rm(0, len(self.before) + 576, -1):
+            raise SystemExit("the text cannot be removed")
+        self._decode(self.after(question))
+
+    def say(self, limit: int, given: list[int] | None = None) -> tuple[list[int], list[np.ndarray]]:
+        """The tokens of the answer, or of the one given, and the logits that each of them and the end are chosen by."""
+        said: list[int] = []
+        rows = []
+        while True:
+            rows.append(self.ctx.logits())
+            token = int(np.argmax(rows[-1])) if given is None else [*given, self.eos][len(said)]
+            if token == self.eos or len(said) == limit:
+                return said, rows
+            said.append(token)
+            self._decode([token])  # one by one: annealing counts such steps
+
+    def talk(self, embd: np.ndarray, asked: Iterable[Asked], forgets: bool = False) -> Iterator[Turn]:
+        """A conversation about one image. If it `forgets`, each question comes without what was said before."""
+        for turn, (question, given) in enumerate(asked):
+            if not turn:
+                self.ask(embd, question)
+            elif forgets:
+                self.ask_anew(question)
+            else:
+                self.ask_more(question)
+            limit = CAPTION_TOKENS if question in questions.CAPTION_WORDS else FACT_TOKENS
+            yield question, *self.say(limit, given)
+
+    def _decode(self, tokens: list[int]) -> None:
+        if self.ctx.decode(tokens, _native.n_positions(self.ctx.ptr)):
+            raise SystemExit(f"decode failed: {''.join(self.ctx.rt.log)}")
+
+    def held(self) -> float:
+        """Share of the last image's visual tokens that are in the cache now, mean over layers; 1 when off."""
+        report = self.ctx.report()
+        return float(np.mean(report["held"]) / report["given"]) if report.get("held") and report["given"] else 1.0
+
+    def close(self) -> None:
+        """Free context and model."""
+        self.ctx.close()
+        self.model.close()
+
+
+_worker: tuple[native_runtime.Runtime, Job] | None = None
+
+
+def start_worker(job: Job) -> None:
+    """Load the libraries once a process."""
+    global _worker
+    folder = native_runtime.lib_dir()
+    assert folder is not None
+    _worker = native_runtime.Runtime(folder), job
+
+
+@functools.lru_cache(maxsize=1)
+def pictures(style: str, indices: range) -> np.ndarray:
+    """The embeddings of some scenes, float32 [len(indices), 576, width]: from the disk, or encoded and written."""
+    assert _worker is not None
+    rt, job = _worker
+    file = job.embeddings / f"{style}-{indices.start}-{len(indices)}.npy"
+    if not file.is_file():
+        with native_runtime.Model(rt, job.model) as model:
+            vision = native_runtime.Vision(model, job.mmproj, job.threads)
+            embd = [vision.encode(np.asarray(scenes.scene(i, style=style).image)).embd for i in indices]
+            vision.close()
+        part = file.with_suffix(f".{os.getpid()}")
+        with part.open("wb") as f:
+            np.save(f, np.stack(embd).astype(np.float32))
+        part.replace(file)
+    out: np.ndarray = np.load(file)
+    return out
+
+
+def fact(style: str, i: int) -> questions.Question:
+    """The single fact that is asked of scene i: kinds in turns."""
+    asked = questions.held_out_questions(i, style)
+    return asked[i % len(asked)]
+
+
+def described(measures: tuple[str, ...], i: int) -> bool:
+    """Whether scene i is described: every fifth, or each."""
+    return "every caption" in measures or ("captions" in measures and i % 5 == 0)
+
+
+def converse(reader: Reader, embd: np.ndarray, style: str, i: int) -> Iterator[Turn]:
+    """Descriptions of scene i and single facts by turns, until enough is generated. This model was never taught to
+    describe after another answer, so each question comes without what was said before."""
+    pairs = zip(cycle(questions.CAPTION_WORDS), cycle(questions.held_out_questions(i, style)), strict=False)
+    asked = ((question, None) for words, q in pairs for question in (words, q.text))
+    left = LONG_TOKENS
+    for turn in reader.talk(embd, asked, forgets=True):
+        yield turn
+        left -= len(turn[2])
+        if left <= 0:
+            return
+
+
+@functools.lru_cache(maxsize=1)
+def full_answers(style: str, indices: range, measures: tuple[str, ...]) -> dict[int, list[tuple[str, list[Turn]]]]:
+    """What the full model says, by scene: for each measure a conversation."""
+    assert _worker is not None
+    rt, job = _worker
+    reader = Reader(rt, job, {})
+    out: dict[int, list[tuple[str, list[Turn]]]] = {}
+    for i, embd in zip(indices, pictures(style, indices), strict=True):
+        talks = []
+        if "kl" in measures and i % 5 == 0:
+            talks.append(("kl facts", list(reader.talk(embd, [(fact(style, i).text, None)]))))
+        if "kl" in measures and i % 25 == 0:
+            talks.append(("kl captions", list(reader.talk(embd, [(questions.CAPTION_QUESTION, None)]))))
+        if "long" in measures:
+            talks.append(("kl long", list(converse(reader, embd, style, i))))
+        out[i] = talks
+    reader.close()
+    return out
+
+
+def run(task: Task) -> tuple[Task, list[dict]]:
+    """Answer every question about the scenes of one task."""
+    assert _worker is not None
+    rt, job = _worker
+    style, keys, measures = task.style, task.keys, task.measures
+    if "random" in (keys.get("st3.preset"), keys.get("st3.anneal_score")):
+        keys = {**keys, "st3.seed": task.indices.start}  # one draw a chunk: no lucky seed
+    full = full_answers(style, task.indices, measures)
+    reader = Reader(rt, job, keys)
+    out = []
+    for i, embd in zip(task.indices, pictures(style, task.indices), strict=True):
+        row: dict = {"scene": i, "measures": measures}
+
+        def right(*asked: questions.Question, embd: np.ndarray = embd) -> bool:
+            """Whether the last of some questions is answered right."""
+            *_, (_, tokens, _) = reader.talk(embd, [(q.text, None) for q in asked])
+            return questions.answer_right(reader.model.text(tokens), asked[-1].answer)
+
+        if "facts" in measures:
+            q = fact(style, i)
+            row["fact"] = [q.kind, right(q)]
+        if described(measures, i):
+            ((_, tokens, _),) = reader.talk(embd, [(questions.CAPTION_QUESTION, None)])
+            row |= {
+                "objects": objects(reader, tokens, style, i),
+                "tokens": len(tokens),
+                "held": round(reader.held(), 4),
+            }
+        pair = questions.held_out_pair(i, style) if "second" in measures and i % 4 == 1 else None
+        if pair:
+            row["second"] = int(right(*pair)), 1
+        if "long" in measures:
+            generated = 0
+            for question, tokens, rows in converse(reader, embd, style, i):
+                if question in questions.CAPTION_WORDS:
+                    when = ("early", "middle", "late")[sum(generated >= n for n in LONG)]
+                    row.setdefault(when, []).append(objects(reader, tokens, style, i))
+                generated += len(rows)
+            row["held"] = round(reader.held(), 4)
+        for measure, turns in full.get(i, []):
+            asked = [(question, tokens) for question, tokens, _ in turns]
+            theirs = reader.talk(embd, asked, forgets=measure == "kl long")
+            nats = np.concatenate(
+                [
+                    divergence.kl_divergence(np.stack(mine), np.stack(seen))
+                    for (_, _, mine), (_, _, seen) in zip(turns, theirs, strict=True)
+                ]
+            )
+            parts = {measure: nats} if measure != "kl long" else {"kl 256": nats[:256], "kl 512": nats[256:512]}
+            row |= {k: (float(v.sum()), len(v)) for k, v in parts.items()}
+        out.append(row)
+    report = reader.ctx.report()
+    reader.close()
+    schedule = ("mode", "cuts", "counts", "budget", "keep", "anneal", "merge", "rank")
+    out[0]["schedule"] = {k: report[k] for k in schedule if k in report}
+    return task, out
+
+
+def objects(reader: Reader, tokens: list[int], style: str, i: int) -> tuple[int, int, int]:
+    """What a description gets right, names and should name (questions.caption_objects)."""
+    return questions.caption_objects(reader.model.text(tokens), scenes.scene(i, style=style))

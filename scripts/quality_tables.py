@@ -1,0 +1,170 @@
+"""What scripts/quality.py makes of answers: shares right, differences with intervals, and the page."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from quality_grids import GRIDS, Config
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts" / "embedded_model"))
+import questions  # noqa: E402
+
+F1 = ("captions", "early", "middle", "late")
+UNITS = ("facts", "count", *F1, "second")  # what configurations are compared by
+PARTS = ("found", "named")  # of `captions`: right ones by those that are there, and by those that are named
+COUNTED = {
+    "facts": "single facts",
+    "count": "of them counts",
+    "found": "caption objects",
+    "second": "second questions of a conversation",
+}
+KL = ("kl facts", "kl captions", "kl 256", "kl 512")
+ALL = "all"  # styles together
+BOOTSTRAP = 4000
+
+Rows = dict[tuple[str, int], dict]  # of a configuration, by style and scene
+
+
+def f1(right: int, named: int, there: int) -> tuple[int, int]:
+    """The F1 of some objects as a share: numerator and denominator, which add up over scenes."""
+    return 2 * right, named + there
+
+
+def tally(rows: Rows, ids: list[tuple[str, int]]) -> dict[str, np.ndarray]:
+    """Right and asked by scene, for KL nats and tokens: arrays [n, 2] for each measure and each kind of fact."""
+    out = {k: np.zeros((len(ids), 2)) for k in (*UNITS, *PARTS, *questions.KINDS, *KL)}
+    for at, key in enumerate(ids):
+        row = rows[key]
+        if "fact" in row:
+            kind, ok = row["fact"]
+            for k in ("facts", kind):
+                out[k][at] += (bool(ok), 1)
+        if "objects" in row:
+            right, named, there = row["objects"]
+            out["captions"][at] += f1(right, named, there)
+            out["found"][at] += (right, there)
+            out["named"][at] += (right, named)
+        for k in F1[1:]:
+            for objects in row.get(k, ()):
+                out[k][at] += f1(*objects)
+        for k in ("second", *KL):
+            out[k][at] += row.get(k, 0)
+    return out
+
+
+def interval(a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> list[float]:
+    """a's share right minus b's, in points, with the bootstrap 95 % interval over scenes."""
+    asked = (a[:, 1] > 0) & (b[:, 1] > 0)  # the others would leave some draws with fewer
+    a, b = a[asked], b[asked]
+    drawn = np.vstack([np.ones(len(a), int), rng.multinomial(len(a), np.full(len(a), 1 / len(a)), BOOTSTRAP)])
+    (a_right, a_asked), (b_right, b_asked) = (drawn @ a).T, (drawn @ b).T
+    mean, *samples = 100 * (a_right / a_asked - b_right / b_asked)
+    return [round(float(x), 2) for x in (mean, *np.percentile(samples, [2.5, 97.5]))]
+
+
+def table(configs: list[Config], done: dict[str, Rows], styles: list[str]) -> list[dict]:
+    """For each style, and for all together where there are several, one row a configuration over the scenes that all
+    configurations have."""
+    out = []
+    for style in [*([ALL] if len(styles) > 1 else []), *styles]:
+        ids = sorted(set.intersection(*(set(done[c.name]) for c in configs)))
+        ids = [key for key in ids if style in (ALL, key[0])]
+        if not ids:
+            return []
+        tallies = {c.name: tally(done[c.name], ids) for c in configs}
+        out += [one_row(c, style, done[c.name], ids, tallies) for c in configs]
+    return out
+
+
+def one_row(c: Config, style: str, rows: Rows, ids: list[tuple[str, int]], tallies: dict) -> dict:
+    """What a configuration gets right of some scenes, and its differences to others."""
+    t = tallies[c.name]
+    row: dict = {"style": style, "name": c.name, "keys": dict(c.keys), "scenes": len(ids), "asked": {}}
+    row["schedule"] = next((r["schedule"] for r in rows.values() if "schedule" in r), {})
+    for k, v in t.items():
+        mean = float(v[:, 0].sum() / max(1.0, v[:, 1].sum()))
+        row[k] = round(mean, 5) if k in KL else round(100 * mean, 2)
+        row["asked"][k] = int(v[:, 1].sum())
+    described = [rows[key] for key in ids if "tokens" in rows[key]]
+    if described:
+        lengths = [r["tokens"] for r in described]
+        row["tokens"] = {"mean": round(float(np.mean(lengths)), 1), "min": min(lengths), "max": max(lengths)}
+    held = [rows[key]["held"] for key in ids if "held" in rows[key]]
+    if held:
+        row["held"] = round(100 * float(np.mean(held)), 1)
+    for word, other in c.against.items():
+        for k in UNITS:
+            if other in tallies and row["asked"][k]:
+                row[f"{k} - {word}"] = interval(t[k], tallies[other][k], np.random.default_rng(1))
+    return row
+
+
+def lines(head: list[str], cells: list[list[str]]) -> list[str]:
+    """A table in Markdown."""
+    return ["", *("| " + " | ".join(c) + " |" for c in (head, ["---"] * len(head), *cells))]
+
+
+def shares_table(rows: list[dict], measures: tuple[str, ...]) -> list[str]:
+    """Shares right and KL."""
+    asked = rows[0]["asked"]
+    shares = [k for k in measures if asked[k]]
+    kl = [k for k in KL if asked[k]]
+    held, tokens = "held" in rows[0], "tokens" in rows[0]
+    cells = []
+    for row in rows:
+        line = [row["name"], f"{row['schedule'].get('budget', 1):.3f}"]
+        line += [f"{row[k]:.1f}" for k in shares] + [f"{row[k]:.4f}" for k in kl]
+        line += [f"{row['held']:.0f} %"] if held else []
+        line += ["{mean:.0f} ({min}-{max})".format(**row["tokens"])] if tokens else []
+        cells.append(line)
+    head = ["configuration", "budget", *shares, *kl, *(["held"] if held else []), *(["tokens"] if tokens else [])]
+    return lines(head, cells)
+
+
+def differences_table(rows: list[dict], against: str | None = None) -> list[str]:
+    """Differences with their intervals: to all, or to one."""
+    spans = list(dict.fromkeys(k for row in rows for k in row if " - " in k and (against in (None, k.split(" - ")[1]))))
+    if not spans:
+        return []
+    values = [[row["name"], *(row.get(k) for k in spans)] for row in rows[1:]]
+    return lines(
+        ["configuration", *spans],
+        [[name, *(f"{v[0]:+.1f} [{v[1]:+.1f}, {v[2]:+.1f}]" if v else "" for v in spans)] for name, *spans in values],
+    )
+
+
+def markdown(rows: list[dict], about: dict) -> str:
+    """The tables as a page."""
+    grid = GRIDS[about["grid"]]
+    styles = list(dict.fromkeys(row["style"] for row in rows))
+    first = [row for row in rows if row["style"] == styles[0]]
+    asked = first[0]["asked"]
+    counted = ", ".join(f"{asked[k]:,} {what}" for k, what in COUNTED.items() if asked[k])
+    names = " and ".join(s for s in styles if s != ALL)
+    notes = [
+        f"{first[0]['scenes']:,} held-out scenes from number {about['first']} on, style {names}"
+        + (f"; {counted}" if counted else "")
+        + f". Greedy answers, per cent right; differences in points with 95 % intervals (paired by scene, {BOOTSTRAP} "
+        "bootstrap draws).",
+        grid.legend,
+    ]
+    if asked["captions"]:
+        notes.append(
+            "`captions`: F1 of the objects that descriptions name; of those that are there `found` per cent are named "
+            "right, and of those that are `named`. `held`: share of visual tokens left when the answer ends, mean over "
+            "layers; `tokens`: length of the descriptions."
+        )
+    if any(asked[k] for k in KL):
+        notes.append("`kl`: mean KL divergence from the full model in nats a token, along its own answers.")
+    out = [f"# {grid.title}", "", " ".join(notes), ""]
+    out.append(f"`{about['command']}`, commit {about['commit']}, {about['processor']}.")
+    out += shares_table(first, (*UNITS, *PARTS, *(k for k in questions.KINDS if k != "count")))
+    out += differences_table(first)
+    for style in styles[1:]:
+        of = [row for row in rows if row["style"] == style]
+        out += ["", f"## Style {style}", f"{of[0]['scenes']} scenes."]
+        out += shares_table(of, UNITS) + differences_table(of, "off")
+    return "\n".join(out) + "\n"
