@@ -27,13 +27,12 @@ _stock: Path | None = None
 
 
 class Bindings(NamedTuple):
-    """The stock bindings, on our libraries. llama: llama_cpp; lib: llama_cpp.llama_cpp; internals, mtmd, grammar."""
+    """The stock bindings, on our libraries. llama: llama_cpp; lib: llama_cpp.llama_cpp; internals, mtmd."""
 
     llama: ModuleType
     lib: ModuleType
     internals: ModuleType
     mtmd: ModuleType
-    grammar: ModuleType
 
 
 def use_stock(folder: Path) -> None:
@@ -83,7 +82,6 @@ def load() -> Bindings:
                     "llama_cpp.llama_cpp",
                     "llama_cpp._internals",
                     "llama_cpp.mtmd_cpp",
-                    "llama_cpp.llama_grammar",
                 )
             ]
     except Exception as e:  # a missing symbol, a wrong architecture, a missing dependency: all end here

@@ -244,7 +244,7 @@ class Llava:
         form = sampling.response_grammar(response_format)
         if form is not None and grammar is not None:
             raise ConfigError("grammar and response_format exclude each other: both are grammars")
-        options = {
+        options: dict[str, Any] = {
             "temperature": temperature,
             "top_p": top_p,
             "top_k": top_k,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,10 +9,10 @@ from typing import Any
 
 from . import _libs, _log
 from .config import check_whole
-from .errors import ConfigError, one_line
+from .errors import ConfigError
+from .grammar import gbnf, schema
 
-_U32 = 2**32
-_RANDOM_SEED = _U32 - 1  # LLAMA_DEFAULT_SEED: a new one each time
+_RANDOM_SEED = 2**32 - 1  # LLAMA_DEFAULT_SEED: a new one each time
 _PENALTY_WINDOW = 64
 _MAX_BIAS = 1e9
 
@@ -79,7 +78,8 @@ class Sampling:
             chain.add_top_p(self.top_p)
             chain.add_min_p(self.min_p)
             chain.add_temp(self.temperature)
-            chain.add_dist(_RANDOM_SEED if self.seed is None or self.seed < 0 else self.seed % _U32)
+            # Whatever seed is asked for, it is never the one that stands for a new one each time.
+            chain.add_dist(_RANDOM_SEED if self.seed is None or self.seed < 0 else self.seed % _RANDOM_SEED)
         return chain
 
     def _add_grammar(self, chain: Any, model: Any) -> None:
@@ -87,6 +87,7 @@ class Sampling:
         text, root = getattr(self.grammar, "_grammar", self.grammar), getattr(self.grammar, "_root", "root")
         if not isinstance(text, str) or not text.strip():
             raise ConfigError("a grammar is GBNF text or a llama_cpp.LlamaGrammar, and not empty")
+        gbnf.check(text, root)
         _log.forget()
         # Not LlamaSampler.add_grammar: it would put a null sampler into the chain, which crashes later.
         sampler = lib.llama_sampler_init_grammar(model.vocab, text.encode(), root.encode())
@@ -114,26 +115,40 @@ def check_seed(seed: Any) -> None:
     check_whole("seed", seed, -(2**63), 2**63 - 1, optional=True)
 
 
-def response_grammar(response_format: Mapping[str, Any] | None) -> Any:
-    """The grammar of an OpenAI response_format: {"type": "text"}, {"type": "json_object"} with or without "schema", or
-    {"type": "json_schema", "json_schema": {"schema": ...}}. Raises ConfigError for another, or a schema that cannot
-    become a grammar."""
+# The kinds of an OpenAI response_format, and what else each may hold.
+_FORMATS: dict[str, frozenset[str]] = {
+    "text": frozenset(),
+    "json_object": frozenset({"schema"}),
+    "json_schema": frozenset({"json_schema"}),
+}
+_OF_SCHEMA = frozenset({"name", "description", "strict", "schema"})
+
+
+def response_grammar(response_format: Mapping[str, Any] | None) -> str | None:
+    """The grammar (GBNF) of an OpenAI response_format: {"type": "text"}, {"type": "json_object"} with or without
+    "schema", or {"type": "json_schema", "json_schema": {"schema": ...}}, beside which name, description and strict may
+    stand: a schema is always followed. Raises ConfigError for another, or a schema that cannot become a grammar."""
     if response_format is None:
         return None
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
-    if kind == "text":
-        return None
-    of_schema = response_format.get("json_schema") if kind == "json_schema" else response_format
-    schema = of_schema.get("schema") if isinstance(of_schema, Mapping) else None
-    if kind not in ("json_object", "json_schema") or (kind == "json_schema" and schema is None):
+    if not isinstance(kind, str) or kind not in _FORMATS:
         raise ConfigError(
             'response_format is {"type": "text"}, {"type": "json_object"} or '
             '{"type": "json_schema", "json_schema": {"schema": ...}}'
         )
-    grammar = _libs.load().grammar
-    if schema is None:
-        return grammar.LlamaGrammar.from_string(grammar.JSON_GBNF, verbose=False)
-    try:
-        return grammar.LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)
-    except Exception as e:  # the converter asserts and indexes on what it does not know
-        raise ConfigError(f"the JSON schema cannot become a grammar: {one_line(e) or type(e).__name__}") from e
+    _check_keys(response_format, _FORMATS[kind] | {"type"}, "response_format")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return schema.to_gbnf(response_format.get("schema", {"type": "object"}))
+    of_schema = response_format.get("json_schema")
+    if not isinstance(of_schema, Mapping) or "schema" not in of_schema:
+        raise ConfigError('response_format lacks "json_schema": {"schema": ...}')
+    _check_keys(of_schema, _OF_SCHEMA, "response_format's json_schema")
+    return schema.to_gbnf(of_schema["schema"])
+
+
+def _check_keys(given: Mapping[Any, Any], known: frozenset[str], what: str) -> None:
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"{what} does not support {key!r}")

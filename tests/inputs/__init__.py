@@ -1,0 +1,1 @@
+"""Inputs drawn at random, and what must hold for each: for tests, and for scripts/fuzz_inputs.py."""
