@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .config import CURVES, PRESETS, ST3Config
 from .errors import (
     ConfigError,
+    ContextError,
     ImageError,
     LibraryError,
     ModelError,
@@ -33,6 +34,7 @@ __all__ = [
     "CURVES",
     "PRESETS",
     "ConfigError",
+    "ContextError",
     "ImageError",
     "LibraryError",
     "Llava",

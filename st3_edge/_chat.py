@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import os
+import shlex
 import sys
 import threading
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 from . import _options, images, state
 from ._console import Console, run
-from .errors import OutputError, St3Error, one_line
+from .errors import ContextError, OutputError, St3Error, one_line
 from .llava import Llava
 
 _HELP = """\
@@ -37,10 +39,10 @@ class Chat:
         """Reads lines and does them until the input ends."""
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  input() then edits its line
-        if isinstance(sys.stdin, io.TextIOWrapper):  # a name of a file may be in another encoding
-            sys.stdin.reconfigure(errors="surrogateescape")
         prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
         self._console.note("Ask, or /help tells what else there is.")
+        if isinstance(sys.stdin, io.TextIOWrapper):  # a name of a file may be in another encoding
+            sys.stdin.reconfigure(encoding=_marked_encoding(), errors="surrogateescape")
         while True:
             try:
                 line = _line(prompt).strip()
@@ -60,7 +62,7 @@ class Chat:
     def _do(self, line: str) -> None:
         command, _, rest = line.partition(" ")
         # Not Path's, which raises for a name that is no user's, as in a question about "~ 3 cm".
-        path = Path(os.path.expanduser(rest.strip()))  # noqa: PTH111
+        path = Path(os.path.expanduser(_unquoted(rest.strip()) if command == "/image" else rest.strip()))  # noqa: PTH111
         if not command.startswith("/"):
             self._ask(line)
         elif command == "/image" and rest:
@@ -89,8 +91,7 @@ class Chat:
             self._console.note(f"{line!r} is not one of these:\n{_HELP}")
 
     def _ask(self, text: str) -> None:
-        content = [*({"type": "image", "image": url} for url in self._pictures), {"type": "text", "text": text}]
-        question = {"role": "user", "content": content}
+        own = len(self._pictures)
         stopped = threading.Event()
         said: list[str] = []
 
@@ -102,14 +103,79 @@ class Chat:
                 if stopped.is_set():
                     chunks.close()
 
-        run(self._console, answer, stopped.set)
+        while True:
+            question = {"role": "user", "content": [*map(_image, self._pictures), {"type": "text", "text": text}]}
+            try:
+                run(self._console, answer, stopped.set)
+                break
+            except ContextError:
+                if not self._forget(own):
+                    raise
         self._console.say()
-        report = self._llava.last_report
-        if report and not stopped.is_set() and (note := _options.cut(report, self._options, self._llava.n_ctx)):
-            self._console.note(note)
         if any(said):
             self._messages += [question, {"role": "assistant", "content": "".join(said)}]
             self._pictures.clear()
+        report = self._llava.last_report
+        if report and not stopped.is_set() and (note := _options.cut(report, self._options, self._llava.n_ctx)):
+            self._console.note(note)
+            if any(said) and _options.is_full(report, self._options):
+                self._forget(0)  # or the next answer would be as short
+
+    def _forget(self, own: int) -> bool:
+        """Makes room in the context: the older half of the questions goes, less their pictures; where there is none,
+        the oldest picture that is not one of the `own` last. False where nothing can go."""
+        n = len(self._messages) // 2
+        if n:
+            gone = -(-n // 2)
+            pictures = [part for message in self._messages[: 2 * gone] for part in _images_of(message)]
+            del self._messages[: 2 * gone]
+            if self._messages:
+                first = self._messages[0]
+                self._messages[0] = {**first, "content": [*pictures, *_parts_of(first)]}
+            else:
+                self._pictures[:0] = [part["image"] for part in pictures]
+            what = "the oldest question is" if gone == 1 else f"the {gone} oldest questions are"
+            more = "forgotten, and their pictures kept" if pictures else "forgotten"
+        elif len(self._pictures) > own:
+            del self._pictures[0]
+            what, more = "the oldest picture is", "forgotten"
+        else:
+            return False
+        self._console.note(f"(the context of {self._llava.n_ctx} tokens is full: {what} {more}; /reset begins anew)")
+        return True
+
+
+def _image(source: str) -> dict[str, Any]:
+    return {"type": "image", "image": source}
+
+
+def _parts_of(message: dict[str, Any]) -> list[Any]:
+    content = message["content"]
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
+
+
+def _images_of(message: dict[str, Any]) -> list[Any]:
+    return [part for part in _parts_of(message) if part["type"] == "image"]
+
+
+def _unquoted(path: str) -> str:
+    """The name of a file as a terminal writes it that a person drops it on: in quotes, or with backslashes."""
+    try:
+        if Path(path).exists():
+            return path
+        words = shlex.split(path)
+    except (OSError, ValueError):
+        return path
+    return words[0] if len(words) == 1 else path
+
+
+def _marked_encoding() -> str | None:
+    """The encoding of standard input, where its first bytes are a mark of one."""
+    if sys.stdin.isatty():
+        return None
+    head = sys.stdin.buffer.peek(4) if isinstance(sys.stdin.buffer, io.BufferedReader) else b""
+    marks = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+    return next((encoding for mark, encoding in marks.items() if head.startswith(mark)), None)
 
 
 def _line(prompt: str) -> str:

@@ -13,18 +13,53 @@ from .report import Report
 
 Response = dict[str, Any]
 
-# What else a client may send, and the value of it, beside None, that asks for nothing.
-_NEUTRAL: dict[str, Any] = {"n": 1, "tools": [], "tool_choice": "none", "functions": [], "logprobs": False}
-_FOR_SERVERS = ("user", "store")  # for whoever runs one: no answer depends on them
+# What else OpenAI's client, or llama-cpp-python's caller, may send, and the values, beside None, that ask for nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "functions": ([],),
+    "function_call": ("none",),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "modalities": (["text"],),
+    "audio": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "mirostat_mode": (0,),
+    "mirostat_tau": (5.0,),
+    "mirostat_eta": (0.1,),
+    "tfs_z": (1.0,),
+    "logits_processor": (),
+}
+# For whoever runs a server, or a hint to it: no answer depends on them.
+_FOR_SERVERS = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
 
 
-def check_others(others: Mapping[str, Any]) -> None:
-    """Raises ConfigError for an argument that asks for something that is not done here."""
+def check_others(others: Mapping[str, Any], function: str = "create_chat_completion") -> None:
+    """Raises ConfigError for an argument of OpenAI's that asks for something that is not done here, and TypeError, as
+    Python does, for one that is nobody's."""
     for name, value in others.items():
-        if value is None or name in _FOR_SERVERS or (name in _NEUTRAL and value == _NEUTRAL[name]):
+        if name in _FOR_SERVERS:
             continue
-        only = f" other than {_NEUTRAL[name]!r}" if name in _NEUTRAL else ""
-        raise ConfigError(f"create_chat_completion does not support {name}{only}")
+        if name not in _NEUTRAL:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+        if value is not None and not any(type(value) is type(v) and value == v for v in _NEUTRAL[name]):
+            only = "".join(f" other than {v!r}" for v in _NEUTRAL[name])
+            raise ConfigError(f"{function} does not support {name}{only}")
 
 
 def limit_of(max_tokens: Any, max_completion_tokens: Any) -> int | None:

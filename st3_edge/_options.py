@@ -124,13 +124,18 @@ def answer(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def is_full(report: Report, options: Mapping[str, Any]) -> bool:
+    """Whether the answer ended because the context was full. `options`: of `answer`."""
+    return report.finish_reason == "length" and not 0 < options["max_tokens"] <= report.n_generated
+
+
 def cut(report: Report, options: Mapping[str, Any], n_ctx: int) -> str:
     """What to tell where the answer had not come to its end; "" where it had. `options`: of `answer`."""
     if report.finish_reason != "length":
         return ""
-    if 0 < options["max_tokens"] <= report.n_generated:
-        return f"(cut at --max-tokens {options['max_tokens']})"
-    return f"(the context of {n_ctx} tokens is full: raise --n-ctx)"
+    if is_full(report, options):
+        return f"(the context of {n_ctx} tokens is full: raise --n-ctx)"
+    return f"(cut at --max-tokens {options['max_tokens']})"
 
 
 def config(arguments: argparse.Namespace) -> ST3Config:

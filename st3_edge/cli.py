@@ -13,7 +13,7 @@ from ._console import INTERRUPTED, Console, run
 from .bench import options as bench_options
 from .config import ST3Config
 from .conversation import REVISIT
-from .errors import PromptError, St3Error, one_line
+from .errors import St3Error, one_line
 from .inspect import options as inspect_options
 from .tune import options as tune_options
 
@@ -61,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
         "inputs",
         nargs="+",
         metavar="IMAGE... QUESTION",
-        help="picture files (PNG, JPEG, WebP, GIF, BMP, TIFF, PPM) or data: URLs, and last the question",
+        help="picture files (PNG, JPEG, WebP, GIF, BMP, TIFF, PPM, AVIF, HEIC), - for standard input, or data: URLs, "
+        "and last the question",
     )
     answer = _shared_options(ask)
     answer.add_argument("--json", action="store_true", help="print one JSON object with the answer and what ST3 did")
@@ -114,7 +115,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes positionals in one run only: what stands behind an option is left over.
-    if arguments.command in ("ask", "inspect", "chat") and not any(word.startswith("-") for word in rest):
+    if arguments.command in ("ask", "inspect", "chat") and not any(
+        word.startswith("-") and word != "-" for word in rest
+    ):
         (arguments.images if arguments.command == "chat" else arguments.inputs).extend(rest)
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -190,12 +193,10 @@ def _ask(console: Console, arguments: argparse.Namespace) -> int:
     from . import images
 
     *pictures, question = arguments.inputs
-    if not question.strip():
-        raise PromptError("the question is empty")
     config = _options.config(arguments)
 
     # Before the model: loading a large one takes long, and a bad picture would be told of only then.
-    content = [{"type": "image", "image": images.load(picture)} for picture in pictures]
+    content = [{"type": "image", "image": images.load_argument(picture)} for picture in pictures]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
     with _load(console, arguments, config) as llava:
         chunks: Any = llava.create_chat_completion(

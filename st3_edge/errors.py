@@ -25,6 +25,10 @@ class PromptError(St3Error):
     """Messages that cannot become a prompt: empty, malformed, or longer than the context."""
 
 
+class ContextError(PromptError):
+    """A prompt that is longer than the context."""
+
+
 class StateError(St3Error):
     """A conversation cannot be written to a file, or a file holds none that this model can go on with."""
 

@@ -20,7 +20,7 @@ from ._text import TextStream
 from .chat import ChatTemplate, Message, read_messages
 from .config import KV_TYPES, Override, ST3Config, check_whole
 from .conversation import REVISIT, Conversation, Embeddings, Image, Record, Unit, n_positions, reusable
-from .errors import ConfigError, ModelError, PromptError, St3Error, StateError
+from .errors import ConfigError, ContextError, ModelError, St3Error, StateError
 from .images import ImageSource, load
 from .report import Milliseconds, Report, Trace
 from .vision import Tokenized, Vision
@@ -233,10 +233,11 @@ class Llava:
         max_tokens, or by its other name max_completion_tokens: None, or below 1: as many as the context holds. Sampling
         options: see `st3_edge.sampling.Sampling`, whose defaults stand for None; penalties look at the answer's last 64
         tokens. revisit: the class's, for this call. trace=True fills the report's trace. `others`: OpenAI's other
-        arguments, where they ask for nothing: None, n=1, tools=[], tool_choice="none", functions=[], logprobs=False;
-        and user and store, which no answer depends on.
+        arguments, where they ask for nothing (None, n=1, tools=[], tool_choice="none", logprobs=False ...), or where no
+        answer depends on them (user, store, metadata, service_tier, parallel_tool_calls ...).
 
-        Raises before any work PromptError, ImageError or ConfigError, this also for arguments that are not supported;
+        Raises before any work PromptError, ImageError or ConfigError, this also for arguments that are not supported,
+        and TypeError for those that there are not;
         St3Error where llama.cpp fails. The conversation so far can go on after each of them, and after an answer that
         was not read to its end.
         """
@@ -267,7 +268,7 @@ class Llava:
         n_prompt = n_positions(tokenized.units)
         room = self.n_ctx - n_prompt
         if room < 1:
-            raise PromptError(
+            raise ContextError(
                 f"the prompt has {n_prompt} tokens and n_ctx is {self.n_ctx}: "
                 f"set n_ctx to {n_prompt + 1} or more, or ask with less text or fewer pictures"
             )

@@ -9,7 +9,6 @@ from typing import Any
 from .. import _gguf, _options, images
 from .._console import Console
 from .._files import check_output
-from ..errors import PromptError
 from ..llava import Llava
 from . import figure, output, page
 from .seen import see
@@ -18,14 +17,13 @@ from .seen import see
 def main(console: Console, arguments: argparse.Namespace, load: Callable[[], Llava]) -> int:
     """Asks, streams the answer to standard output, writes the files; returns the exit code. `load` gives the model."""
     *sources, question = arguments.inputs
-    if not question.strip():
-        raise PromptError("the question is empty")
     # Before the model: loading a large one takes long, and what is wrong would be told of only then.
     targets = output.targets(arguments.output, sources)
-    inputs = [path for path in (*sources, arguments.model, arguments.mmproj) if path and path[:5].lower() != "data:"]
+    words = [word for word in (*sources, arguments.model, arguments.mmproj) if word]
+    inputs = [word for word in words if word != "-" and word[:5].lower() != "data:"]
     for target in targets:
         check_output(target, inputs, force=arguments.force)
-    pictures = [images.load(source) for source in sources]
+    pictures = [images.load_argument(source) for source in sources]
 
     content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
     with load() as llava:

@@ -199,7 +199,6 @@ def test_what_cannot_be_is_refused_before_the_model_and_nothing_is_lost(command,
         ((picture, CAPTION, "-o", str(tmp_path / "taken")), "exists (--force replaces it)"),
         ((str(own), CAPTION, "-o", str(own), "--force"), "is one of the files to read"),
         ((picture, CAPTION, "-o", str(tmp_path / "none" / "out")), "there is no folder"),
-        ((picture, " ", "-o", str(tmp_path / "out")), "the question is empty"),
         ((str(taken), CAPTION, "-o", str(tmp_path / "out")), "is no PNG"),
     ]:
         done = run(command, *arguments, *missing)

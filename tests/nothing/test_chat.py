@@ -1,5 +1,6 @@
 """Messages to prompts: templates of both kinds, pictures in order, nothing injected."""
 
+import base64
 import re
 
 import pytest
@@ -198,7 +199,6 @@ def test_parts_of_messages_are_read_in_order():
         [{"role": "robot", "content": "x"}],
         [{"role": "user", "content": ""}],
         [{"role": "user", "content": " \n"}],
-        [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (4, 4))}]}],
         [{"role": "user", "content": ["x"]}],
         [{"role": "user", "content": [{"type": "text"}]}],
         [{"role": "user", "content": [{"type": "text", "text": 3}]}],
@@ -236,3 +236,69 @@ def test_a_picture_part_with_no_picture_is_refused():
     # broken if a missing url became the text "None"
     with pytest.raises(ImageError):
         read_messages([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}])
+
+
+def test_a_picture_with_no_text_is_a_question():
+    # broken if something had to be asked about it
+    picture = {"type": "image", "image": Image.frombytes("RGB", (2, 2), RED.data)}
+    for content in ([picture], [picture, {"type": "text", "text": ""}]):
+        (turn,) = read_messages([{"role": "user", "content": content}])
+        assert RED in turn.parts
+        assert text_of(template().render([turn])).endswith("USER: <image>\n ASSISTANT:")
+
+
+def test_ollamas_images_are_shown_before_the_text(tmp_path):
+    # broken if they were dropped without a word, or base64 were taken for a name
+    path = tmp_path / "a.png"
+    Image.frombytes("RGB", (2, 2), RED.data).save(path)
+    alone = base64.b64encode(path.read_bytes()).decode()
+    sources = [str(path), path, path.read_bytes(), alone, f"data:image/png;base64,{alone}"]
+    (turn,) = read_messages([{"role": "user", "content": "What?", "images": sources}])
+    assert turn.parts == (*[RED] * 5, "What?")
+    (turn,) = read_messages([{"role": "user", "images": [path]}])
+    assert turn.parts[0] == RED
+    with pytest.raises(PromptError, match="images"):
+        read_messages([{"role": "user", "content": "x", "images": str(path)}])
+    with pytest.raises(PromptError, match="assistant"):
+        read_messages([{"role": "assistant", "content": "x", "images": [path]}, {"role": "user", "content": "y"}])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"imges": []}, "'imges'"),
+        ({"name": "Ann"}, "'name'"),
+        ({"reasoning_content": "x"}, "'reasoning_content'"),
+        ({"content": [{"type": "text", "text": "x", "cache_control": {}}]}, "'cache_control'"),
+        ({"content": [{"type": "image", "image": "a.png", "detail": "low"}]}, "'detail'"),
+        ({"content": [{"type": "image_url", "image_url": {"url": "a.png", "size": 3}}]}, "'size'"),
+        ({"content": [{"type": "image_url", "image_url": {"url": "a.png", "detail": "huge"}}]}, "detail"),
+        ({"content": [{"type": "image", "image": "a.png", "url": "b.png"}]}, "a part of a message"),
+        ({"content": [{"type": ["text"], "text": "x"}]}, "a part of a message"),
+    ],
+)
+def test_what_is_not_read_of_a_message_is_named(change, named):
+    # broken if a key were ignored: its sender would think that it was read
+    with pytest.raises(PromptError, match=named):
+        read_messages([{"role": "user", "content": "x", **change}])
+
+
+def test_an_answer_of_openais_client_can_be_sent_back():
+    # broken if the empty fields of its message object were refused
+    fields = ("refusal", "audio", "function_call", "tool_calls", "name", "reasoning_content")
+    answer = {"role": "assistant", "content": "A cat.", "annotations": [], **dict.fromkeys(fields)}
+    user = {"role": "user", "content": "a?"}
+    assert [turn.parts for turn in read_messages([user, answer, user])] == [("a?",), ("A cat.",), ("a?",)]
+
+
+def test_other_names_of_a_pictures_source(tmp_path):
+    # broken if Hugging Face's messages, or OpenAI's hint at a size, were refused
+    path = tmp_path / "a.png"
+    Image.frombytes("RGB", (2, 2), RED.data).save(path)
+    content = [
+        {"type": "image", "path": str(path)},
+        {"type": "image", "url": path.as_uri()},
+        {"type": "image_url", "image_url": {"url": str(path), "detail": "high"}},
+    ]
+    (turn,) = read_messages([{"role": "user", "content": content}])
+    assert turn.parts == (RED,) * 3

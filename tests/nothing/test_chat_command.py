@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from st3_edge import PromptError, StateError, images
+from st3_edge import ContextError, PromptError, StateError, images
 from st3_edge._chat import Chat
 from st3_edge.state import MAGIC
 
@@ -210,3 +210,75 @@ def test_an_answer_that_was_cut_is_said_to_be(talk):
     assert "(the context of 100 tokens is full: raise --n-ctx)" in talk(model, "a?").err
     model.last_report.finish_reason = "stop"
     assert "cut" not in (err := talk(model, "a?").err) and "full" not in err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_mark_at_the_head_of_a_script_is_no_part_of_it(monkeypatch, encoding):
+    # broken if the first line were another: a command would be asked as a question
+    console, model = Console(), Model()
+    stdin = io.TextIOWrapper(io.BufferedReader(io.BytesIO("/report\na é?\n".encode(encoding))), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert Chat(console, model, [], {"max_tokens": 9}).loop() == 0
+    assert "no answer yet" in console.err
+    assert [message["content"][-1]["text"] for message in model.asked[0]] == ["a é?"]
+
+
+class Narrow(Model):
+    """Takes so many messages and pictures, all in all."""
+
+    def __init__(self, size) -> None:
+        super().__init__()
+        self.size = size
+
+    def create_chat_completion(self, messages, **options):
+        parts = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
+        if len(messages) + sum(part["type"] == "image" for part in parts) > self.size:
+            raise ContextError("the prompt is too long")
+        return super().create_chat_completion(messages, **options)
+
+
+def test_a_conversation_that_is_full_goes_on(talk, tmp_path):
+    # broken if each further question ended in an error, or the picture that all is about were forgotten first
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4), "red").save(path)
+    model = Narrow(6)
+    console = talk(model, f"/image {path}", *(f"{i}?" for i in range(8)))
+    assert len(model.asked) == 8
+    assert console.err.count("the context of 100 tokens is full") == 3
+    assert "their pictures kept; /reset begins anew" in console.err
+    for messages in model.asked:
+        assert messages[0]["content"][0]["type"] == "image"
+    assert [m["content"][-1]["text"] for m in model.asked[-1][::2]] == ["6?", "7?"]
+
+
+def test_where_pictures_alone_fill_the_context_the_oldest_goes(talk, tmp_path):
+    # broken if pictures were kept until nothing could be asked
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4), "red").save(path)
+    model = Narrow(4)
+    console = talk(model, *[f"/image {path}"] * 3, "a?", f"/image {path}", "b?")
+    assert "the oldest picture is forgotten" in console.err
+    assert [len(m["content"]) for m in model.asked[-1]] == [4]
+
+
+def test_a_question_that_is_too_long_by_itself_is_an_error(talk):
+    # broken if it were asked for ever
+    console = talk(Narrow(0), "a?")
+    assert console.err.count("st3-edge: error: the prompt is too long") == 1
+
+
+def test_after_an_answer_that_filled_the_context_there_is_room_again(talk):
+    # broken if the next answer were cut after a word
+    model = Model()
+    model.last_report = SimpleNamespace(finish_reason="length", n_generated=8)
+    talk(model, "a?", "b?", "c?")
+    assert [len(messages) for messages in model.asked] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("written", ["'{}'", '"{}"', "{}"])
+def test_a_name_that_was_dropped_on_the_terminal(talk, tmp_path, written):
+    # broken if quotes or backslashes became a part of the name
+    path = tmp_path / "my picture.png"
+    Image.new("RGB", (4, 4), "red").save(path)
+    name = written.format(path) if written != "{}" else str(path).replace(" ", "\\ ")
+    assert "shown with the next question" in talk(Model(), f"/image {name}").err

@@ -1,4 +1,4 @@
-"""Grammars: what a JSON schema's lets through is valid by it, and what cannot be read or enforced is refused by name."""
+"""Grammars: a JSON schema's lets valid texts through alone, and what cannot be enforced is refused by name."""
 
 import json
 import random

@@ -4,17 +4,20 @@ import base64
 import io
 import os
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zlib
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile, PngImagePlugin, features
 
 from st3_edge import ImageError
-from st3_edge.images import MAX_BYTES, RGB, data_url, load
+from st3_edge.images import MAX_BYTES, RGB, data_url, load, load_base64
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
@@ -244,3 +247,155 @@ def test_a_data_url_holds_the_file_itself(tmp_path):
     path.write_text("no picture")
     with pytest.raises(ImageError):
         data_url(str(path))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 3}])
+def test_a_jpeg_without_its_end_marker_is_whole(options):
+    # broken if a file that every viewer opens were refused
+    data = encoded(noise(64, 48), "JPEG", **options)
+    assert data.endswith(b"\xff\xd9")
+    assert load(data[:-2]) == load(data[:-1]) == load(data)
+    assert load(data[:-2] + bytes(100)) == load(data)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(3, 400))
+def test_a_jpeg_that_lacks_pixels_is_refused(cut):
+    # broken if an end marker put behind half a picture made it whole
+    data = encoded(noise(64, 48), "JPEG", quality=90)
+    with pytest.raises(ImageError):
+        load(data[:-2][:-cut])
+
+
+def test_a_large_photo_is_read_at_half_its_size():
+    # broken if a phone's photo of 108 megapixels were refused, or decoded in full
+    image = Image.new("L", (12_000, 9_000), 90)
+    image.paste(200, (0, 0, 6_000, 9_000))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    got = load(encoded(image, "JPEG", exif=exif))
+    assert (got.width, got.height) == (6_000, 4_500)
+    assert (got.data[0], got.data[-1]) == (90, 200)
+
+
+def test_the_largest_photo_is_bounded():
+    # broken if no bound were left
+    data = bytearray(encoded(Image.new("L", (64, 64)), "JPEG"))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", 20_000, 20_000)
+    with pytest.raises(ImageError, match="20000×20000"):
+        load(bytes(data))
+
+
+def png_chunk(kind: bytes, body: bytes, crc: int | None = None) -> bytes:
+    crc = zlib.crc32(kind + body) if crc is None else crc
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        png_chunk(b"zTXt", b"workflow\0\0" + zlib.compress(bytes(2 * 2**20))),
+        png_chunk(b"iTXt", b"prompt\0\1\0\0\0" + zlib.compress(bytes(2 * 2**20))),
+        png_chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(2 * 2**20))),
+        png_chunk(b"tEXt", b"note\0" + b"x", crc=0),
+        png_chunk(b"iCCP", b"profile\0\0no zlib"),
+    ],
+)
+@pytest.mark.parametrize("before", [True, False])
+def test_text_and_profiles_of_a_png_are_no_matter(chunk, before):
+    # broken if Pillow's limits on what is not shown decided
+    data = encoded(noise())
+    at = data.index(b"IDAT" if before else b"IEND") - 4
+    assert load(data[:at] + chunk + data[at:]) == load(data)
+
+
+def test_damaged_exif_is_no_matter():
+    # broken if a picture were refused for what a camera wrote beside it
+    data = encoded(noise(16, 16), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01" * 9)
+    assert load(data).width == 16
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda b64: b64.replace("+", "-").replace("/", "_"),
+        lambda b64: b64.rstrip("="),
+        lambda b64: b64.replace("+", " "),
+        lambda b64: "\r\n".join(b64[i : i + 60] for i in range(0, len(b64), 60)),
+        lambda b64: " ".join(b64[i : i + 61] for i in range(0, len(b64), 61)) + " ",
+        lambda b64: b64.replace("+", "%2B").replace("=", "%3D"),
+    ],
+)
+@pytest.mark.parametrize("head", ["data:image/png;base64,", "DATA:image/png; charset=x; BASE64 ,", "data:;base64,"])
+def test_base64_in_other_writings(change, head):
+    # broken if what a form, a mail or another library wrote were refused
+    for height in range(5, 12):
+        data = encoded(noise(7, height))
+        assert load(head + change(base64.b64encode(data).decode())) == load(data)
+
+
+def test_a_data_url_may_be_percent_encoded():
+    # broken if data without base64 were cut, or too long for a bound on base64
+    data = encoded(noise())
+    assert load("data:image/png," + quote(data)) == load(data)
+
+
+def test_file_urls(tmp_path):
+    # broken if a name's escapes stayed, or another machine's file were looked for here
+    path = tmp_path / "a picture é.png"
+    path.write_bytes(encoded(noise()))
+    assert load(path.as_uri()) == load("file://localhost" + path.as_uri()[7:]) == load(path)
+    with pytest.raises(ImageError, match="no other machine"):
+        load("file://elsewhere/a.png")
+
+
+def test_avif_and_heic_are_read_where_libraries_are():
+    # broken if a phone's format were refused though it can be read
+    image = Image.new("RGB", (64, 48), "red")
+    if features.check("avif"):
+        got = load(encoded(image, "AVIF"))
+        assert (got.width, got.height) == (64, 48)
+    heif = pytest.importorskip("pillow_heif")
+    out = io.BytesIO()
+    heif.from_pillow(image).save(out)
+    got = load(out.getvalue())
+    assert (got.width, got.height) == (64, 48)
+    assert got.data[0] > 200 > 60 > got.data[1]
+
+
+def test_without_its_library_a_heic_picture_says_what_to_do(monkeypatch):
+    # broken if it said "no picture"
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ImageError, match=r"st3-edge\[heic\]"):
+        load(b"\0\0\0\x1cftypheic" + bytes(100))
+
+
+def test_a_picture_from_a_pipe():
+    # broken if standard input, or a shell's <(...), could not be a picture
+    data = encoded(noise())
+    code = "import sys; from st3_edge import images; sys.stdout.buffer.write(images.load_argument(sys.argv[1]).data)"
+    for word in ("-", "/dev/stdin"):
+        program = [sys.executable, "-c", code, word]
+        assert (
+            subprocess.run(program, input=data, capture_output=True, timeout=60, check=True).stdout == load(data).data
+        )
+
+
+def test_base64_alone_is_ollamas():
+    # broken if it were taken for the name of a file
+    data = encoded(noise(40, 40))
+    assert load_base64(base64.b64encode(data).decode()) == load(data)
+    for text in ("no such file.png", "A" * 5000):
+        with pytest.raises(ImageError):
+            load_base64(text)
+
+
+def test_nothing_of_pillows_is_changed():
+    # broken if a limit of the whole process were lifted for one picture
+    def limits():
+        return Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, PngImagePlugin.MAX_TEXT_CHUNK
+
+    before = limits()
+    load(encoded(noise(64, 48), "JPEG")[:-2])
+    assert limits() == before

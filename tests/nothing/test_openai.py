@@ -14,7 +14,9 @@ from st3_edge import ConfigError, _openai
         ({"functions": [{}]}, "functions"),
         ({"logprobs": True}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
-        ({"max_token": 3}, "max_token"),
+        ({"reasoning_effort": "high"}, "reasoning_effort other than 'none'"),
+        ({"audio": {"voice": "x"}}, "audio"),
+        ({"n": True}, "n other than 1"),
     ],
 )
 def test_what_is_not_supported_is_named(others, named):
@@ -23,11 +25,20 @@ def test_what_is_not_supported_is_named(others, named):
         _openai.check_others(others)
 
 
+@pytest.mark.parametrize("name", ["max_token", "temprature", "extra"])
+def test_a_name_that_is_none_is_pythons_own_error(name):
+    # broken if a mistyped keyword ended in another exception than any function's, or passed for its None
+    for value in (3, None):
+        with pytest.raises(TypeError, match=rf"ask\(\) got an unexpected keyword argument '{name}'"):
+            _openai.check_others({name: value}, "ask")
+
+
 def test_what_asks_for_nothing_is_accepted():
     # broken if OpenAI's own client could not be used as it is
     _openai.check_others(dict.fromkeys(("n", "tools", "tool_choice", "logprobs", "top_logprobs", "audio")))
     _openai.check_others({"n": 1, "tools": [], "tool_choice": "none", "functions": [], "logprobs": False})
-    _openai.check_others({"user": "me", "store": True})
+    _openai.check_others({"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "flex"})
+    _openai.check_others({"parallel_tool_calls": False, "prompt_cache_key": "x", "modalities": ["text"]})
 
 
 @pytest.mark.parametrize(
