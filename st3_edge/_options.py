@@ -30,8 +30,9 @@ def add_model(parser: argparse.ArgumentParser, n_gpu_layers: int = -1) -> argpar
     return group
 
 
-def add_schedule(parser: argparse.ArgumentParser, *, budget: bool = True) -> None:
-    """The fields of ST3Config that commands offer, less budget and keep with budget=False; `config` reads them."""
+def add_schedule(parser: argparse.ArgumentParser, *, budget: bool = True) -> argparse._ArgumentGroup:
+    """The fields of ST3Config that commands offer, less budget and keep with budget=False; `config` reads them.
+    Returns their group."""
     st3 = parser.add_argument_group("pruning (what is not given, the preset decides)")
     st3.add_argument(
         "--preset",
@@ -69,6 +70,7 @@ def add_schedule(parser: argparse.ArgumentParser, *, budget: bool = True) -> Non
     st3.add_argument(
         "--anneal-floor", type=float, metavar="R", help="share of the kept tokens that is left in the end, 0 to 1"
     )
+    return st3
 
 
 def add_context(group: argparse._ArgumentGroup) -> None:

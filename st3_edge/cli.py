@@ -1,4 +1,4 @@
-"""The command line: `st3-edge demo`, `ask`, `inspect`, `chat`, `bench`, `tune` and `doctor`."""
+"""The command line: `st3-edge demo`, `ask`, `inspect`, `chat`, `serve`, `bench`, `tune` and `doctor`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .config import ST3Config
 from .conversation import REVISIT
 from .errors import St3Error, one_line
 from .inspect import options as inspect_options
+from .serve import options as serve_options
 from .tune import options as tune_options
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         f"is sooner (default {REVISIT[0]})",
     )
 
+    commands.add_parser("serve", help="llama-server with ST3 on: a web page, and OpenAI's and Anthropic's APIs")
     bench_options.add_parser(commands)
     tune_options.add_parser(commands)
 
@@ -122,7 +124,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command is None and not arguments.version:
-        parser.error("say what to do: demo, ask, inspect, chat, bench, tune or doctor")
+        parser.error("say what to do: demo, ask, inspect, chat, serve, bench, tune or doctor")
     if arguments.command in ("ask", "inspect") and len(arguments.inputs) < 2:
         parser.error(f"{arguments.command} needs at least one picture, and last the question")
     if arguments.command == "ask" and arguments.trace and not arguments.json:
@@ -133,7 +135,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, 1 (an error of ours), 2 (usage), 130 (Ctrl-C)."""
     try:
-        arguments = _parse(argv)
+        words = list(sys.argv[1:] if argv is None else argv)
+        if words[:1] == ["serve"]:  # most of its options are llama-server's
+            return _serve(words[1:])
+        arguments = _parse(words)
         console = Console()
         if arguments.version:
             return _version(console)
@@ -150,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return command(console, arguments)
         return run(console, lambda: command(console, arguments))
     except St3Error as e:
-        console.note(f"st3-edge: error: {one_line(e)}")
+        Console().note(f"st3-edge: error: {one_line(e)}")
         return _FAILED
     except BrokenPipeError:  # whoever read our output has left
         return _FAILED
@@ -179,6 +184,12 @@ def _bench(console: Console, arguments: argparse.Namespace) -> int:
     from .bench import command
 
     return command.main(console, arguments)
+
+
+def _serve(words: Sequence[str]) -> int:
+    from .serve import command
+
+    command.main(Console(), serve_options.parse(_Parser, words))
 
 
 def _doctor(console: Console, arguments: argparse.Namespace) -> int:

@@ -1,0 +1,1 @@
+"""`st3-edge serve`: llama-server with ST3 on."""

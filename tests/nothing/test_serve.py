@@ -1,0 +1,107 @@
+"""`st3-edge serve`: which words are ours, what llama-server is started with, and the files of a repository."""
+
+import argparse
+
+import pytest
+
+from st3_edge import _hub, _options, demo
+from st3_edge._pair import check_pair
+from st3_edge.chat import VICUNA
+from st3_edge.config import ST3Config
+from st3_edge.errors import ModelError
+from st3_edge.serve import command, options
+
+
+def parse(*words):
+    return options.parse(argparse.ArgumentParser, words)
+
+
+def test_llama_servers_options_pass_in_order():
+    # broken if one of them were taken for an abbreviation of ours, or lost its value
+    theirs = ["-c", "4096", "--keep", "-1", "-hft", "token", "--mod", "-np", "4", "--api-key=a b", "-mu", "x"]
+    found = parse("--budget", "0.5", *theirs[:5], "--port=0", *theirs[5:], "-m", "a", "-mm", "b")
+    assert found.theirs == theirs
+    assert (found.ours.budget, found.ours.port, found.ours.model, found.ours.mmproj) == (0.5, 0, "a", "b")
+    assert found.routes
+
+
+def test_an_option_without_its_value_is_a_usage_error(capsys):
+    # broken if the next option, or nothing, were taken for it
+    for words in (["--model"], ["--port", "x"], ["--budget", "much"]):
+        with pytest.raises(SystemExit) as caught:
+            parse(*words)
+        assert caught.value.code == 2
+    capsys.readouterr()
+
+
+def test_what_serving_needs_is_set_unless_it_is_said():
+    # broken if a prompt did not fit a batch, any web page could read answers, or a person's choice were overruled
+    model, mmproj = map(str, demo.model_paths())
+    header = check_pair(model, mmproj)
+    for words, absent in (([], ()), (["-b", "64", "--cors-origins", "*"], ("--batch-size", "localhost"))):
+        arguments = parse("--budget", "0.4", *words)
+        made = command.flags(arguments, _options.config(arguments.ours), header, model, mmproj)
+        assert made[:2] == ["--host", "127.0.0.1"]
+        assert made[made.index("--override-kv") + 1] == "st3.preset=str:st3,st3.budget=float:0.4"
+        assert made[made.index("--model") + 1] == model
+        assert ("--batch-size" in made, "localhost" in made) == ((False, False) if absent else (True, True))
+        assert "--chat-template" not in made  # the model's own
+    header.metadata.pop("tokenizer.chat_template")
+    assert VICUNA in command.flags(parse(), ST3Config(), header, model, mmproj)
+    assert VICUNA not in command.flags(parse("--chat-template", "x"), ST3Config(), header, model, mmproj)
+
+
+def test_overrides_are_written_as_llama_cpp_reads_them():
+    # broken if a value came with another type
+    values = {"st3.preset": "pvtp", "st3.start": 4, "st3.coverage": 0.25, "a": True}
+    assert command.override(values) == "st3.preset=str:pvtp,st3.start=int:4,st3.coverage=float:0.25,a=bool:true"
+
+
+FILES = ["README.md", "llava-Q8_0.gguf", "llava-Q4_K_M.gguf", "mmproj-bf16.gguf", "mmproj-f16.gguf", "mmproj-f32.gguf"]
+
+
+@pytest.fixture
+def repository(monkeypatch):
+    """A repository's files; what is downloaded is listed."""
+    loaded = []
+
+    def serve(names):
+        monkeypatch.setattr(_hub, "_names", lambda *_: list(names))
+        monkeypatch.setattr(_hub, "file", lambda repo, name, **_: loaded.append(name) or f"/cache/{repo}/{name}")
+        return loaded
+
+    return serve
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [("a/b", "llava-Q4_K_M.gguf"), ("a/b:q8_0", "llava-Q8_0.gguf"), ("a/b:Q4_K_M", "llava-Q4_K_M.gguf")],
+)
+def test_a_pair_of_a_repository(repository, name, model):
+    # broken if the halves were swapped, or another quantization came
+    repository(FILES)
+    assert _hub.pair(name) == (f"/cache/a/b/{model}", "/cache/a/b/mmproj-f16.gguf")
+
+
+def test_every_part_of_a_split_model_is_loaded(repository):
+    # broken if llama.cpp missed the second file
+    parts = [f"m-{i:05}-of-00003.gguf" for i in (1, 2, 3)]
+    loaded = repository([*parts, "mmproj.gguf"])
+    assert _hub.pair("a/b")[0].endswith(parts[0])
+    assert loaded == [*parts, "mmproj.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("names", "name", "part"),
+    [
+        (FILES, "a/b:Q2_K", "Q2_K"),
+        (FILES[:3], "a/b", "both halves"),
+        (FILES[3:], "a/b", "both halves"),
+        ([], "a/b", "nothing"),
+    ],
+)
+def test_a_repository_that_lacks_a_half(repository, names, name, part):
+    # broken by a traceback, or a server that starts without its pictures
+    repository(names)
+    with pytest.raises(ModelError, match=part):
+        _hub.pair(name)
