@@ -129,7 +129,7 @@ def _amx(features: list[str]) -> str | None:
     if any(name.startswith("AMX") for name in features):
         return "used"
     if sys.platform == "linux" and "amx_int8" in _machine.cpuinfo("flags").split():
-        return "this CPU has it; the build left it out, because it does not run here or was not asked for"
+        return "this CPU has it, and the libraries were built without: build on this machine, with GGML_NATIVE on"
     return None
 
 

@@ -2,8 +2,8 @@
 """Put the pinned upstream, patched, into a folder.
 
     python vendor/upstream.py                       fetch and check the archive, print where it is
-    python vendor/upstream.py --dest DIR            unpack its llama.cpp into DIR, with our patches
-    python vendor/upstream.py --dest DIR --stock    the same without patches
+    python vendor/upstream.py --dest DIR            unpack its llama.cpp into DIR, with fixes/ and patches/
+    python vendor/upstream.py --dest DIR --stock    the same with fixes/ alone
 
 The archive named by --sdist or ST3_SDIST is used when there is one; else pip fetches it, once, into build/.
 Only files whose content changes are written, so a build system rebuilds no more than it must.
@@ -148,11 +148,12 @@ def write(tree: dict[str, bytes], dest: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dest", type=Path, help="folder that llama.cpp is put into")
-    parser.add_argument("--stock", action="store_true", help="leave the patches out")
+    parser.add_argument("--stock", action="store_true", help="leave patches/ out")
     parser.add_argument("--sdist", default=os.environ.get("ST3_SDIST"), help="an archive that is already on disk")
     args = parser.parse_args()
 
-    patches = [] if args.stock else sorted((HERE / "patches").glob("*.patch"))
+    folders = ["fixes"] if args.stock else ["fixes", "patches"]
+    patches = [patch for folder in folders for patch in sorted((HERE / folder).glob("*.patch"))]
     parts = [Path(__file__), HERE / "upstream.json", *patches]
     fingerprint = hashlib.sha256(b"".join(hashlib.sha256(part.read_bytes()).digest() for part in parts)).hexdigest()
     if args.dest and (args.dest / STAMP).is_file() and (args.dest / STAMP).read_text() == fingerprint:

@@ -62,6 +62,15 @@ def test_patches_apply_in_order_and_untouched_files_keep_their_time(upstream: Mo
     assert (dest / "src/a.c").read_bytes() == SOURCE
 
 
+def test_fixes_come_first_and_stock_has_them(upstream: ModuleType) -> None:
+    # broken if a comparison with stock measured a crash or a stall that ours does not have
+    (upstream.HERE / "fixes").mkdir()
+    (upstream.HERE / "fixes/0001-z.patch").write_text(PATCH)
+    (upstream.HERE / "patches/0001-a.patch").write_text("--- a/src/a.c\n+++ b/src/a.c\n@@ -3,2 +3,1 @@\n THREE\n-3\n")
+    assert (run(upstream) / "src/a.c").read_bytes() == b"one\ntwo\nTHREE\nfour\nfive\nsix\n"
+    assert (run(upstream, "--stock") / "src/a.c").read_bytes() == b"one\ntwo\nTHREE\n3\nfour\nfive\nsix\n"
+
+
 def test_a_hunk_may_move_to_the_one_place_where_it_fits(upstream: ModuleType) -> None:
     # broken if line numbers of an earlier patch's file were taken literally
     (upstream.HERE / "patches/0001-x.patch").write_text(PATCH.replace("-2,3 +2,4", "-4,3 +4,4"))
