@@ -5,5 +5,7 @@ cd "$(dirname "$0")/.."
 . scripts/setup.sh
 
 echo "Compiling llama.cpp with ST3 and installing it into .venv (minutes at the first time) ..."
-"$python" -m pip install -qq --no-build-isolation --editable .
+{
+    "$python" -m pip install -v --no-build-isolation --editable . 2>&1 && echo "exit 0" || echo "exit $?"
+} | "$python" scripts/build_progress.py build/demo.log
 exec .venv/bin/st3-edge demo

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import json
 import platform
+import signal
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from . import _libs, _log, _machine, demo
 from .config import KV_TYPES
-from .errors import St3Error
+from .errors import St3Error, one_line
+
+_PATIENCE_S = 120
+_STAGES = (
+    "the libraries end the process as they load",
+    "one question to the demo model ends the process",
+    "the process ends badly, after its work",
+)
+_REMEDIES = {
+    "SIGILL": "they use instructions that this CPU lacks: build the package on this machine, or for any with "
+    "CMAKE_ARGS=-DGGML_NATIVE=OFF",
+    "SIGKILL": "it was killed, as systems do where memory runs out: end other programs",
+}
+_REMEDY = "build the package again; if it stays so, report it with the output of st3-edge doctor --json"
 
 
 def examine() -> dict[str, Any]:
@@ -25,22 +42,81 @@ def examine() -> dict[str, Any]:
         "cpu_features": [],
         "amx": None,
         "devices": [],
+        "answer": None,
         "demo_model": _demo_model(problems),
         "problems": problems,
     }
     try:
-        bindings = _libs.load()
+        _libs.check_present()
     except St3Error as e:
         problems.append(str(e))
         return found
-    _log.install()
-    lib = bindings.lib._lib
-    found["abi"] = lib.st3_abi_version()
-    found["ggml"] = ggml_version(bindings)
-    found["cpu_features"] = cpu_features(bindings)
-    found["amx"] = _amx(found["cpu_features"])
-    found["devices"] = devices(lib)
+    found |= _try(problems)
     return found
+
+
+def _try(problems: list[str]) -> dict[str, Any]:
+    """What a process of its own finds in the libraries, where a crash is one more thing to tell."""
+    start = "import sys; sys.path.insert(0, sys.argv[1]); from st3_edge import _doctor; _doctor.tell()"
+    command = [sys.executable, "-c", start, str(Path(__file__).resolve().parents[1])]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=_PATIENCE_S
+        )
+    except subprocess.TimeoutExpired:
+        problems.append(f"one question to the demo model takes more than {_PATIENCE_S} s: end other programs")
+        return {}
+    told: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
+    found = {key: value for of_stage in told for key, value in of_stage.items()}
+    if "problem" in found:
+        problems.append(found.pop("problem"))
+    elif done.returncode:
+        problems.append(_crash(len(told), done.returncode, done.stderr))
+    return found
+
+
+def _crash(stage: int, code: int, errors: str) -> str:
+    """Which of _STAGES ended with an exit code, the last line of its standard error, and what to do."""
+    try:
+        how = signal.Signals(-code).name
+    except ValueError:
+        how = f"exit code {code}"
+    lines = [line for line in errors.splitlines() if line.strip()]
+    last = f" ({one_line(lines[-1])})" if lines else ""
+    return f"{_STAGES[stage]}: {how}{last}: {_REMEDIES.get(how, _REMEDY)}"
+
+
+def tell() -> None:
+    """Prints one line of JSON for each of _STAGES: what the libraries say of themselves, and how the embedded model's
+    first token came about."""
+    try:
+        bindings = _libs.load()
+        _log.install()
+        features = cpu_features(bindings)
+        found = {
+            "abi": bindings.lib._lib.st3_abi_version(),
+            "ggml": ggml_version(bindings),
+            "cpu_features": features,
+            "amx": _amx(features),
+            "devices": devices(bindings.lib._lib),
+        }
+        print(json.dumps(found), flush=True)
+        print(json.dumps({"answer": _answer()}), flush=True)
+    except St3Error as e:
+        print(json.dumps({"problem": str(e)}), flush=True)
+
+
+def _answer() -> dict[str, Any]:
+    """One picture is read, one token generated."""
+    from .llava import Llava
+
+    scene = demo.scenes()[0]
+    content = [{"type": "image", "image": scene.picture}, {"type": "text", "text": scene.questions[0][0]}]
+    with Llava.demo() as llava:
+        llava.create_chat_completion([{"role": "user", "content": content}], max_tokens=1, temperature=0)
+        report = llava.last_report
+        assert report is not None
+        return {"mode": report.mode, "encode_ms": report.ms.encode, "prefill_ms": report.ms.prefill}
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -64,6 +140,11 @@ def describe(found: dict[str, Any]) -> str:
         lines.append(f"demo model    {model['model']}")
         lines.append(f"              {model['mmproj']}")
         lines.append(f"              {len(model['pictures'])} pictures")
+    if answer := found["answer"]:
+        lines.append(
+            f"one question  encoded in {answer['encode_ms']:.0f} ms, prefilled in {answer['prefill_ms']:.0f} ms "
+            f"({answer['mode']})"
+        )
     lines += [f"PROBLEM       {problem}" for problem in found["problems"]]
     if not found["problems"]:
         lines.append("all is well")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import _options
@@ -31,6 +32,19 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, where argparse would print the whole usage before it."""
         self.exit(_USAGE, f"st3-edge: error: {one_line(message)} ({self.prog} -h shows how)\n")
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        """Suggests a choice where argparse lists them all."""
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            hint = _suggestion(str(value), choices) or f", choose from {', '.join(choices)}"
+            raise argparse.ArgumentError(action, f"there is no {value!r}{hint}")
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    """ ", did you mean ...?" where one of the known words is close; else ""."""
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,14 +136,27 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     ):
         (arguments.images if arguments.command == "chat" else arguments.inputs).extend(rest)
     elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        word = next((word for word in rest if word.startswith("-")), rest[0])
+        of_command = _parser_of(parser, arguments.command)
+        known = [name for action in of_command._actions for name in action.option_strings]
+        of_command.error(f"unrecognized arguments: {' '.join(rest)}{_suggestion(word.partition('=')[0], known)}")
     if arguments.command is None and not arguments.version:
-        parser.error("say what to do: demo, ask, inspect, chat, serve, bench, tune or doctor")
+        parser.print_help()
+        parser.exit()
     if arguments.command in ("ask", "inspect") and len(arguments.inputs) < 2:
         parser.error(f"{arguments.command} needs at least one picture, and last the question")
     if arguments.command == "ask" and arguments.trace and not arguments.json:
         parser.error("--trace goes with --json")
     return arguments
+
+
+def _parser_of(parser: argparse.ArgumentParser, command: str | None) -> argparse.ArgumentParser:
+    """The command's own parser; without a command the program's."""
+    for action in parser._actions:
+        if command and isinstance(action, argparse._SubParsersAction):
+            found: argparse.ArgumentParser = action.choices[command]
+            return found
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -39,8 +39,7 @@ def add_parser(commands: Any) -> None:
     how.add_argument(
         "--against",
         choices=("stock", "off"),
-        default="stock",
-        help="off: our own libraries with pruning off, which compute the same bits (default stock)",
+        help="off: our own libraries with pruning off, which compute the same bits (default stock, where it is built)",
     )
     how.add_argument("--stock", metavar="DIR", help="its libraries (default: $ST3_STOCK_LIB_DIR, else build/stock/lib)")
     how.add_argument("--pairs", type=_whole(1, 1000), default=5, metavar="N", help="runs of each side (default 5)")

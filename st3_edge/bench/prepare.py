@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from .. import _gguf, _libs, _machine, _options, demo, images
@@ -20,28 +21,36 @@ from .worker import Job
 _GRAPHS = 2**29  # bytes that graphs and outputs of a context take, about
 
 
-def find_stock(given: str | None) -> Path:
-    """The folder of the unpatched llama.cpp that is compared with. Raises LibraryError where there is none."""
+def find_stock(against: str | None, given: str | None) -> tuple[Path | None, str | None]:
+    """The folder of the stock llama.cpp that is compared with, None: our own libraries with pruning off; and a remark
+    where nobody asked for that. Raises LibraryError where there is none and `against` or `given` asks for it."""
+    if against == "off":
+        return None, None
+    asked = given or os.environ.get("ST3_STOCK_LIB_DIR")
     checkout = Path(__file__).resolve().parents[2] / "build" / "stock" / "lib"
-    folder = Path(given or os.environ.get("ST3_STOCK_LIB_DIR") or checkout).resolve()
-    for name in ("llama", "mtmd"):
-        library = folder / _libs.path_of(name).name
-        if not library.is_file():
-            raise LibraryError(
-                f"no stock llama.cpp: {library} is missing; build it in a source checkout (cmake -S . -B build/stock "
-                "-G Ninja -DST3_STOCK=ON && cmake --build build/stock) and name its folder with --stock, or compare "
-                "with pruning off: --against off"
-            )
-    return folder
+    folder = Path(asked or checkout).resolve()
+    missing = [name for name in ("llama", "mtmd") if not (folder / _libs.path_of(name).name).is_file()]
+    if not missing:
+        return folder, None
+    library = folder / _libs.path_of(missing[0]).name
+    how = "build it in a checkout (cmake -S . -B build/stock -G Ninja -DST3_STOCK=ON && cmake --build build/stock)"
+    if asked or against:
+        raise LibraryError(
+            f"no stock llama.cpp: {library} is missing; {how} and name its folder with --stock, or compare with "
+            "pruning off: --against off"
+        )
+    return None, f"no stock llama.cpp here, so ST3 is compared with pruning off. For stock, {how}"
 
 
-def make_jobs(arguments: argparse.Namespace, tell: Tell) -> tuple[Job, Job]:
-    """Stock's and ST³'s; random weights are written where they are missing. Raises St3Error's kinds."""
+def make_jobs(arguments: argparse.Namespace, tell: Tell, note: Callable[[str], None]) -> tuple[Job, Job]:
+    """Stock's and ST³'s; random weights are written where they are missing. Sets `arguments.against` to what is
+    compared with, and gives `note` a remark where that was not asked for. Raises St3Error's kinds."""
     config = _options.config(arguments)
     check_whole("--threads", arguments.threads, 1, 1024, optional=True)
     check_whole("--n-gpu-layers", arguments.n_gpu_layers, -1, 2**16)
     _libs.check_present()
-    stock = find_stock(arguments.stock) if arguments.against == "stock" else None
+    stock, remark = find_stock(arguments.against, arguments.stock)
+    arguments.against = "stock" if stock else "off"
     if arguments.shape:
         if arguments.model or arguments.image or arguments.question is not None:
             raise ConfigError("--shape is in place of --model, --mmproj, --image and --question")
@@ -65,6 +74,8 @@ def make_jobs(arguments: argparse.Namespace, tell: Tell) -> tuple[Job, Job]:
         check_pair(model, mmproj)
     for picture in pictures:
         images.load(picture)  # a bad one is told before a large model is loaded
+    if remark:
+        note(remark)
     keys = config.overrides(_gguf.read_header(model).schedule)
     # Our own libraries would take the schedule that the file carries; stock's know of none.
     no_keys: dict[str, Override] = {} if stock else {"st3.preset": "off"}

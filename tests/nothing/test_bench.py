@@ -209,9 +209,9 @@ def libraries(tmp_path) -> str:
 @pytest.mark.parametrize(
     ("arguments", "says", "code"),
     [
-        (["--shape", "gpt"], "invalid choice", 2),
-        (["--type", "Q2_K"], "invalid choice", 2),
-        (["--ctk", "f11"], "invalid choice", 2),
+        (["--shape", "gpt"], "there is no 'gpt', choose from", 2),
+        (["--type", "Q2_K"], "there is no 'Q2_K', did you mean", 2),
+        (["--ctk", "f11"], "there is no 'f11', did you mean", 2),
         (["--pairs", "0"], "from 1 to 1000", 2),
         (["--generate", "many"], "a whole number from 1", 2),
         (["--text", "1"], "from 2", 2),
@@ -241,7 +241,23 @@ def test_what_cannot_be_measured_is_told_in_one_line(libraries, arguments, says,
     assert all(line.endswith(" ...") for line in done.stderr.splitlines()[:-1])
 
 
-def test_without_stock_the_other_comparison_is_offered(libraries):
+def test_without_stock_pruning_off_is_compared_with(tmp_path, monkeypatch):
+    # broken if a person who installed the package alone got an error, or was not told what is compared
+    monkeypatch.delenv("ST3_STOCK_LIB_DIR", raising=False)
+    monkeypatch.setattr(prepare, "__file__", str(tmp_path / "st3_edge" / "bench" / "prepare.py"))
+    folder, remark = prepare.find_stock(None, None)
+    assert folder is None and remark is not None and "ST3_STOCK=ON" in remark
+    assert prepare.find_stock("off", None) == (None, None)
+    with pytest.raises(LibraryError, match="--against off"):
+        prepare.find_stock("stock", None)
+    lib = tmp_path / "build" / "stock" / "lib"
+    lib.mkdir(parents=True)
+    for name in ("libllama.so", "libmtmd.so"):
+        (lib / name).write_bytes(b"")
+    assert prepare.find_stock(None, None) == (lib, None)
+
+
+def test_without_the_stock_that_was_named_the_other_comparison_is_offered(libraries):
     # broken if a person who installed the package alone were left without a way
     done = command("--stock", libraries + "/none", ST3_LIB_DIR=libraries)
     assert done.returncode == 1 and "--against off" in done.stderr and done.stderr.count("\n") == 1

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from st3_edge import _doctor
+
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("demo", "ask", "inspect", "chat", "bench", "tune", "doctor")
 
@@ -86,11 +88,37 @@ def test_doctor_tells_what_is_missing(tmp_path):
     assert any("libllama.so is missing" in problem for problem in found["problems"])
 
 
+@pytest.mark.parametrize("name", ["SIGILL", "SIGSEGV"])
+def test_doctor_survives_a_crash_and_names_it(tmp_path, name, monkeypatch):
+    # broken if the libraries were loaded into doctor's own process, or if it said "all is well"
+    for library in ("libllama.so", "libmtmd.so"):
+        (tmp_path / library).write_bytes(b"")
+    (tmp_path / "llama_cpp.py").write_text(f"import os, signal; os.kill(os.getpid(), signal.{name})")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
+    environment = {**os.environ, "ST3_LIB_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "st3_edge", "doctor"], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert done.returncode == 1 and done.stderr == ""
+    assert f"as they load: {name}: " in done.stdout and "build the package" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("stage", "code", "says"),
+    [(1, -6, "one question to the demo model ends the process: SIGABRT (GGML_ASSERT): build"), (2, 3, "exit code 3")],
+)
+def test_doctor_says_which_stage_crashed(stage, code, says):
+    # broken if a person could not see whether loading or computing fails, or with which words
+    assert says in _doctor._crash(stage, code, "hello\nGGML_ASSERT\n\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "say what to do: demo, ask"),
-        (["fly"], "fly"),
+        (["fly"], "there is no 'fly', choose from demo, ask"),
+        (["dmeo"], "did you mean 'demo'?"),
+        (["chat", "--revisit", "trun"], "did you mean 'turn'?"),
+        (["chat", "--bugdet", "0.5"], "did you mean '--budget'? (st3-edge chat -h"),
         (["ask"], "required"),
         (["ask", "What?"], "at least one picture"),
         (["ask", "a.png", "What?", "--budget", "much"], "--budget"),
@@ -103,6 +131,13 @@ def test_doctor_tells_what_is_missing(tmp_path):
 def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path, arguments, says):
     # broken if argparse printed its usage before the line
     one_line_error(command(*arguments, lib_dir=tmp_path), 2, says)
+
+
+def test_without_a_command_the_help_is_shown(tmp_path):
+    # broken if a newcomer's first try were an error
+    done = command(lib_dir=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout == command("--help", lib_dir=tmp_path).stdout
 
 
 @pytest.mark.parametrize(
