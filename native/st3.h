@@ -15,6 +15,10 @@
 //                       (at most its last 512 tokens, and where the prompt is not pruned in one ubatch, the last ubatch's)
 //                       mean|max:  how heads and queries are reduced; -sum: averaged over all layers up to the cut
 //   st3.coverage  f32   [0, 1]: share of the kept tokens that is chosen evenly over the picture, whatever their score
+//   st3.merge     bool  a kept token stands for the dropped ones that are most like it: it becomes their weighted mean, and
+//                       log(how many they are) is added to its column of the attention mask
+//   st3.rank      str   "score" | "distance": by the score, or by the score times 1 - the largest cosine to a token of a
+//                       higher score
 //   st3.seed      u32   seed of what is chosen at random
 //
 //   While the answer grows (visual token annealing), each stage's visual tokens fall to a share a(t) of what it held after
@@ -26,7 +30,8 @@
 //   st3.anneal_score     str  as st3.score (-sum: averaged over the layers of the stage, else its last layer), or "random";
 //                             st3.score if not given
 //
-// Integer keys may be given as any integer GGUF type, real keys as f32 or f64 or integer.
+// Integer keys may be given as any integer GGUF type, real keys as f32 or f64 or integer, bool as bool or as the string
+// "true" or "false".
 #pragma once
 
 #include "llama.h"
@@ -39,7 +44,7 @@
 extern "C" {
 #endif
 
-#define ST3_ABI_VERSION 3
+#define ST3_ABI_VERSION 4
 
 // How the last st3_prefill of a context was run.
 enum st3_mode {
@@ -89,6 +94,11 @@ LLAMA_API int32_t st3_prefill(
 // how many there are; -1 if there is no such cut or no image was pruned.
 LLAMA_API int32_t st3_kept(const struct llama_context * ctx, int32_t i_cut, int32_t * out, int32_t cap);
 
+// Beside it, where tokens were merged: the index of the token that stands for each visual token of that prompt after cut
+// i_cut, itself where it was kept; -1 where none does. Returns how many visual tokens the prompt had; -1 where st3_kept does,
+// or nothing was merged.
+LLAMA_API int32_t st3_owners(const struct llama_context * ctx, int32_t i_cut, int32_t * out, int32_t cap);
+
 // Positions of sequence seq_id, text and visual, that layer il holds now, ascending. Writes at most cap of them to out, and
 // returns how many there are; -1 for bad arguments.
 LLAMA_API int32_t
@@ -97,7 +107,7 @@ st3_positions(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il,
 // Writes a JSON object (NUL-terminated, cut at cap bytes) and returns its full length without the NUL:
 // {"mode": "off"|"pruned-prefill"|"evict-only", "reason": str|null,    of the images of the last st3_prefill's sequence
 //  "preset": str, "start": int, "stride": int, "keep": float, "min_keep": int, "min_share": float,
-//  "score": str, "coverage": float,
+//  "score": str, "coverage": float, "merge": bool, "rank": str,
 //  "cuts": [layer], "counts": [[kept of each image, in order] for each cut],                     of that sequence's images
 //  "budget": float,                                 mean over layers of kept / given for them (schedule's own if none)
 //  "anneal": {"curve": str, "tokens": int, "floor": float, "interval": int, "score": str},

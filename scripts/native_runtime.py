@@ -95,6 +95,7 @@ class Runtime:
             f.st3_prefill.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.POINTER(Piece), C.c_size_t]
             f.st3_positions.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.POINTER(C.c_int32), C.c_int32]
             f.st3_kept.argtypes = [C.c_void_p, C.c_int32, C.POINTER(C.c_int32), C.c_int32]
+            f.st3_owners.argtypes = [C.c_void_p, C.c_int32, C.POINTER(C.c_int32), C.c_int32]
             f.st3_report.argtypes = [C.c_void_p, C.c_char_p, C.c_size_t]
             f.st3_report.restype = C.c_size_t
 
@@ -283,15 +284,19 @@ class Context:
 
     def kept(self, n_cuts: int) -> list[np.ndarray]:
         """st3_kept of cuts 0 to n_cuts - 1."""
-        out = []
-        for i in range(n_cuts):
-            n = self.rt.lib.st3_kept(self.ptr, i, None, 0)
-            if n < 0:
-                raise NativeError(f"nothing kept at cut {i}")
-            row = (C.c_int32 * max(1, n))()
-            self.rt.lib.st3_kept(self.ptr, i, row, n)
-            out.append(np.array(row[:n], dtype=np.int64))
-        return out
+        return [self._of_cut(self.rt.lib.st3_kept, i) for i in range(n_cuts)]
+
+    def owners(self, n_cuts: int) -> list[np.ndarray]:
+        """st3_owners of cuts 0 to n_cuts - 1."""
+        return [self._of_cut(self.rt.lib.st3_owners, i) for i in range(n_cuts)]
+
+    def _of_cut(self, function: Callable, i: int) -> np.ndarray:
+        n = function(self.ptr, i, None, 0)
+        if n < 0:
+            raise NativeError(f"nothing of cut {i}: {self.rt.last_error()}")
+        row = (C.c_int32 * max(1, n))()
+        function(self.ptr, i, row, n)
+        return np.array(row[:n], dtype=np.int64)
 
     def report(self) -> dict:
         """st3_report."""

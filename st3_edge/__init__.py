@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .config import CURVES, PRESETS, ST3Config
+from .config import CURVES, PRESETS, RANKS, ST3Config
 from .errors import (
     ConfigError,
     ContextError,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CURVES",
     "PRESETS",
+    "RANKS",
     "ConfigError",
     "ContextError",
     "ImageError",

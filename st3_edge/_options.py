@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from .config import CURVES, PRESETS, ST3Config
+from .config import CURVES, PRESETS, RANKS, ST3Config
 from .errors import ConfigError, ModelError
 from .report import Report
 
@@ -60,6 +60,17 @@ def add_schedule(parser: argparse.ArgumentParser, *, budget: bool = True) -> arg
     )
     st3.add_argument(
         "--coverage", type=float, metavar="C", help="share of the kept tokens spread evenly over the picture, 0 to 1"
+    )
+    st3.add_argument(
+        "--merge",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="a kept token stands for the dropped ones that are most like it",
+    )
+    st3.add_argument(
+        "--rank",
+        metavar="R",
+        help=f"{' or '.join(RANKS)} (a token that resembles one of a higher score counts for less)",
     )
     st3.add_argument(
         "--anneal",

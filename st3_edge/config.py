@@ -12,6 +12,7 @@ from .errors import ConfigError
 
 Override = bool | int | float | str
 
+RANKS = ("score", "distance")
 CURVES = ("none", "linear", "cosine", "exponential")
 PRESETS = ("off", "st3", "pvtp", "fastv", "pyramiddrop", "vtw", "random", "downsample")
 
@@ -39,6 +40,8 @@ class ST3Config:
     min_share [0, 1]: and at least this share of its tokens
     score     terms joined by "+", each <last|text>-<mean|max>[-sum]
     coverage  [0, 1]: share of the kept tokens chosen evenly over the picture, whatever their score
+    merge     a kept token stands for the dropped ones that are most like it
+    rank      one of RANKS; "distance": a token that resembles one of a higher score counts for less
     seed      >= 0: of the preset "random"
 
     While an answer grows, visual tokens go on leaving (annealing):
@@ -61,6 +64,8 @@ class ST3Config:
     min_share: float | None = None
     score: str | None = None
     coverage: float | None = None
+    merge: bool | None = None
+    rank: str | None = None
     seed: int | None = None
     anneal: str | None = None
     anneal_tokens: int | None = None
@@ -82,6 +87,10 @@ class ST3Config:
         self._real("min_share")
         self._real("coverage")
         self._real("anneal_floor")
+        if self.merge is not None and not isinstance(self.merge, bool):
+            raise ConfigError(f"merge must be True or False, not {self.merge!r}")
+        if self.rank is not None and self.rank not in RANKS:
+            raise ConfigError(f"unknown rank {self.rank!r}; there are: {', '.join(RANKS)}")
         self._int("start", 1)
         self._int("stride", 1)
         self._int("min_keep", 0)

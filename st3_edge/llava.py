@@ -122,7 +122,7 @@ class Llava:
             "vision half": state.fingerprint(mmproj_name),
             "schedule": json.dumps({**header.schedule, **overrides}, sort_keys=True),
             "KV cache type": f"{type_k}, {type_v}",
-            "llama.cpp": f"{bindings.llama.__version__}, st3 {_libs.ABI_VERSION}",
+            "llama.cpp": f"{bindings.llama.__version__}, st3 {state.NATIVE_VERSION}",
         }
         self._llama = load_text_model(
             model_name,

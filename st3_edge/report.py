@@ -21,8 +21,8 @@ class Annealing:
 @dataclass(frozen=True)
 class Schedule:
     """preset; cuts: layers after which visual tokens were dropped; counts: for each cut, the tokens that each image
-    kept; budget: mean over layers of kept / given; score, coverage: by which they were ranked; anneal: what left while
-    the answer grew."""
+    kept; budget: mean over layers of kept / given; score, coverage, rank: by which they were ranked; merge: whether
+    those kept stand for the others; anneal: what left while the answer grew."""
 
     preset: str
     cuts: list[int]
@@ -30,6 +30,8 @@ class Schedule:
     budget: float
     score: str
     coverage: float
+    merge: bool
+    rank: str
     anneal: Annealing
 
 
@@ -127,6 +129,8 @@ class Report:
                 budget=float(native["budget"]),
                 score=native["score"],
                 coverage=float(native["coverage"]),
+                merge=native["merge"],
+                rank=native["rank"],
                 anneal=Annealing(**native["anneal"]),
             ),
             visual_tokens=VisualTokens(native["given"], native["per_layer"], native["held"]),

@@ -30,6 +30,7 @@ from .errors import ModelError, StateError, one_line
 
 MAGIC = b"st3-edge state\r\n"
 VERSION = 1
+NATIVE_VERSION = 3  # of llama.cpp's bytes, as long as the libraries read what older ones wrote
 
 _FIXED = struct.Struct("<16sII")
 _DIGEST = 32

@@ -384,8 +384,9 @@ std::string make_report(const llama_context * ctx) {
        << "\", \"reason\": " << (state.reason.empty() ? "null" : quote(state.reason))
        << ", \"preset\": " << quote(s.preset) << ", \"start\": " << s.start << ", \"stride\": " << s.stride
        << ", \"keep\": " << s.keep << ", \"min_keep\": " << s.min_keep << ", \"min_share\": " << s.min_share
-       << ", \"score\": " << quote(s.score) << ", \"coverage\": " << s.coverage << ", \"cuts\": " << list(s.cuts)
-       << ", \"counts\": " << list(counts) << ", \"budget\": " << budget / n_layer
+       << ", \"score\": " << quote(s.score) << ", \"coverage\": " << s.coverage
+       << ", \"merge\": " << (s.merge ? "true" : "false") << ", \"rank\": " << quote(s.rank_name())
+       << ", \"cuts\": " << list(s.cuts) << ", \"counts\": " << list(counts) << ", \"budget\": " << budget / n_layer
        << ", \"anneal\": {\"curve\": " << quote(s.curve_name()) << ", \"tokens\": " << s.anneal_tokens
        << ", \"floor\": " << s.anneal_floor << ", \"interval\": " << s.anneal_interval
        << ", \"score\": " << quote(s.anneal_score) << "}, \"given\": " << given
@@ -504,7 +505,8 @@ int32_t st3_prefill(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, cons
 
         if (mem) {
             note_images(*mem, *state);
-            state->kept = pruned ? mem->take_kept() : st3_kept_t{};
+            state->kept   = pruned ? mem->take_kept() : st3_kept_t{};
+            state->owners = pruned ? mem->take_owners() : st3_kept_t{};
         } else {
             state->images = images;
             state->per_layer.assign(n_layer, std::accumulate(images.begin(), images.end(), 0u));
@@ -517,18 +519,28 @@ int32_t st3_prefill(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, cons
     });
 }
 
-int32_t st3_kept(const llama_context * ctx, int32_t i_cut, int32_t * out, int32_t cap) {
+// One cut's part of what the last prefill noted for each.
+static int32_t
+of_cut(const llama_context * ctx, st3_kept_t st3_state::*what, const char * none, int32_t i_cut, int32_t * out,
+       int32_t cap) {
     return guarded(-1, [&] {
         require(ctx && (out || cap == 0), "no context or no room for the result");
+        require(ctx->st3 && !(*ctx->st3.*what).empty(), none);
 
-        require(ctx->st3 && !ctx->st3->kept.empty(), "no prompt was pruned");
+        const auto & cuts = *ctx->st3.*what;
+        require(i_cut >= 0 && (size_t) i_cut < cuts.size(), format("there is no cut %d", i_cut));
 
-        const auto & kept = ctx->st3->kept;
-        require(i_cut >= 0 && (size_t) i_cut < kept.size(), format("there is no cut %d", i_cut));
-
-        std::copy_n(kept[i_cut].begin(), std::min<size_t>(kept[i_cut].size(), std::max(0, cap)), out);
-        return (int32_t) kept[i_cut].size();
+        std::copy_n(cuts[i_cut].begin(), std::min<size_t>(cuts[i_cut].size(), std::max(0, cap)), out);
+        return (int32_t) cuts[i_cut].size();
     });
+}
+
+int32_t st3_kept(const llama_context * ctx, int32_t i_cut, int32_t * out, int32_t cap) {
+    return of_cut(ctx, &st3_state::kept, "no prompt was pruned", i_cut, out, cap);
+}
+
+int32_t st3_owners(const llama_context * ctx, int32_t i_cut, int32_t * out, int32_t cap) {
+    return of_cut(ctx, &st3_state::owners, "no visual tokens were merged", i_cut, out, cap);
 }
 
 int32_t st3_positions(const llama_context * ctx, llama_seq_id seq_id, int32_t il, llama_pos * out, int32_t cap) {

@@ -57,6 +57,10 @@ class st3_graph_input : public llm_graph_input_attn_kv {
     std::vector<ggml_tensor *>
             ids;  // [image] I32 [1, n]: original indices of the tokens it still has; null before the first cut
     std::vector<ggml_tensor *> bias;  // [cut] F32 [n_visual before any cut]: host's
+    ggml_tensor * weights = nullptr;  // F32 [n_visual]: tokens that each visual one stands for; null: itself alone
+
+    // The log weights of visual tokens are added to the masks of a stage, at their cells.
+    void add_weights(ggml_context * ctx, uint32_t stage);
 
   private:
     enum { HOST, DEVICE };
@@ -124,7 +128,7 @@ st3_graph_input::st3_graph_input(const llm_graph_context & g, const st3_memory_c
         r.anneal.resize(schedule.anneal_terms.size());
         for (uint32_t s = 0; s < ctx->n_stage(); ++s) {
             const bool cut  = record.n_fresh[s] > 0 && s < schedule.cuts.size() && !schedule.terms.empty();
-            const bool read = record.n_ids[s] > 0 && (record.anneal || cut);
+            const bool read = record.n_ids[s] > 0 && (record.anneal || cut || (planned && schedule.merge && s > 0));
             r.ids.push_back(read ? add(ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I32, record.n_ids[s])) : nullptr);
         }
         recorders.push_back(std::move(r));
@@ -219,7 +223,11 @@ void st3_graph_input::set_input(const llama_ubatch * ubatch) {
     };
 
     for (uint32_t s = 0; s < stages.size(); ++s) {
-        stages[s].host->set_input(planned ? &plan()->ubatches[s] : ubatch);
+        const auto & rows = planned ? plan()->ubatches[s] : *ubatch;
+        stages[s].host->set_input(&rows);
+        if (stages[s].host->self_kq_mask->data) {
+            ctx->add_weights(s, rows, stages[s].host->self_kq_mask);
+        }
     }
     ctx->attach(out, sched);
 
@@ -383,7 +391,11 @@ void st3_record_attention(
 
         for (size_t i = 0; i < schedule.terms.size() && cuts && n_fresh > 0; ++i) {
             if (last || schedule.terms[i].sum) {
-                r.cut[i].add(ctx, first_of(ctx, attention(schedule.terms[i]), n_fresh), schedule.terms[i].sum);
+                ggml_tensor * score = first_of(ctx, attention(schedule.terms[i]), n_fresh);
+                if (inp->weights) {
+                    score = ggml_div(ctx, score, inp->weights);
+                }
+                r.cut[i].add(ctx, score, schedule.terms[i].sum);
                 ggml_build_forward_expand(g.gf, r.cut[i].t);
             }
         }
@@ -430,6 +442,83 @@ static ggml_tensor * top_k_in_order(ggml_context * ctx, ggml_tensor * rank, int6
     return as_vector(ctx, ggml_get_rows(ctx, as_column(ctx, top), order));
 }
 
+static ggml_tensor * filled(ggml_context * ctx, int64_t n, float value) {
+    return ggml_fill(ctx, ggml_arange(ctx, 0.0f, (float) n, 1.0f), value);
+}
+
+static ggml_tensor * transposed(ggml_context * ctx, ggml_tensor * t) { return ggml_cont(ctx, ggml_transpose(ctx, t)); }
+
+// F32 [n, n]: value where row and column are the same, else 0.
+static ggml_tensor * diagonal(ggml_context * ctx, int64_t n, float value) {
+    return ggml_diag(ctx, filled(ctx, n, value));
+}
+
+// Cosines of the vectors in the columns of a and b: F32 [a->ne[1], b->ne[1]].
+// Both come from directions(), which makes the mean square of a vector 1.
+static ggml_tensor * cosines(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b) {
+    ggml_tensor * res = ggml_mul_mat(ctx, a, b);
+    ggml_prec_set_acc(res, GGML_PREC_F32);
+    return ggml_scale(ctx, res, 1.0f / (float) a->ne[0]);
+}
+
+// What the next layer's attention is given of rows F32 [n_embd, n], but for the length.
+static ggml_tensor * directions(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * attn_norm, float eps) {
+    return ggml_rms_norm(ctx, ggml_mul(ctx, ggml_rms_norm(ctx, rows, eps), attn_norm), 1e-12f);
+}
+
+// Scores F32 [n], each times its token's distance to the most similar one of a higher score: 1 - the largest cosine, where
+// that is above 0.
+static ggml_tensor * by_distance(ggml_context * ctx, ggml_tensor * score, ggml_tensor * direction) {
+    const int n = (int) score->ne[0];
+
+    ggml_tensor * higher = ggml_sub(ctx, ggml_repeat_4d(ctx, score, n, n, 1, 1), ggml_reshape_2d(ctx, score, 1, n));
+
+    ggml_tensor * nearest = ggml_mul(ctx, cosines(ctx, direction, direction), ggml_step(ctx, higher));
+    nearest               = ggml_pool_2d(ctx, nearest, GGML_OP_POOL_MAX, n, 1, n, 1, 0, 0);
+    return ggml_mul(ctx, score, ggml_scale_bias(ctx, as_vector(ctx, nearest), -1.0f, 1.0f));
+}
+
+// The place among the kept (stay I32 [n_keep]) of each token's owner, the kept one most like it: I32 [n].
+static ggml_tensor * owners_of(ggml_context * ctx, ggml_tensor * direction, ggml_tensor * stay) {
+    const int64_t n_keep = stay->ne[0];
+
+    ggml_tensor * similar = cosines(ctx, ggml_get_rows(ctx, direction, stay), direction);    // [n_keep, n]
+    similar               = ggml_set_rows(ctx, similar, diagonal(ctx, n_keep, 2.0f), stay);  // each kept one is its own
+    return ggml_argmax(ctx, similar);
+}
+
+// Sums of the rows F32 [m, n] that have the same owner, I32 [n] below n_keep: F32 [m, n_keep].
+static ggml_tensor *
+sum_by_owner(ggml_context * ctx, ggml_backend_dev_t dev, ggml_tensor * rows, ggml_tensor * owner, int64_t n_keep) {
+    ggml_tensor * res =
+            ggml_get_rows_back(ctx, rows, owner, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, rows->ne[0], n_keep));
+    if (!stock_ops_only() && (!dev || ggml_backend_dev_supports_op(dev, res))) {
+        return res;
+    }
+    ggml_tensor * owned = ggml_get_rows(ctx, diagonal(ctx, n_keep, 1.0f), owner);  // [n_keep, n]
+
+    res = ggml_mul_mat(ctx, transposed(ctx, rows), transposed(ctx, owned));
+    ggml_prec_set_acc(res, GGML_PREC_F32);
+    return res;
+}
+
+void st3_graph_input::add_weights(ggml_context * ctx0, uint32_t stage) {
+    for (const int place : { HOST, DEVICE }) {
+        auto & inp  = *stages[stage].graph[place];
+        auto * mask = inp.self_kq_mask;
+
+        ggml_tensor * cells = slices.at(recorders[0].ids[stage])[place];
+        cells               = ggml_view_1d(ctx0, cells, weights->ne[0], 0);
+
+        ggml_tensor * bias = ggml_reshape_2d(ctx0, filled(ctx0, mask->ne[0], 0.0f), 1, mask->ne[0]);
+        bias               = ggml_set_rows(ctx0, bias, as_column(ctx0, ggml_log(ctx0, weights)), cells);
+        bias               = ggml_cast(ctx0, as_vector(ctx0, bias), mask->type);
+
+        inp.self_kq_mask     = ggml_add(ctx0, mask, bias);
+        inp.self_kq_mask_cnv = inp.self_kq_mask;
+    }
+}
+
 ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& inp_pos, int il) {
     auto * inp  = find_input(g);
     auto * plan = inp ? inp->ctx->plan() : nullptr;
@@ -442,11 +531,13 @@ ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& i
         return cur;
     }
 
-    ggml_context * ctx     = g.ctx0;
-    const auto     n_image = plan->spans.size();
+    ggml_context *     ctx     = g.ctx0;
+    ggml_backend_dev_t dev     = inp->ctx->device(il);
+    const auto         n_image = plan->spans.size();
 
     if (il == schedule.cuts[0]) {
         plan->kept.clear();
+        plan->owners.clear();
     }
 
     // rank of every visual token, but for its bias
@@ -454,8 +545,14 @@ ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& i
     ggml_tensor * bias  = inp->slice(inp->bias[stage], il);
     ggml_tensor * score = plan->n_visual(stage) > 0 ? mean(ctx, sums) : nullptr;
 
-    // [image] rows of the image that stay, I32, counted from its first; null where none or all of them do
-    std::vector<ggml_tensor *> stay(n_image, nullptr);
+    // What becomes of each image's rows; null where none or all of them stay.
+    struct part_t {
+        ggml_tensor * stay    = nullptr;  // I32 [n_keep] those that do, counted from the image's first
+        ggml_tensor * owner   = nullptr;  // I32 [n]
+        ggml_tensor * rows    = nullptr;  // F32 [n_embd, n_keep] those that do
+        ggml_tensor * weights = nullptr;  // F32 [n_keep]
+    };
+    std::vector<part_t> parts(n_image);
 
     uint32_t first      = 0;  // of the image among the stage's visual tokens
     uint32_t first_orig = 0;  // and among all
@@ -463,15 +560,41 @@ ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& i
         const uint32_t n      = plan->counts[stage][i];
         const uint32_t n_keep = plan->counts[stage + 1][i];
 
+        const auto of_image = [&](ggml_tensor * t) { return ggml_view_1d(ctx, t, n, first * ggml_element_size(t)); };
+
+        auto & part = parts[i];
+        if (n_keep > 0 && inp->weights) {
+            part.weights = of_image(inp->weights);
+        }
         if (n_keep > 0 && n_keep < n) {
+            ggml_tensor * rows = view_rows(ctx, cur, plan->row(stage, i), n);
+            ggml_tensor * direction =
+                    schedule.merge || schedule.distance ?
+                            directions(ctx, rows, inp->ctx->attn_norm(il + 1), g.hparams.f_norm_rms_eps) :
+                            nullptr;
+
             ggml_tensor * rank = ggml_view_1d(ctx, bias, plan->spans[i].n, first_orig * ggml_element_size(bias));
             if (inp->ids[i]) {
                 rank = as_vector(ctx, ggml_get_rows(ctx, as_column(ctx, rank), inp->ids[i]));
             }
             if (score) {
-                rank = ggml_add(ctx, ggml_view_1d(ctx, score, n, first * ggml_element_size(score)), rank);
+                ggml_tensor * own = of_image(score);
+                rank              = ggml_add(ctx, schedule.distance ? by_distance(ctx, own, direction) : own, rank);
             }
-            stay[i] = top_k_in_order(ctx, rank, n_keep);
+            part.stay = top_k_in_order(ctx, rank, n_keep);
+
+            if (schedule.merge) {
+                part.owner = owners_of(ctx, direction, part.stay);
+
+                const auto sum = [&](ggml_tensor * t) { return sum_by_owner(ctx, dev, t, part.owner, n_keep); };
+
+                ggml_tensor * w = as_column(ctx, part.weights ? part.weights : filled(ctx, n, 1.0f));
+                ggml_tensor * W = sum(w);
+                part.rows       = ggml_div(ctx, sum(part.weights ? ggml_mul(ctx, rows, w) : rows), W);
+                part.weights    = as_vector(ctx, W);
+            } else {
+                part.rows = ggml_get_rows(ctx, rows, part.stay);
+            }
         }
         first += n;
         first_orig += plan->spans[i].n;
@@ -493,8 +616,8 @@ ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& i
                 append(view_rows(ctx, t, row, begin - row));
             }
             if (n_keep > 0) {
-                ggml_tensor * part = view_rows(ctx, t, begin, n);
-                append(stay[i] ? ggml_get_rows(ctx, part, stay[i]) : part);
+                ggml_tensor * rows = view_rows(ctx, t, begin, n);
+                append(!parts[i].stay ? rows : t == cur ? parts[i].rows : ggml_get_rows(ctx, rows, parts[i].stay));
             }
             row = begin + n;
         }
@@ -504,16 +627,28 @@ ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& i
         return res;
     };
 
+    // for the host: the memory that must outlive the compute
+    const auto report = [&](ggml_tensor * t) {
+        ggml_set_output(t);
+        if (t->view_src) {
+            ggml_set_output(t->view_src);
+        }
+        ggml_build_forward_expand(g.gf, t);
+    };
+
     plan->kept.emplace_back(n_image, nullptr);
+    plan->owners.emplace_back(n_image, nullptr);
     for (size_t i = 0; i < n_image; ++i) {
-        if (stay[i]) {
-            inp->ids[i] =
-                    inp->ids[i] ? as_vector(ctx, ggml_get_rows(ctx, as_column(ctx, inp->ids[i]), stay[i])) : stay[i];
-            ggml_set_output(inp->ids[i]);
-            ggml_set_output(inp->ids[i]->view_src);  // the memory that must outlive the compute
-            ggml_build_forward_expand(g.gf, inp->ids[i]);
+        if (auto * stay = parts[i].stay) {
+            inp->ids[i] = inp->ids[i] ? as_vector(ctx, ggml_get_rows(ctx, as_column(ctx, inp->ids[i]), stay)) : stay;
+            report(inp->ids[i]);
         }
         plan->kept.back()[i] = inp->ids[i];
+
+        if (auto * owner = parts[i].owner) {
+            report(owner);
+            plan->owners.back()[i] = owner;
+        }
     }
 
     for (size_t i = 0; i < sums.size(); ++i) {
@@ -522,6 +657,18 @@ ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& i
         } else {
             sums[i].t = as_vector(ctx, gather(as_column(ctx, sums[i].t), false));
         }
+    }
+
+    inp->weights = nullptr;
+    if (std::any_of(parts.begin(), parts.end(), [](const part_t & part) { return part.weights; })) {
+        for (size_t i = 0; i < n_image; ++i) {
+            const uint32_t n = plan->counts[stage + 1][i];
+            if (n > 0) {
+                ggml_tensor * w = parts[i].weights ? parts[i].weights : filled(ctx, n, 1.0f);
+                inp->weights    = inp->weights ? ggml_concat(ctx, inp->weights, w, 0) : w;
+            }
+        }
+        inp->add_weights(ctx, stage + 1);
     }
 
     inp_pos    = as_vector(ctx, gather(as_column(ctx, inp_pos), true));
@@ -595,9 +742,12 @@ uint32_t st3_graph_extra_nodes(const llama_memory_i * memory, uint32_t n_tokens)
         }
     }
 
-    // generous: about 10 nodes a layer, term and sequence to record, 20 an image, term and cut to select and gather, 10 a part
+    // generous: about 10 nodes a layer, term and sequence to record, 20 an image, term and cut to select and gather, 40
+    // an image and cut to merge, 10 a part
     return 16 * (n_records + mem->n_stage()) * mem->n_seq_max +
-           32 * (uint32_t) schedule.cuts.size() * ST3_MAX_IMAGES * (n_terms + 2) + 16 * schedule.n_layer * n_parts;
+           32 * (uint32_t) schedule.cuts.size() * ST3_MAX_IMAGES *
+                   (n_terms + (schedule.merge || schedule.distance ? 4 : 2)) +
+           16 * schedule.n_layer * n_parts;
 }
 
 uint32_t st3_outputs_to_reserve(const llama_memory_i * memory, uint32_t n_outputs) {

@@ -23,8 +23,9 @@ struct st3_image {
     uint64_t n_steps   = 0;  // tokens generated since
     uint64_t n_records = 0;  // records in its scores
 
-    std::vector<uint32_t>           n0;      // [stage] tokens held after prefill
-    std::vector<std::vector<float>> scores;  // [stage][n] sum of records
+    std::vector<uint32_t>           n0;       // [stage] tokens held after prefill
+    std::vector<std::vector<float>> weights;  // [stage][n] tokens that each stands for, 0: none; empty: itself alone
+    std::vector<std::vector<float>> scores;   // [stage][n] sum of records
 };
 
 class st3_images {

@@ -118,6 +118,8 @@ ggml_backend_dev_t st3_memory::device(int32_t il) const {
             ggml_backend_buffer_get_type(stages[schedule.stage(il)]->get_k_storage(il)->buffer));
 }
 
+ggml_tensor * st3_memory::attn_norm(int32_t il) const { return model.layers[il].attn_norm; }
+
 uint32_t st3_memory::n_used(llama_seq_id seq_id) const {
     uint32_t res = 0;
     for (const auto & s : stages) {
@@ -494,6 +496,43 @@ void st3_memory::finish(
     }
 }
 
+// Which of an image's tokens stands for each of them, from cut to cut.
+struct image_owners {
+    std::vector<int32_t> of;   // [n] -1: none
+    std::vector<int32_t> ids;  // those there
+
+    explicit image_owners(uint32_t n) : of(n), ids(n) {
+        std::iota(of.begin(), of.end(), 0);
+        ids = of;
+    }
+
+    // A cut left `kept`; places: of each that was there, its owner's place among them, none if all or none were kept.
+    void cut(const std::vector<int32_t> & kept, const std::vector<int32_t> & places) {
+        if (!places.empty()) {
+            std::vector<int32_t> owner(of.size(), -1);
+            for (size_t j = 0; j < ids.size(); ++j) {
+                owner[ids[j]] = kept.at((size_t) places[j]);
+            }
+            for (auto & o : of) {
+                o = o < 0 ? o : owner[o];
+            }
+        } else if (kept.empty()) {
+            of.assign(of.size(), -1);
+        }
+        ids = kept;
+    }
+
+    std::vector<float> weights() const {
+        std::vector<float> res(of.size());
+        for (const int32_t o : of) {
+            if (o >= 0) {
+                res[o] += 1.0f;
+            }
+        }
+        return res;
+    }
+};
+
 // Writes the positions of the tokens that survived into the cells that hold them, and remembers the images.
 void st3_memory::commit(const st3_plan & plan, const std::vector<llama_kv_cache::slot_info> & slots, st3_work & work) {
     synchronize();
@@ -515,6 +554,12 @@ void st3_memory::commit(const st3_plan & plan, const std::vector<llama_kv_cache:
     }
 
     kept.assign(plan.n_stage() - 1, {});
+    owners.assign(schedule.merge ? plan.n_stage() - 1 : 0, {});
+
+    std::vector<image_owners> stand_in;  // [image]
+    for (const auto & span : plan.spans) {
+        stand_in.emplace_back(span.n);
+    }
 
     for (uint32_t s = 0; s < plan.n_stage(); ++s) {
         auto & cells = stages[s]->cells(stages[s]->get_stream(seq_id));
@@ -527,6 +572,19 @@ void st3_memory::commit(const st3_plan & plan, const std::vector<llama_kv_cache:
             std::iota(ids.begin(), ids.end(), 0);
             if (s > 0 && plan.kept[s - 1][i]) {
                 ggml_backend_tensor_get(plan.kept[s - 1][i], ids.data(), 0, ids.size() * sizeof(int32_t));
+            }
+            if (s > 0 && schedule.merge) {
+                std::vector<int32_t> places(plan.owners[s - 1][i] ? plan.counts[s - 1][i] : 0);
+                if (!places.empty()) {
+                    ggml_backend_tensor_get(plan.owners[s - 1][i], places.data(), 0, places.size() * sizeof(int32_t));
+                }
+                stand_in[i].cut(ids, places);
+                for (const int32_t o : stand_in[i].of) {
+                    owners[s - 1].push_back(o < 0 ? o : i_first + o);
+                }
+            }
+            if (schedule.merge) {
+                list[i_new + i].weights.push_back(stand_in[i].weights());
             }
 
             const llama_pos p0  = first.pos[plan.spans[i].row];
@@ -912,6 +970,29 @@ const std::vector<st3_record> & st3_memory_context::records() const {
     static const std::vector<st3_record> none;
 
     return i_cur < works.size() ? works[i_cur].records : none;
+}
+
+void st3_memory_context::add_weights(uint32_t stage, const llama_ubatch & ubatch, ggml_tensor * mask) const {
+    const int64_t n_kv = mask->ne[0];
+
+    for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
+        const llama_seq_id seq_id = ubatch.seq_id_unq[s];
+        mem->each_weight(seq_id, stage, [&](uint32_t cell, float weight) {
+            const float bias = std::log(weight);
+            for (uint32_t row = 0; row < ubatch.n_tokens; ++row) {
+                if (ubatch.seq_id[row][0] != seq_id) {  // which the mask is written for
+                    continue;
+                }
+                const size_t at = row * n_kv + cell;
+                if (mask->type == GGML_TYPE_F16) {
+                    auto & x = ((ggml_fp16_t *) mask->data)[at];
+                    x        = ggml_fp32_to_fp16(ggml_fp16_to_fp32(x) + bias);
+                } else {
+                    ((float *) mask->data)[at] += bias;
+                }
+            }
+        });
+    }
 }
 
 bool st3_memory_context::next() {

@@ -36,6 +36,10 @@ struct st3_plan {
     // Set by the graph, read after compute: [cut][image] original indices kept, I32 [counts[cut + 1][image]]; null: all.
     std::vector<std::vector<ggml_tensor *>> kept;
 
+    // The same of what was merged: [cut][image] the place among those kept of each token's owner, I32
+    // [counts[cut][image]]; null: all kept, or none.
+    std::vector<std::vector<ggml_tensor *>> owners;
+
     uint32_t n_stage() const { return (uint32_t) ubatches.size(); }
 
     uint32_t n_rows(uint32_t stage) const { return ubatches[stage].n_tokens; }
@@ -129,6 +133,24 @@ class st3_memory : public llama_memory_i {
     // Most cells that a stage has in use for the stream of a sequence.
     uint32_t n_used(llama_seq_id seq_id) const;
 
+    // Calls fn(cell, weight) for each visual token of a sequence that stands for more than itself in a stage.
+    template <typename F> void each_weight(llama_seq_id seq_id, uint32_t stage, F && fn) const {
+        for (const auto & image : images.of(seq_id)) {
+            if (image.weights.empty() || image.frozen) {
+                continue;
+            }
+            const auto h = held(seq_id, image, stage);
+            for (size_t i = 0; i < h.ids.size(); ++i) {
+                if (const float w = image.weights[stage][h.ids[i]]; w > 1.0f) {
+                    fn(h.cells[i], w);
+                }
+            }
+        }
+    }
+
+    // Weight of the norm before a layer's attention, F32 [n_embd].
+    ggml_tensor * attn_norm(int32_t il) const;
+
     // Visual tokens that a stage holds of an image now.
     uint32_t n_held(llama_seq_id seq_id, const st3_image & image, uint32_t stage) const;
 
@@ -142,6 +164,9 @@ class st3_memory : public llama_memory_i {
 
     // Of the last pruned prefill, once: the caller keeps it.
     st3_kept_t take_kept() { return std::move(kept); }
+
+    // Beside it: which token stands for each after each cut, of all images in order; -1: none.
+    st3_kept_t take_owners() { return std::move(owners); }
 
     const st3_kv & stage(uint32_t i) const { return *stages[i]; }
 
@@ -205,6 +230,7 @@ class st3_memory : public llama_memory_i {
     uint32_t              announced_ny = 0;
     uint32_t              n_announced  = 0;  // tokens of it still to come
     st3_kept_t            kept;
+    st3_kept_t            owners;
 
     std::deque<pending_t>                pending;
     std::vector<ggml_backend_buffer_ptr> spare;  // of pending scores that were absorbed
@@ -241,6 +267,11 @@ class st3_memory_context : public llama_memory_context_i {
     uint64_t generation() const { return mem->generation(); }
 
     ggml_backend_dev_t device(int32_t il) const { return mem->device(il); }
+
+    ggml_tensor * attn_norm(int32_t il) const { return mem->attn_norm(il); }
+
+    // Adds to the mask that the host wrote for a stage the logarithms of the weights of images that were there before.
+    void add_weights(uint32_t stage, const llama_ubatch & ubatch, ggml_tensor * mask) const;
 
     st3_plan * plan() const { return plan_.get(); }
 

@@ -18,11 +18,13 @@ namespace {
 using meta_map = std::unordered_map<std::string, std::string>;
 
 const char * const KEYS[] = {
-    "st3.preset",   "st3.budget",        "st3.start",        "st3.stride",          "st3.keep",
-    "st3.min_keep", "st3.min_share",     "st3.score",        "st3.coverage",        "st3.seed",
-    "st3.anneal",   "st3.anneal_tokens", "st3.anneal_floor", "st3.anneal_interval", "st3.anneal_score",
+    "st3.preset",          "st3.budget",       "st3.start",  "st3.stride",        "st3.keep",
+    "st3.min_keep",        "st3.min_share",    "st3.score",  "st3.coverage",      "st3.seed",
+    "st3.merge",           "st3.rank",         "st3.anneal", "st3.anneal_tokens", "st3.anneal_floor",
+    "st3.anneal_interval", "st3.anneal_score",
 };
 
+const char * const RANKS[]  = { "score", "distance" };                        // as st3_schedule::distance
 const char * const CURVES[] = { "none", "linear", "cosine", "exponential" };  // as st3_curve
 
 // A preset is a set of defaults. start and stride are fractions of the layers where they are at most 1.
@@ -36,6 +38,7 @@ struct preset {
     const char * score;
     double       coverage;
     bool         random;
+    bool         merge;
     st3_curve    anneal;
 };
 
@@ -48,14 +51,14 @@ constexpr uint32_t DEFAULT_ANNEAL_TOKENS = 64;
 constexpr double   DEFAULT_ANNEAL_FLOOR  = 0.3;
 
 const preset PRESETS[] = {
-  // name          start    stride   keep  min  least score            coverage  random  anneal
-    {"st3",          0.125, 0.125,   -1.0, 1, true,  DEFAULT_SCORE, 0.0, false, ST3_CURVE_LINEAR},
-    { "pvtp",        0.125, 0.125,   -1.0, 1, true,  DEFAULT_SCORE, 0.0, false, ST3_CURVE_NONE  },
-    { "fastv",       3,     NO_MORE, 0.5,  1, false, "last-mean",   0.0, false, ST3_CURVE_NONE  },
-    { "pyramiddrop", 0.25,  0.25,    0.5,  1, false, "last-mean",   0.0, false, ST3_CURVE_NONE  },
-    { "vtw",         0.5,   NO_MORE, 0.0,  0, false, "last-mean",   0.0, false, ST3_CURVE_NONE  },
-    { "random",      0.125, 0.125,   -1.0, 1, true,  "",            0.0, true,  ST3_CURVE_NONE  },
-    { "downsample",  0.125, 0.125,   -1.0, 1, true,  DEFAULT_SCORE, 1.0, false, ST3_CURVE_NONE  },
+  // name          start    stride   keep  min  least score            coverage  random  merge  anneal
+    {"st3",          0.125, 0.125,   -1.0, 1, true,  DEFAULT_SCORE, 0.0, false, true,  ST3_CURVE_LINEAR},
+    { "pvtp",        0.125, 0.125,   -1.0, 1, true,  DEFAULT_SCORE, 0.0, false, true,  ST3_CURVE_NONE  },
+    { "fastv",       3,     NO_MORE, 0.5,  1, false, "last-mean",   0.0, false, false, ST3_CURVE_NONE  },
+    { "pyramiddrop", 0.25,  0.25,    0.5,  1, false, "last-mean",   0.0, false, false, ST3_CURVE_NONE  },
+    { "vtw",         0.5,   NO_MORE, 0.0,  0, false, "last-mean",   0.0, false, false, ST3_CURVE_NONE  },
+    { "random",      0.125, 0.125,   -1.0, 1, true,  "",            0.0, true,  false, ST3_CURVE_NONE  },
+    { "downsample",  0.125, 0.125,   -1.0, 1, true,  DEFAULT_SCORE, 1.0, false, false, ST3_CURVE_NONE  },
 };
 
 [[noreturn]] void fail(const std::string & what) { throw std::invalid_argument("st3: " + what); }
@@ -91,6 +94,34 @@ bool get_count(const meta_map & meta, const std::string & key, uint32_t min, uin
     }
     out = (uint32_t) x;
     return true;
+}
+
+void get_flag(const meta_map & meta, const std::string & key, bool & out) {
+    const auto it = meta.find(key);
+    if (it == meta.end()) {
+        return;
+    }
+    if (it->second != "true" && it->second != "false") {
+        fail(key + " = " + it->second + " is neither true nor false");
+    }
+    out = it->second == "true";
+}
+
+// The place of a key's value among names; `out` stays where there is no such key.
+template <size_t N>
+void get_name(const meta_map & meta, const std::string & key, const char * const (&names)[N], size_t & out) {
+    const auto it = meta.find(key);
+    if (it == meta.end()) {
+        return;
+    }
+    out = std::find(std::begin(names), std::end(names), it->second) - std::begin(names);
+    if (out == N) {
+        std::string list;
+        for (const char * name : names) {
+            list += (list.empty() ? "" : ", ") + std::string(name);
+        }
+        fail("unknown " + key + " '" + it->second + "' (" + list + ")");
+    }
 }
 
 std::vector<st3_score_term> parse_score(const std::string & key, const std::string & text) {
@@ -164,14 +195,9 @@ void read_anneal(const meta_map & meta, const preset & p, st3_schedule & s) {
     s.anneal_floor  = DEFAULT_ANNEAL_FLOOR;
     s.anneal_score  = s.random ? "random" : s.score;
 
-    const auto curve = meta.find("st3.anneal");
-    if (curve != meta.end()) {
-        const auto it = std::find(std::begin(CURVES), std::end(CURVES), curve->second);
-        if (it == std::end(CURVES)) {
-            fail("unknown st3.anneal '" + curve->second + "' (none, linear, cosine, exponential)");
-        }
-        s.anneal = (st3_curve) (it - std::begin(CURVES));
-    }
+    size_t curve = s.anneal;
+    get_name(meta, "st3.anneal", CURVES, curve);
+    s.anneal = (st3_curve) curve;
     get_count(meta, "st3.anneal_tokens", 1, std::numeric_limits<uint32_t>::max(), s.anneal_tokens);
     get_count(meta, "st3.anneal_interval", 1, std::numeric_limits<uint32_t>::max(), s.anneal_interval);
     get_number(meta, "st3.anneal_floor", 0, 1, s.anneal_floor);
@@ -192,6 +218,8 @@ void read_anneal(const meta_map & meta, const preset & p, st3_schedule & s) {
 }  // namespace
 
 const char * st3_schedule::curve_name() const { return CURVES[anneal]; }
+
+const char * st3_schedule::rank_name() const { return RANKS[distance]; }
 
 int32_t st3_schedule::last_layer(uint32_t stage) const {
     return stage < cuts.size() ? cuts[stage] : (int32_t) n_layer - 1;
@@ -299,6 +327,7 @@ st3_schedule st3_make_schedule(const meta_map & meta, uint32_t n_layer) {
     s.score    = p->score;
     s.coverage = p->coverage;
     s.random   = p->random;
+    s.merge    = p->merge;
 
     if (solved) {  // half of a budget at most is spent before the first cut
         s.start = std::min(s.start, layers(budget / 2));
@@ -308,6 +337,10 @@ st3_schedule st3_make_schedule(const meta_map & meta, uint32_t n_layer) {
     get_count(meta, "st3.min_keep", 0, std::numeric_limits<uint32_t>::max(), s.min_keep);
     get_count(meta, "st3.seed", 0, std::numeric_limits<uint32_t>::max(), s.seed);
     get_number(meta, "st3.coverage", 0, 1, s.coverage);
+    get_flag(meta, "st3.merge", s.merge);
+    size_t rank = s.distance;
+    get_name(meta, "st3.rank", RANKS, rank);
+    s.distance = rank == 1;
 
     s.cuts = cut_layers(s.start, s.stride, n_layer);
     if (solved && p->sure && s.start < n_layer) {

@@ -23,7 +23,8 @@ enum st3_curve {
     ST3_CURVE_EXPONENTIAL,
 };
 
-// Rank of a visual token, at a cut and in annealing: w * score + bias, the highest survive.
+// Rank of a visual token, at a cut and in annealing: score + bias, the highest survive. At a cut the score is that of each
+// token that it stands for.
 struct st3_schedule {
     std::string preset = "off";
 
@@ -35,10 +36,12 @@ struct st3_schedule {
     double   min_share = 0.0;
     double   coverage  = 0.0;
     uint32_t seed      = 0;
-    bool     random    = false;  // w = 0 and a random bias
+    bool     random    = false;  // no score, and a random bias
+    bool     merge     = false;  // a kept token stands for those dropped that are most like it
+    bool     distance  = false;  // scores count by the distance to the most similar token of a higher score
 
     std::string                 score;  // as written
-    std::vector<st3_score_term> terms;  // as parsed; empty when w = 0
+    std::vector<st3_score_term> terms;  // as parsed; empty where there is no score
 
     std::vector<int32_t> cuts;  // layers after which visual tokens leave, ascending
 
@@ -46,16 +49,17 @@ struct st3_schedule {
     uint32_t  anneal_tokens   = 1;
     double    anneal_floor    = 1.0;
     uint32_t  anneal_interval = 1;
-    bool      anneal_random   = false;  // w = 0 and a random bias
+    bool      anneal_random   = false;  // no score, and a random bias
 
     std::string                 anneal_score;
-    std::vector<st3_score_term> anneal_terms;  // empty when w = 0
+    std::vector<st3_score_term> anneal_terms;  // empty where there is no score
 
     bool anneals() const { return anneal != ST3_CURVE_NONE && anneal_floor < 1.0; }
 
     bool off() const { return cuts.empty() && !anneals(); }
 
     const char * curve_name() const;
+    const char * rank_name() const;
 
     uint32_t n_stage() const { return (uint32_t) cuts.size() + 1; }
 

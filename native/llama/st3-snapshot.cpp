@@ -3,7 +3,7 @@
 //   u32 magic, u32 version, u64 length of the body, u64 checksum of the body, body:
 //     shape   u32 n_layer, n_stage, type_k, type_v; i32 cuts[n_stage - 1]; u32 n_embd_k, n_embd_v of each layer
 //     i32     the sequence saved, or -1: all
-//     images  u32 n, then each: i32 sequence, its fields
+//     images  u32 n, then each: i32 sequence, its fields (version 1: without weights, all of which are 1)
 //     stages  each: u32 n cells, then each: i32 position, i32 shift not yet applied, i32 x, y, token, u32 n and i32 sequences
 //             and for each of its layers the rows of K, the rows of V
 //
@@ -25,7 +25,7 @@
 namespace {
 
 constexpr uint32_t MAGIC   = 0x53335453;  // "ST3S"
-constexpr uint32_t VERSION = 1;
+constexpr uint32_t VERSION = 2;
 
 // Larger ones cannot have come from a decode; and arithmetic on positions, ours and llama.cpp's, must not overflow.
 constexpr llama_pos MAX_POS = 1 << 30;
@@ -156,9 +156,13 @@ void put_image(writer & w, llama_seq_id seq_id, const st3_image & image) {
     for (const auto & scores : image.scores) {
         w.put(scores);
     }
+    w.put((uint32_t) image.weights.size());
+    for (const auto & weights : image.weights) {
+        w.put(weights);
+    }
 }
 
-st3_image get_image(reader & r, const st3_memory & mem) {
+st3_image get_image(reader & r, const st3_memory & mem, uint32_t version) {
     st3_image  image;
     const auto n = r.get<uint32_t>();
     image.nx     = r.get<uint32_t>();
@@ -183,12 +187,24 @@ st3_image get_image(reader & r, const st3_memory & mem) {
         std::any_of(image.n0.begin(), image.n0.end(), [n](uint32_t c) { return c > n; })) {
         fail("the saved state holds an impossible image");
     }
-    for (uint32_t s = 0; s < n_scores; ++s) {
-        image.scores.push_back(r.get<float>(n));
-        if (!std::all_of(image.scores[s].begin(), image.scores[s].end(), [](float x) { return std::isfinite(x); })) {
-            fail("the saved state holds an impossible image");
+    // [stage][n] of which none may be what `ok` is not
+    const auto get_each = [&](uint32_t n_rows, auto && ok) {
+        std::vector<std::vector<float>> rows;
+        for (uint32_t s = 0; s < n_rows; ++s) {
+            rows.push_back(r.get<float>(n));
+            if (!std::all_of(rows[s].begin(), rows[s].end(), ok)) {
+                fail("the saved state holds an impossible image");
+            }
         }
+        return rows;
+    };
+    image.scores = get_each(n_scores, [](float x) { return std::isfinite(x); });
+
+    const auto n_weights = version < 2 ? 0 : r.get<uint32_t>();
+    if (n_weights != 0 && (!image.pruned || n_weights != mem.n_stage())) {
+        fail("the saved state holds an impossible image");
     }
+    image.weights = get_each(n_weights, [n](float x) { return x >= 0.0f && x <= (float) n; });
     return image;
 }
 
@@ -289,7 +305,7 @@ void st3_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_sta
 
     header h;
     io.read(&h, sizeof(h));
-    if (h.magic != MAGIC || h.version != VERSION) {
+    if (h.magic != MAGIC || h.version < 1 || h.version > VERSION) {
         fail("this is no saved state of this version of st3");
     }
     std::vector<uint8_t> body;
@@ -329,7 +345,7 @@ void st3_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_sta
     const auto n_images = r.get<uint32_t>();
     for (uint32_t i = 0; i < n_images; ++i) {
         const auto id = becomes(r.get<llama_seq_id>());
-        snap.images.emplace_back(id, get_image(r, *this));
+        snap.images.emplace_back(id, get_image(r, *this, h.version));
     }
 
     std::vector<std::vector<uint32_t>> need;  // [stage][stream] cells that come

@@ -24,4 +24,7 @@ struct st3_state {
 
     // [cut] indices kept over the prompt's images, in order; none if not pruned
     std::vector<std::vector<int32_t>> kept;
+
+    // [cut] which of them stands for each visual token of the prompt, -1: none; none if nothing was merged
+    std::vector<std::vector<int32_t>> owners;
 };

@@ -17,6 +17,7 @@ from oracle import llama as oracle
 from oracle.schedule import Schedule
 
 NEAR_TIE = 1e-4
+SAME_OWNER = 1e-3  # difference of two cosines that rounding explains
 # NMSE of logits by the cache's type, some four times the worst seen. It is more if a step does not see a kept cell.
 MOST_ERROR = {"F16": 5e-6, "Q8_0": 6e-5}
 MOST_ERROR_LONG = {"F16": 2e-4, "Q8_0": 6e-5}  # of 600 cells and more: an F16 cache has its values summed in F16
@@ -37,11 +38,13 @@ def native(pieces: list[oracle.Piece]) -> list:
 
 @dataclass(frozen=True)
 class Turn:
-    """What was decoded ("prefill", "text", "picture", "step"), and the positions that each stage held afterwards."""
+    """What was decoded ("prefill", "text", "picture", "step"), the positions that each stage held afterwards, and where
+    tokens were merged the owners after each cut."""
 
     kind: str
     what: object
     held: list[np.ndarray]
+    owners: list[np.ndarray] | None = None
 
 
 @dataclass
@@ -95,7 +98,9 @@ class Conversation:
     def follow(self, kind: str, what: object, check_logits: bool | None = None) -> None:
         """Let the oracle follow a batch that native code has decoded already."""
         stages = [self.result.members(s)[0] for s in range(len(self.schedule.cuts) + 1)]
-        self.turns.append(Turn(kind, what, [self.ctx.held(layer, self.seq) for layer in stages]))
+        images = kind == "prefill" and any(isinstance(piece, oracle.Image) for piece in what)
+        owners = self.ctx.owners(len(self.schedule.cuts)) if images and self.schedule.merge else None
+        self.turns.append(Turn(kind, what, [self.ctx.held(layer, self.seq) for layer in stages], owners))
         for stage, cut in run(decoder(self.path), self.result, self.turns[-1], self.kv).items():
             if len(cut.kept) < len(cut.left):
                 self.count("choices")
@@ -103,6 +108,7 @@ class Conversation:
             assert margin < np.inf, f"{kind} {len(self.turns)}, stage {stage}: {self._difference(stage, cut)}"
             if margin > 0:
                 self.doubts[len(self.turns) - 1, stage] = margin, cut
+            check_owners(cut, self.tally)
         for i, layer in enumerate(self.result.layers):
             held = self.ctx.held(i, self.seq)
             assert np.array_equal(held, np.sort(layer.pos)), f"{kind} {len(self.turns)}, layer {i}: {held}"
@@ -156,6 +162,18 @@ class Conversation:
             dec.noise = None
 
 
+def check_owners(cut: oracle.Cut, tally: dict[str, int]) -> None:
+    """The owners that native code chose at a cut are the oracle's, or all but as similar."""
+    if cut.gap is None:
+        return
+    others = cut.gap > 0
+    assert cut.gap.max(initial=0.0) < SAME_OWNER, f"owners of {cut.left[others]}, cosines off by {cut.gap[others]}"
+    for word, n in (("owners", len(others)), ("owners that all but tie", others.sum())):
+        tally[word] = tally.get(word, 0) + int(n)
+    worst = "worst gap of owners x 1e-9"
+    tally[worst] = max(tally.get(worst, 0), round(1e9 * cut.gap.max(initial=0.0)))
+
+
 def run(dec: oracle.Decoder, result: oracle.Result, turn: Turn, kv: str) -> dict[int, oracle.Cut]:
     """Let the oracle follow a turn; returns the choice that it had in each stage."""
     if turn.kind == "step":
@@ -166,5 +184,5 @@ def run(dec: oracle.Decoder, result: oracle.Result, turn: Turn, kv: str) -> dict
     elif turn.kind == "text":
         dec.text(result, turn.what, kv, turn.held)
     else:
-        dec.prefill(turn.what, kv=kv, follow=turn.held, result=result)
+        dec.prefill(turn.what, kv=kv, follow=turn.held, result=result, owners=turn.owners)
     return dict(enumerate(result.cuts, 1))

@@ -104,6 +104,9 @@ def make(number: int, seed: int) -> Case:
             keys["st3.budget"] = round(float(rng.uniform(lowest + 0.02, 0.95)), 3)
         keys["st3.coverage"] = float(rng.choice([0.0, 0.0, 0.25, 0.5, 1.0]))
         keys["st3.min_keep"] = int(rng.integers(0, 6))
+    if keys["st3.preset"] != "st3" or rng.random() < 0.25:
+        keys["st3.merge"] = bool(rng.random() < 0.5)
+    keys["st3.rank"] = str(rng.choice(["score", "distance"]))
     n_text = int(rng.integers(1, 12)) if rng.random() < 0.25 else int(rng.integers(66, 90))
     kv = "Q8_0" if number % 3 == 2 else "F16"
     return Case(number, model, kv, keys, prompt(rng, shape, 1 + number // 2 % 3, n_text))
@@ -132,6 +135,9 @@ def make_annealed(number: int, seed: int) -> Case:
         "st3.anneal_floor": float(rng.uniform(0.02, 0.8)) if rng.random() < 0.85 else 1.0,
         "st3.anneal_interval": int(rng.choice([1, 1, 1, 2, 3, 5])),
     }
+    if rng.random() < 0.25:
+        keys["st3.merge"] = bool(rng.random() < 0.5)
+    keys["st3.rank"] = str(rng.choice(["score", "score", "distance"]))
     if keys["st3.anneal"] == "linear" and rng.random() < 0.2:
         keys["st3.anneal_floor"] = 0.0
     if rng.random() < 0.5:

@@ -383,6 +383,6 @@ def test_positions_of_nowhere(rt, ctx) -> None:
     assert rt.lib.st3_positions(None, 0, 0, None, 0) == -1
     assert rt.lib.st3_positions(ctx.ptr, 0, 0, None, 5) == -1
     assert rt.lib.st3_positions(ctx.ptr, 0, 0, None, 0) == N_PROMPT
-    assert rt.lib.st3_abi_version() == 3
+    assert rt.lib.st3_abi_version() == 4
     assert not rt.lib.st3_device_has_kernel(None, 1, 128)
     assert rt.last_error() == "st3: no device"

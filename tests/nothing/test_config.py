@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from st3_edge import CURVES, PRESETS, ConfigError, ST3Config
+from st3_edge import CURVES, PRESETS, RANKS, ConfigError, ST3Config
 
 SHARES = st.floats(0, 1)
 WHOLE = st.integers(1, 2**32 - 1)
@@ -35,6 +35,8 @@ def test_budget_or_keep_beside_the_other_one_in_the_file_is_told(given, carried)
     min_keep=WHOLE,
     min_share=SHARES,
     coverage=SHARES | st.sampled_from([0, 1]),
+    merge=st.booleans(),
+    rank=st.sampled_from(RANKS),
     seed=WHOLE,
     anneal=st.sampled_from(CURVES),
     anneal_tokens=WHOLE,
@@ -47,9 +49,9 @@ def test_overrides_have_the_types_that_the_bindings_tell_apart(**values):
     overrides = ST3Config(**values).overrides()
     assert overrides == {f"st3.{name}": value for name, value in values.items()}
     for key, value in overrides.items():
-        strings, reals = ("preset", "anneal", "anneal_score"), ("budget", "min_share", "coverage", "anneal_floor")
-        name = key.removeprefix("st3.")
-        assert type(value) is (str if name in strings else float if name in reals else int)
+        types = dict.fromkeys(("preset", "rank", "anneal", "anneal_score"), str) | {"merge": bool}
+        types |= dict.fromkeys(("budget", "min_share", "coverage", "anneal_floor"), float)
+        assert type(value) is types.get(key.removeprefix("st3."), int)
 
 
 @given(st.floats().filter(lambda x: not 0 < x <= 1))
@@ -69,6 +71,9 @@ def test_a_budget_outside_its_range_is_refused(value):
         ("keep", "0.5"),
         ("coverage", -0.1),
         ("coverage", math.nan),
+        ("merge", 1),
+        ("merge", "true"),
+        ("rank", "similarity"),
         ("budget", True),
         ("start", 0),
         ("start", 1.0),

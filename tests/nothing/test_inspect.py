@@ -53,6 +53,8 @@ def seen(left, question="What?", pieces=("It", " is"), name="a.png", header=None
         "budget": 0.5,
         "score": "text-max",
         "coverage": 0.0,
+        "merge": True,
+        "rank": "score",
         "anneal": {"curve": "linear", "tokens": 8, "floor": 0.5, "interval": 1, "score": "text-max"},
         "given": given,
         "per_layer": kept,

@@ -6,7 +6,7 @@ index over all images of a conversation in order.
 
 `follow` holds, for each stage, the positions that the code under test has there after a batch. Then these stay, and not
 the oracle's own choice (which every `Cut` still tells): so each cut and each step is judged from the state that the
-code was in.
+code was in. `owners` likewise: for each cut, the index of the token that stands for each visual token of the prompt.
 
 Readings, where the method leaves room:
 - A batch makes one record for every image whose prefill it is or comes after, in every stage; the scoring rows of
@@ -52,17 +52,19 @@ Piece = list[int] | Image
 class Layer:
     """What a layer remembers: rotated keys, values [n_head_kv, n, head] as the cache's type holds them.
 
-    `pos` [n] are their positions, `visual` [n] names the visual tokens; -1 is text.
+    `pos` [n] are their positions, `visual` [n] names the visual tokens; -1 is text. `weight` [n]: how many tokens each
+    stands for.
     """
 
     k: Array
     v: Array
     pos: Array
     visual: Array
+    weight: Array
 
     def only(self, cells: Array) -> Layer:
         """The layer with these cells (a mask [n]) alone."""
-        return Layer(self.k[:, cells], self.v[:, cells], self.pos[cells], self.visual[cells])
+        return Layer(self.k[:, cells], self.v[:, cells], self.pos[cells], self.visual[cells], self.weight[cells])
 
 
 @dataclass
@@ -71,6 +73,9 @@ class Cut:
 
     `left` are visual indices before the cut, `score` and `rank` belong to them, `image` says whose they are, `kept` is
     the oracle's choice. A step's removal is a cut in this sense too, one for each stage.
+
+    Where tokens are merged, `owner` is the oracle's choice of an owner for each of `left` among those that stayed, and
+    `gap` by how much its cosine is larger than that of the owner which was followed.
     """
 
     left: Array
@@ -78,6 +83,8 @@ class Cut:
     score: Array
     rank: Array
     kept: Array
+    owner: Array | None = None
+    gap: Array | None = None
 
     def margin(self, other: Array) -> float:
         """How clear a difference to another choice is: 0 where equal, else the largest relative gap in score.
@@ -260,7 +267,9 @@ class Decoder:
         even, odd = y[..., 0::2], y[..., 1::2]
         return np.stack([even * c - odd * s, even * s + odd * c], -1).reshape(y.shape)
 
-    def _layer(self, i: int, x: Array, pos: Array, past: Layer, visual: Array, kv: str) -> tuple[Array, Array, Layer]:
+    def _layer(
+        self, i: int, x: Array, pos: Array, past: Layer, visual: Array, weight: Array, kv: str
+    ) -> tuple[Array, Array, Layer]:
         """Run a layer; returns its output, its (unrounded) queries and its cache."""
         quantized = kv not in ("F32", "F16")
         turn_k = rounding.rotation_size(self.head, True) if quantized else 0
@@ -272,7 +281,7 @@ class Decoder:
         k = rounding.stored(rounding.rotate(self._heads(y, f"blk.{i}.attn_k.weight", pos), turn_k), kv)
         v = rounding.stored(rounding.rotate(self._heads(y, f"blk.{i}.attn_v.weight", None), turn_v), kv)
         k, v = np.concatenate([past.k, k], 1), np.concatenate([past.v, v], 1)
-        now = Layer(k, v, np.append(past.pos, pos), np.append(past.visual, visual))
+        now = Layer(k, v, np.append(past.pos, pos), np.append(past.visual, visual), np.append(past.weight, weight))
         asked = rounding.stored(q, kv) if quantized or len(x) < TILE_ROWS else q
         p, of_head = self._attention(asked, now), np.repeat(now.v, self.n_head // self.n_head_kv, 0)
         if self.noise is not None and kv == "F16" and len(x) < TILE_ROWS:
@@ -289,7 +298,8 @@ class Decoder:
     def _attention(self, q: Array, layer: Layer) -> Array:
         """Causal probabilities [n_head, n_q, n] of queries that belong to the newest cells."""
         n, n_kv = q.shape[1], layer.k.shape[1]
-        mask = np.where(np.arange(n_kv)[None, :] > np.arange(n_kv - n, n_kv)[:, None], -np.inf, 0.0)
+        counts = rounding.stored(np.log(layer.weight), "F16")  # as a mask of flash attention holds it
+        mask = np.where(np.arange(n_kv)[None, :] > np.arange(n_kv - n, n_kv)[:, None], -np.inf, counts)
         return probabilities(q, layer.k, mask, self.head**-0.5)
 
     def _received(self, term: Term, q: Array, layer: Layer, n_text: int, n_visual: int) -> Array:
@@ -312,6 +322,7 @@ class Decoder:
         kv: str,
         asked: list[Seen],
         follow: list[Array] | None = None,
+        owners: list[Array] | None = None,
     ) -> None:
         """Run rows [n, width], named by `visual`, through all layers: logits, caches, records.
 
@@ -324,17 +335,32 @@ class Decoder:
         n_text = len(x) - 1 - int(np.flatnonzero(visual >= 0)[-1]) if (visual >= 0).any() else len(x)
         terms = {*(schedule.terms if asked else ()), *schedule.record_terms} if schedule and result.images else set()
         received: dict[Term, list[Array]] = {t: [] for t in terms}
+        each: dict[Term, list[Array]] = {t: [] for t in terms}  # of the tokens that one stands for
+        weight = np.ones(len(x))
         result.n_pos += len(x)
         result.cuts = []
         for i in range(self.n_layer):
-            x, q, layer = self._layer(i, x, pos, result.layers[i], visual, kv)
+            x, q, layer = self._layer(i, x, pos, result.layers[i], visual, weight, kv)
             result.layers[i] = layer
             for t in terms:
                 received[t].append(self._received(t, q, layer, n_text, result.n_visual))
+                each[t].append(received[t][-1] / layer_weights(layer, result.n_visual))
             if pruned and i in cuts:
-                stay = self._cut(result, i, asked, received, follow)
+                toward = self._norm(x, f"blk.{i + 1}.attn_norm.weight")
+                toward = toward / np.sqrt((toward * toward).sum(-1, keepdims=True))
+                stay = self._cut(result, i, asked, each, follow, (visual, toward))
+                if schedule.merge:
+                    x, weight = self._merge(
+                        result,
+                        asked,
+                        stay,
+                        x,
+                        weight,
+                        (visual, toward),
+                        owners[len(result.cuts) - 1] if owners else None,
+                    )
                 rows = (visual < 0) | np.isin(visual, stay)
-                x, pos, visual = x[rows], pos[rows], visual[rows]
+                x, pos, visual, weight = x[rows], pos[rows], visual[rows], weight[rows]
         result.logits = self._logits(x[-1])
         if not pruned and asked:
             for n_cut, i in enumerate(cuts):
@@ -350,9 +376,18 @@ class Decoder:
                         total += np.mean([received[t][i] for i in layers], 0)[im.ids] / len(schedule.record_terms)
 
     def _cut(
-        self, result: Result, i: int, asked: list[Seen], received: dict[Term, list[Array]], follow: list[Array] | None
+        self,
+        result: Result,
+        i: int,
+        asked: list[Seen],
+        received: dict[Term, list[Array]],
+        follow: list[Array] | None,
+        rows: tuple[Array, Array] | None = None,
     ) -> Array:
-        """The cut after layer i: adds it to the result, and returns what stays of the images."""
+        """The cut after layer i: adds it to the result, and returns what stays of the images.
+
+        `rows`: the visual indices [n] of the rows there are, and the next layer's view of each [n, width], of length 1.
+        """
         schedule, n_cut = result.schedule, len(result.cuts)
         assert schedule is not None
         score = np.zeros(result.n_visual)
@@ -362,9 +397,50 @@ class Decoder:
             left = np.concatenate([im.ids for im in asked])
         else:
             left = result.cuts[-1].kept if follow is None else result.visual(follow[n_cut], asked)
+        if schedule.distance and rows is not None:
+            score = by_distance(score, left, asked, *rows)
         cut = self._choose(schedule, asked, left, score, [schedule.counts(im.n)[n_cut] for im in asked])
         result.cuts.append(cut)
         return cut.kept if follow is None else result.visual(follow[n_cut + 1], asked)
+
+    def _merge(
+        self,
+        result: Result,
+        asked: list[Seen],
+        stay: Array,
+        x: Array,
+        weight: Array,
+        rows: tuple[Array, Array],
+        follow: Array | None,
+    ) -> tuple[Array, Array]:
+        """Rows and their weights where those that stay stand for those that do not.
+
+        `follow`: of each of the prompt's visual tokens, the owner to take. Notes the choice in the result's last cut.
+        """
+        visual, toward = rows
+        x, weight, cut = x.copy(), weight.copy(), result.cuts[-1]
+        before, of_row = weight.copy(), {int(v): r for r, v in enumerate(visual) if v >= 0}
+        cut.owner, cut.gap = np.full(len(cut.left), -1), np.zeros(len(cut.left))
+        for i, im in enumerate(asked):
+            mine, kept = cut.left[cut.image == i], stay[np.isin(stay, im.ids)]
+            if not len(kept):
+                continue
+            at, to = np.array([of_row[v] for v in mine]), np.array([of_row[v] for v in kept])
+            cosine = toward[at] @ toward[to].T
+            own = np.searchsorted(kept, mine).clip(max=len(kept) - 1)
+            is_kept = kept[own] == mine
+            best_of = np.where(is_kept, own, cosine.argmax(1))
+            taken = best_of if follow is None else np.searchsorted(kept, asked[0].first + follow[mine - asked[0].first])
+            here = cut.image == i
+            cut.owner[here] = kept[best_of]
+            cut.gap[here] = cosine[np.arange(len(mine)), best_of] - cosine[np.arange(len(mine)), taken]
+            cut.gap[here] = np.where(is_kept & (taken != own), np.inf, cut.gap[here])
+            old = x[at].copy()
+            for k, row in enumerate(to):
+                share = np.where(taken == k, before[at], 0.0)
+                weight[row] = share.sum()
+                x[row] = share @ old / share.sum()
+        return x, weight
 
     def _choose(
         self,
@@ -390,7 +466,7 @@ class Decoder:
     def begin(self, schedule: Schedule | None = None) -> Result:
         """An empty conversation."""
         none = np.zeros((self.n_head_kv, 0, self.head))
-        layers = [Layer(none, none, *np.zeros((2, 0), np.int64)) for _ in range(self.n_layer)]
+        layers = [Layer(none, none, *np.zeros((2, 0), np.int64), np.zeros(0)) for _ in range(self.n_layer)]
         return Result(np.zeros(0), layers=layers, schedule=schedule)
 
     def prefill(
@@ -400,6 +476,7 @@ class Decoder:
         kv: str = "F32",
         follow: list[Array] | None = None,
         result: Result | None = None,
+        owners: list[Array] | None = None,
     ) -> Result:
         """Prefill in one batch, pruned if there is a schedule: from position 0, or going on from `result`."""
         result = self.begin(schedule) if result is None else result
@@ -410,7 +487,7 @@ class Decoder:
                 asked.append(result.add(at, n, p.nx or n, p.ny or 1))
             names.append(asked[-1].ids if isinstance(p, Image) else np.full(n, -1))
             at += n
-        self._batch(result, self.embed(pieces), np.concatenate(names), kv, asked, follow)
+        self._batch(result, self.embed(pieces), np.concatenate(names), kv, asked, follow, owners)
         result.continues = False
         return result
 
@@ -463,6 +540,24 @@ class Decoder:
         for im in images:
             im.t += 1
         return result.logits
+
+
+def layer_weights(layer: Layer, n_visual: int) -> Array:
+    """The weight in a layer of each visual token [n_visual]; 1 where it is not there."""
+    out = np.ones(n_visual)
+    out[layer.visual[layer.visual >= 0]] = layer.weight[layer.visual >= 0]
+    return out
+
+
+def by_distance(score: Array, left: Array, images: list[Seen], visual: Array, toward: Array) -> Array:
+    """Scores [n_visual], each times 1 - the largest cosine to a token of its image with a higher score, if above 0."""
+    score, row = score.copy(), {int(v): r for r, v in enumerate(visual) if v >= 0}
+    for im in images:
+        mine = left[np.isin(left, im.ids)]
+        y = toward[[row[v] for v in mine]]
+        higher = score[mine][None, :] > score[mine][:, None]
+        score[mine] *= 1 - np.where(higher, y @ y.T, 0.0).max(1, initial=0.0)
+    return score
 
 
 def nmse(got: Array, want: Array) -> float:

@@ -20,6 +20,7 @@ from functools import lru_cache
 import numpy as np
 
 DEFAULT_SCORE = "text-max"
+RANKS = ("score", "distance")
 CURVES = ("none", "linear", "cosine", "exponential")
 PRESETS = ("off", "st3", "pvtp", "fastv", "pyramiddrop", "vtw", "random", "downsample")
 
@@ -52,9 +53,9 @@ class Term:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A resolved schedule. `weight` is w of `w * score + bias`; `random` says that the bias is a permutation.
+    """A resolved schedule. `random` says that the bias is a permutation, and that there is no score.
 
-    The `anneal_*` fields are of the steps after prefill: its own terms, and its own `random` (w is then 0).
+    The `anneal_*` fields are of the steps after prefill: its own terms, and its own `random`.
     """
 
     n_layer: int
@@ -64,7 +65,8 @@ class Schedule:
     min_share: float
     terms: tuple[Term, ...]
     coverage: float = 0.0
-    weight: int = 1
+    merge: bool = False
+    distance: bool = False
     random: bool = False
     seed: int = 0
     anneal: str = "none"
@@ -173,6 +175,8 @@ def resolve(
     min_share: float | None = None,
     score: str | None = None,
     coverage: float | None = None,
+    merge: bool | None = None,
+    rank: str = "score",
     seed: int = 0,
     anneal: str | None = None,
     anneal_tokens: int = 64,
@@ -219,6 +223,8 @@ def resolve(
     if not 0 <= keep <= 1:
         raise ValueError(f"keep {keep} out of range")
     anneal = ("linear" if preset == "st3" else "none") if anneal is None else anneal
+    if rank not in RANKS:
+        raise ValueError(f"unknown rank {rank!r}")
     if anneal not in CURVES:
         raise ValueError(f"unknown curve {anneal!r}")
     if anneal_tokens < 1 or anneal_interval < 1 or not 0 <= anneal_floor <= 1:
@@ -239,7 +245,8 @@ def resolve(
         min_share,
         terms,
         coverage,
-        0 if preset == "random" else 1,
+        preset in ("st3", "pvtp") if merge is None else merge,
+        rank == "distance",
         preset == "random",
         seed,
         anneal,
