@@ -38,7 +38,7 @@ def main() -> None:
         counting.device_register(device[1].encode())
         take, take.restype = counting.device_take, Counts
         os.environ["ST3_GPU_LAYERS"] = device[2]
-    rng = np.random.default_rng(11)
+    rng = np.random.default_rng(12)  # with this one no choice is a near-tie
     out: dict = {"steps": [], "logits": [], "devices": {d["name"]: d["kernel_for"] for d in _doctor.devices(rt.lib)}}
     with native_runtime.Model(rt, Path(gguf), json.loads(keys)) as model:
         embd = [rng.standard_normal((n, model.n_embd)).astype(np.float32) for n in (100, 81)]
