@@ -3,7 +3,7 @@
 // A model runs with ST3 when its GGUF metadata (or llama_model_params.kv_overrides) holds `st3.*` keys, read once
 // when a context is created. Every key is optional; st3.preset = "off", or no st3 key at all, is stock llama.cpp.
 //
-//   st3.preset    str   "off" "st3" "pvtp" "fastv" "pyramiddrop" "vtw" "random" "downsample": defaults of the rest
+//   st3.preset    str   "off" "st3" "pvtp" "paper" "fastv" "pyramiddrop" "vtw" "random" "downsample": defaults of the rest
 //   st3.budget    f32   (0, 1]: mean over layers of visual tokens kept / given; `keep` is solved from it
 //   st3.start     u32   [1, n_layer): the first cut is after layer start - 1
 //   st3.stride    u32   >= 1: one cut every `stride` layers after that, while a layer follows

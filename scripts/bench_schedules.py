@@ -7,6 +7,8 @@ python scripts/bench_schedules.py [--shape llava-1.5-7b] [--type Q4_0] [--budget
 
     scoring   the default schedule, against the same numbers of tokens left in the same steps but chosen without looking
               at the attention: what recording and ranking it costs
+    merging   the default schedule without merging, against it: what a kept token that stands for others costs
+    distance  the default schedule, against the same ranked by distance
     pruned    annealing after a pruned prefill, against the same prefill without annealing
     alone     annealing after a whole prefill, against ST3 off
     control   two equal ones: how far a pair differs by chance
@@ -43,6 +45,8 @@ def pairs(budget: float) -> dict[str, tuple[Keys, Keys]]:
     stay: Keys = {**default, "st3.anneal": "none"}
     return {
         "scoring": ({**default, "st3.preset": "random", "st3.anneal": "linear", "st3.anneal_score": "random"}, default),
+        "merging": ({**default, "st3.merge": False}, default),
+        "distance": ({**default, "st3.rank": "score"}, {**default, "st3.rank": "distance"}),
         "pruned": (stay, default),
         "alone": ({}, {"st3.preset": "st3", "st3.keep": 1.0}),
         "control": (stay, stay),

@@ -59,6 +59,10 @@ def _st3() -> ctypes.CDLL:
             ctypes.c_int32,
             [context, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32],
         ),
+        "st3_owners": (
+            ctypes.c_int32,
+            [context, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32],
+        ),
         "st3_positions": (
             ctypes.c_int32,
             [context, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32],
@@ -95,11 +99,21 @@ def prefill(context: Any, p0: int, pieces: Sequence[Piece]) -> int:
 
 def kept(context: Any, i_cut: int) -> list[int]:
     """The visual indices kept after cut `i_cut` of the last prefill, ascending; [] if nothing was pruned there."""
-    n = _st3().st3_kept(context, i_cut, None, 0)
+    return _of_cut(_st3().st3_kept, context, i_cut)
+
+
+def owners(context: Any, i_cut: int) -> list[int]:
+    """For each visual token of the last prefill, which one stands for it after cut `i_cut`, -1 for none; [] if nothing
+    was merged."""
+    return _of_cut(_st3().st3_owners, context, i_cut)
+
+
+def _of_cut(function: Any, context: Any, i_cut: int) -> list[int]:
+    n = function(context, i_cut, None, 0)
     if n <= 0:
         return []
     out = (ctypes.c_int32 * n)()
-    _st3().st3_kept(context, i_cut, out, n)
+    function(context, i_cut, out, n)
     return list(out)
 
 

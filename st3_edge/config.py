@@ -14,7 +14,7 @@ Override = bool | int | float | str
 
 RANKS = ("score", "distance")
 CURVES = ("none", "linear", "cosine", "exponential")
-PRESETS = ("off", "st3", "pvtp", "fastv", "pyramiddrop", "vtw", "random", "downsample")
+PRESETS = ("off", "st3", "pvtp", "paper", "fastv", "pyramiddrop", "vtw", "random", "downsample")
 
 # Types of the KV cache that flash attention reads; a GGUF type id each (ggml.h).
 KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}

@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -457,10 +458,14 @@ class Llava:
         if trace:
             cuts = range(len(native["cuts"]))
             images = [unit.n for unit in conversation.units if isinstance(unit, Image)]
+            kept = [_native.kept(context, i) for i in cuts]
+            owners = [_native.owners(context, i) for i in cuts] if native.get("merge") and any(kept) else []
             traced = Trace(
                 prompt_tokens=[-1 if isinstance(unit, Image) else unit for unit in wanted],
                 first_logits_top=self._top_logits(),
-                kept=[_native.kept(context, i) for i in cuts],
+                kept=kept,
+                owners=owners,
+                weights=[[n[k] for k in ids] for n, ids in zip(map(Counter, owners), kept, strict=False)],
                 pieces=[],
                 images=images,
                 left=[[-1] * sum(images) for _ in range(len(cuts) + 1)],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -77,7 +77,9 @@ class Milliseconds:
 @dataclass(frozen=True)
 class Trace:
     """prompt_tokens: ids, -1 once for each image; first_logits_top: the ten largest logits after prefill as
-    [id, logit]; kept: for each cut, the visual indices kept, over all images of this prefill in order.
+    [id, logit]; kept: for each cut, the visual indices kept, over all images of this prefill in order; owners: for each
+    cut, and each visual token of this prefill, which one stands for it (-1: none); weights: for each cut, how many
+    tokens each of those kept stands for; both are [] where nothing is merged.
 
     pieces: the answer, token by token; images: visual tokens of each of the conversation's images, in order; left: for
     each stage, and each visual token over these images, after how many tokens of the answer it left the stage's layers
@@ -89,6 +91,8 @@ class Trace:
     pieces: list[str]
     images: list[int]
     left: list[list[int]]
+    owners: list[list[int]] = field(default_factory=list)
+    weights: list[list[int]] = field(default_factory=list)
 
 
 @dataclass

@@ -43,7 +43,8 @@ struct preset {
 };
 
 constexpr double DEFAULT_BUDGET = 0.30;
-constexpr double NO_MORE        = 1.0;  // a stride of all layers: one cut only
+constexpr double NO_MORE        = 1.0;   // a stride of all layers: one cut only
+constexpr double ONE_LAYER      = 1e-9;  // a stride of a layer: a cut after each
 
 const char * const DEFAULT_SCORE = "text-max";
 
@@ -52,13 +53,14 @@ constexpr double   DEFAULT_ANNEAL_FLOOR  = 0.3;
 
 const preset PRESETS[] = {
   // name          start    stride   keep  min  least score            coverage  random  merge  anneal
-    {"st3",          0.125, 0.125,   -1.0, 1, true,  DEFAULT_SCORE, 0.0, false, true,  ST3_CURVE_LINEAR},
-    { "pvtp",        0.125, 0.125,   -1.0, 1, true,  DEFAULT_SCORE, 0.0, false, true,  ST3_CURVE_NONE  },
-    { "fastv",       3,     NO_MORE, 0.5,  1, false, "last-mean",   0.0, false, false, ST3_CURVE_NONE  },
-    { "pyramiddrop", 0.25,  0.25,    0.5,  1, false, "last-mean",   0.0, false, false, ST3_CURVE_NONE  },
-    { "vtw",         0.5,   NO_MORE, 0.0,  0, false, "last-mean",   0.0, false, false, ST3_CURVE_NONE  },
-    { "random",      0.125, 0.125,   -1.0, 1, true,  "",            0.0, true,  false, ST3_CURVE_NONE  },
-    { "downsample",  0.125, 0.125,   -1.0, 1, true,  DEFAULT_SCORE, 1.0, false, false, ST3_CURVE_NONE  },
+    {"st3",          0.125, 0.125,     -1.0, 1, true,  DEFAULT_SCORE, 0.0, false, true,  ST3_CURVE_LINEAR},
+    { "pvtp",        0.125, 0.125,     -1.0, 1, true,  DEFAULT_SCORE, 0.0, false, true,  ST3_CURVE_NONE  },
+    { "paper",       3,     ONE_LAYER, -1.0, 1, false, "last-mean",   0.0, false, false, ST3_CURVE_LINEAR},
+    { "fastv",       3,     NO_MORE,   0.5,  1, false, "last-mean",   0.0, false, false, ST3_CURVE_NONE  },
+    { "pyramiddrop", 0.25,  0.25,      0.5,  1, false, "last-mean",   0.0, false, false, ST3_CURVE_NONE  },
+    { "vtw",         0.5,   NO_MORE,   0.0,  0, false, "last-mean",   0.0, false, false, ST3_CURVE_NONE  },
+    { "random",      0.125, 0.125,     -1.0, 1, true,  "",            0.0, true,  false, ST3_CURVE_NONE  },
+    { "downsample",  0.125, 0.125,     -1.0, 1, true,  DEFAULT_SCORE, 1.0, false, false, ST3_CURVE_NONE  },
 };
 
 [[noreturn]] void fail(const std::string & what) { throw std::invalid_argument("st3: " + what); }
@@ -308,7 +310,8 @@ st3_schedule st3_make_schedule(const meta_map & meta, uint32_t n_layer) {
     const preset * p =
             std::find_if(std::begin(PRESETS), std::end(PRESETS), [&](const preset & x) { return s.preset == x.name; });
     if (p == std::end(PRESETS)) {
-        fail("unknown st3.preset '" + s.preset + "' (off, st3, pvtp, fastv, pyramiddrop, vtw, random, downsample)");
+        fail("unknown st3.preset '" + s.preset +
+             "' (off, st3, pvtp, paper, fastv, pyramiddrop, vtw, random, downsample)");
     }
 
     double     budget     = DEFAULT_BUDGET;

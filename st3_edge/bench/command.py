@@ -19,7 +19,20 @@ from .sides import Raw, Side, Stopped, measure
 from .worker import Job
 
 _BUSY = 0.5  # load average of an idle machine, at most
-_SCHEDULE = ("mode", "reason", "preset", "cuts", "counts", "keep", "score", "coverage", "budget", "anneal")
+_SCHEDULE = (
+    "mode",
+    "reason",
+    "preset",
+    "cuts",
+    "counts",
+    "keep",
+    "score",
+    "coverage",
+    "merge",
+    "rank",
+    "budget",
+    "anneal",
+)
 
 
 def main(console: Console, arguments: argparse.Namespace) -> int:

@@ -67,6 +67,17 @@ def overlay(view: View, held: npt.NDArray[np.float64], cell: int) -> Image.Image
     return Image.fromarray(np.round(np.asarray(picture) * (1 - alpha) + np.array(GONE) * alpha).astype(np.uint8))
 
 
+def mosaic(seen: Seen, owners: npt.NDArray[np.int64], cell: int) -> Image.Image:
+    """Patches of `cell` pixels' side: in each place that of the token that `owners` [rows][columns] names, -1: none."""
+    rows, columns = owners.shape
+    out = Image.new("RGB", (columns * cell, rows * cell), GONE)
+    for (y, x), token in np.ndenumerate(owners):
+        if token >= 0:
+            patch = Image.fromarray(seen.patches[int(token)])
+            out.paste(patch.resize((cell, cell), Image.Resampling.BOX), (x * cell, y * cell))
+    return out
+
+
 def _view(seen: Seen, view: View, name: str) -> list[Image.Image]:
     rows, columns = view.tokens.shape
     cell = max(1, _PANEL // columns)
@@ -83,6 +94,15 @@ def _view(seen: Seen, view: View, name: str) -> list[Image.Image]:
         caption = f"{layers(alike)}: {'all' if n == view.tokens.size else f'{n} of'} {view.tokens.size}"
         panels.append((overlay(view, held[i].astype(float), cell), [caption]))
     out += _rows(panels)
+
+    if seen.owners is not None and any(not held[i].all() for i in shown):
+        out.append(_text("What they stand for: in place of each patch, the kept one that has its weight", _TEXT))
+        panels = []
+        for i in shown:
+            owners = seen.owners[i][view.tokens]
+            most = max(np.unique(owners[owners >= 0], return_counts=True)[1], default=0)
+            panels.append((mosaic(seen, owners, cell), [f"{layers(seen.stages[i])}: up to {most} patches for one"]))
+        out += _rows(panels)
 
     weights = [len(stage) for stage in seen.stages]
     first, last = (seen.held(step)[:, view.tokens] for step in (0, seen.n_steps - 1))

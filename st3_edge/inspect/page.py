@@ -38,6 +38,7 @@ figure { margin: 0; }
 figcaption { font-size: .85rem; }
 svg { display: block; width: 100%; }
 path { fill: var(--gone); shape-rendering: crispEdges; }
+path.owned { fill: var(--now); fill-opacity: .6; }
 table { border-collapse: collapse; width: 100%; }
 td, th { padding: .1rem .8rem .1rem 0; text-align: right; font-weight: normal; white-space: nowrap; width: 1%; }
 td:last-child { width: auto; padding: 0; }
@@ -49,7 +50,7 @@ dd { margin: 0; }
 _SCRIPT = """
 "use strict";
 const slider = document.querySelector("input"), words = [...document.querySelectorAll("#answer span")];
-const paths = [...document.querySelectorAll("path")], counts = [...document.querySelectorAll("[data-held]")];
+const paths = [...document.querySelectorAll("path[data-left]")], counts = [...document.querySelectorAll("[data-held]")];
 function show() {
   const step = +slider.value - 1;
   words.forEach((word, i) => { word.className = i < step ? "" : i === step ? "now" : "later"; });
@@ -66,20 +67,44 @@ document.getElementById("answer").style.cursor = "pointer";
 show();
 """
 
+_HINT = '<span class="hint" hidden> Point at a patch to see all that the same kept one stands for.</span>'
+
+# Shows which patches the one stands for that the patch pointed at belongs to.
+_OWNERS_SCRIPT = """
+"use strict";
+for (const svg of document.querySelectorAll("svg[data-owners]")) {
+  const owners = svg.dataset.owners.split(" "), { width, height } = svg.viewBox.baseVal;
+  const owned = svg.querySelector(".owned");
+  svg.addEventListener("pointermove", (event) => {
+    const box = svg.getBoundingClientRect();
+    const x = Math.floor((event.clientX - box.left) / box.width * width);
+    const y = Math.floor((event.clientY - box.top) / box.height * height);
+    const owner = owners[y * width + x];
+    owned.setAttribute("d", owners.map((other, i) =>
+      other === owner && owner !== "-1" ? `M${i % width} ${Math.floor(i / width)}h1v1h-1z` : "").join(""));
+  });
+  svg.addEventListener("pointerleave", () => owned.setAttribute("d", ""));
+}
+for (const hint of document.querySelectorAll(".hint")) hint.hidden = false;
+"""
+
 
 def html(seen: Seen) -> str:
     """The page: the answer, with a slider along its tokens; the patches that each stage held when the slider's token
     was chosen; visual tokens layer by layer; what was done. Whatever comes from outside is escaped."""
-    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     moves = bool((seen.left[seen.left > 0] < seen.n_steps).any())
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    scripts = [_SCRIPT] * moves + [_OWNERS_SCRIPT] * (seen.owners is not None)
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
     answer = "".join(f"<span>{escape(piece)}</span>" for piece in seen.trace.pieces) or "(no answer)"
     views = [(picture, view) for picture in seen.pictures for view in picture.views]
     sections = [
         f"<h2>{escape(picture.name)}{f', {view.name}' if view.name else ''}</h2>"
         f'<p class="soft">{picture.width} × {picture.height} pixels, as the vision encoder sees it: '
         f"{view.pixels.shape[1]} × {view.pixels.shape[0]}, in {view.tokens.shape[1]} × {view.tokens.shape[0]} patches. "
-        f"Gray patches are gone from the layers named.</p>{_panels(seen, view, f'view{i}')}"
+        "Gray patches are gone from the layers named."
+        f"{_HINT if seen.owners is not None else ''}</p>{_panels(seen, view, f'view{i}')}"
         for i, (picture, view) in enumerate(views)
     ]
     if seen.unknown:
@@ -108,7 +133,7 @@ def html(seen: Seen) -> str:
 <h2>What was done</h2>
 <dl>{facts}</dl>
 <svg width="0" height="0" style="position:absolute">{images}</svg>
-{f"<script>{_SCRIPT}</script>" if moves else ""}
+{"".join(f"<script>{script}</script>" for script in scripts)}
 </body>
 </html>
 """
@@ -124,8 +149,9 @@ When token <span data-held="{_list(range(1, n_steps + 1))}">1</span> of {n_steps
 def _panels(seen: Seen, view: View, name: str) -> str:
     rows, columns = view.tokens.shape
     figures = []
-    for stage, of_stage in zip(seen.stages, seen.left, strict=True):
+    for i, (stage, of_stage) in enumerate(zip(seen.stages, seen.left, strict=True)):
         left = of_stage[view.tokens]
+        owners = "" if seen.owners is None else f' data-owners="{_list(seen.owners[i][view.tokens].ravel())}"'
         steps = [int(step) for step in np.unique(left) if step < seen.n_steps]
         paths = "".join(
             f'<path data-left="{step}" style="{"display:none" if step else ""}" d="{_outline(left == step)}"/>'
@@ -133,7 +159,9 @@ def _panels(seen: Seen, view: View, name: str) -> str:
         )
         held = _held(left.ravel(), seen.n_steps)
         figures.append(
-            f'<figure><svg viewBox="0 0 {columns} {rows}"><use href="#{name}"/>{paths}</svg>'
+            f'<figure><svg viewBox="0 0 {columns} {rows}"{owners}><use href="#{name}"/>{paths}'
+            + ('<path class="owned"/>' if owners else "")
+            + "</svg>"
             f'<figcaption>{layers(stage)}: <b data-held="{_list(held)}">{held[0]}</b> of {left.size}</figcaption>'
             "</figure>"
         )

@@ -70,6 +70,24 @@ class Seen:
         left = np.array(self.trace.left, np.int64).reshape(len(self.stages), self.given)
         return np.where(left < 0, self.n_steps, np.minimum(left, self.n_steps))
 
+    @functools.cached_property
+    def owners(self) -> npt.NDArray[np.int64] | None:
+        """Which visual token stands for each in each stage when the answer begins, int64 [stages][given], -1 for none;
+        None where nothing was merged."""
+        owners = [list(range(self.given)), *self.trace.owners]
+        merged = 1 < len(owners) == len(self.stages) and all(len(of) == self.given for of in owners)
+        return np.array(owners, np.int64) if merged else None
+
+    @functools.cached_property
+    def patches(self) -> dict[int, npt.NDArray[np.uint8]]:
+        """The pixels of each visual token's patch, uint8 [patch][patch][3]."""
+        return {
+            int(token): view.pixels[y * view.patch : (y + 1) * view.patch, x * view.patch : (x + 1) * view.patch]
+            for picture in self.pictures
+            for view in picture.views
+            for (y, x), token in np.ndenumerate(view.tokens)
+        }
+
     def held(self, step: int) -> Mask:
         """Which visual tokens each stage held when the answer's token `step` (from 0) was chosen, bool
         [stages][given]."""
@@ -105,7 +123,8 @@ class Seen:
         over = f"{anneal.curve}, to {anneal.floor:g} of what prefill kept, over {anneal.tokens} tokens"
         return [
             ("Schedule", f"preset {schedule.preset}, cuts after layers {cuts}"),
-            ("Rank", f"score {schedule.score or 'none'}, coverage {schedule.coverage:g}"),
+            ("Rank", f"{schedule.rank} {schedule.score or 'none'}, coverage {schedule.coverage:g}"),
+            ("Merging", "kept tokens stand for the others" if schedule.merge else "none"),
             ("Annealing", "none" if anneal.curve == "none" else over),
             (
                 "Visual tokens",

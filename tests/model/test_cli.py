@@ -127,7 +127,7 @@ def test_off_drops_nothing(ask, picture):
     assert got["kv_bytes"]["live"] == got["kv_bytes"]["full"]
 
 
-@pytest.mark.parametrize("preset", ["pvtp", "fastv", "pyramiddrop", "vtw", "random", "downsample"])
+@pytest.mark.parametrize("preset", ["pvtp", "paper", "fastv", "pyramiddrop", "vtw", "random", "downsample"])
 def test_every_preset_answers(ask, picture, preset):
     # broken if a name that the command line takes were unknown to the library
     got = answered(ask(picture, QUESTION, "--json", "--preset", preset))
@@ -140,7 +140,7 @@ def test_doctor_finds_everything(command):
     done = command("doctor", "--json")
     assert done.returncode == 0, done.stdout
     found = json.loads(done.stdout)
-    assert found["problems"] == [] and found["abi"] == 3
+    assert found["problems"] == [] and found["abi"] == 4
     assert all("f16" in d["kernel_for"] for d in found["devices"] if d["backend"] == "CPU") and found["devices"]
     assert found["demo_model"].keys() == {"model", "mmproj", "pictures"}
     assert "all is well" in command("doctor").stdout

@@ -97,11 +97,11 @@ def test_integers_stand_for_reals(rt, random_gguf, from_file: bool) -> None:
     assert (report["keep"], report["start"], report["coverage"]) == (1.0, 2, 0.0)
 
 
-@pytest.mark.parametrize("preset", ["st3", "pvtp", "fastv", "pyramiddrop", "vtw", "random", "downsample"])
+@pytest.mark.parametrize("preset", ["st3", "pvtp", "paper", "fastv", "pyramiddrop", "vtw", "random", "downsample"])
 def test_annealing_defaults(rt, random_gguf, preset: str) -> None:
     """Breaks if a preset other than st3 anneals unasked, a default is another one, or a key does not win."""
     want = schedule.resolve(SHAPE.n_layer, preset)
-    default_score = {"fastv": "last-mean", "pyramiddrop": "last-mean", "vtw": "last-mean", "random": "random"}
+    default_score = dict.fromkeys(("paper", "fastv", "pyramiddrop", "vtw"), "last-mean") | {"random": "random"}
     for keys, curve in (({}, want.anneal), ({"st3.anneal": "cosine"}, "cosine")):
         with Model(rt, random_gguf(SHAPE), {"st3.preset": preset, **keys}) as model, Context(model, n_ctx=64) as ctx:
             assert ctx.report()["anneal"] == {

@@ -40,7 +40,9 @@ def picture(width: int, height: int, seed: int = SEED) -> RGB:
     return RGB(width, height, pixels.tobytes())
 
 
-def seen(left, question="What?", pieces=("It", " is"), name="a.png", header=None, mode="pruned-prefill", **native):
+def seen(
+    left, question="What?", pieces=("It", " is"), name="a.png", header=None, mode="pruned-prefill", owners=(), **native
+):
     """What page and figure take: one picture of 4 × 4 patches, a layer a stage."""
     n_stages, given = np.shape(left)
     kept = np.count_nonzero(np.asarray(left) != 0, axis=1).tolist()
@@ -63,7 +65,7 @@ def seen(left, question="What?", pieces=("It", " is"), name="a.png", header=None
         "flops": {"prefill": 7, "prefill_full": 9},
         **native,
     }
-    trace = Trace([1, -1, 2], [], [], list(pieces), [given], np.asarray(left).tolist())
+    trace = Trace([1, -1, 2], [], [], list(pieces), [given], np.asarray(left).tolist(), list(owners))
     report = Report.from_native(native, Milliseconds(1, 2, 3, 4), trace=trace)
     report.answer, report.n_generated = "".join(pieces), len(pieces)
     return see(question, [name], [picture(40, 30)], report, "/models/m.gguf", header or mmproj())
@@ -289,6 +291,37 @@ def test_the_figure_shows_kept_patches_as_they_are_and_grays_the_others():
                 plain[at] if kept else plain[at] * (1 - figure.GONE_ALPHA) + np.array(figure.GONE) * figure.GONE_ALPHA
             )
             assert np.abs(second[at] - ground).max() <= (0 if kept else 0.5)
+
+
+# after the cut, the upper half is the first patch's and the lower half the last one's
+OWNERS = [0] * 8 + [15] * 8
+HALVES = [[-1] * 16, [-1] + [0] * 14 + [-1]]
+
+
+def test_the_figure_shows_in_place_of_each_patch_the_one_that_stands_for_it():
+    # broken if owners were another view's, transposed, or a dropped patch were shown as itself
+    shown = seen(HALVES, owners=[OWNERS])
+    (view,) = shown.pictures[0].views
+    drawn = np.asarray(figure.mosaic(shown, np.array(OWNERS).reshape(GRID, GRID), PATCH))
+    patches = view.pixels.reshape(GRID, PATCH, GRID, PATCH, 3).swapaxes(1, 2)
+    for place, owner in enumerate(OWNERS):
+        y, x = divmod(place, GRID)
+        at = np.s_[y * PATCH : (y + 1) * PATCH, x * PATCH : (x + 1) * PATCH]
+        assert np.array_equal(drawn[at], patches[divmod(owner, GRID)])
+    without = Image.open(io.BytesIO(figure.png(seen(HALVES))))
+    assert Image.open(io.BytesIO(figure.png(shown))).height > without.height
+    assert (np.asarray(figure.mosaic(shown, np.full((1, 1), -1), PATCH)) == figure.GONE).all()
+
+
+def test_the_page_says_of_each_patch_which_one_stands_for_it():
+    # broken if a stage had another's owners, or a script of the page were not allowed to run
+    html = page.html(seen(HALVES, owners=[OWNERS]))
+    assert re.findall('data-owners="([^"]*)"', html) == [" ".join(map(str, of)) for of in (range(16), OWNERS)]
+    allowed = re.search('script-src ([^"]*)"', html)[1]
+    for script in re.findall("<script>(.*?)</script>", html, re.S):
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in allowed
+    assert "Point at a patch" in html and "Point at a patch" not in page.html(seen(HALVES))
 
 
 @settings(max_examples=20, deadline=None)

@@ -73,7 +73,17 @@ def test_a_trace_adds_its_keys_beside_the_others():
     # broken if it were nested, or there without being asked for
     trace = Trace([1, -1, 2], [[2, 0.5]], [[0, 3]], ["one", " two"], [4], [[1, -1, -1, 1], [-1, 0, 0, -1]])
     plain = Report.from_native(NATIVE, Milliseconds(1.0, 2.0, 3.0, 4.0), trace=trace).to_dict()
-    assert plain.keys() == {*KEYS, "prompt_tokens", "first_logits_top", "kept", "pieces", "images", "left"}
+    assert plain.keys() == {
+        *KEYS,
+        "prompt_tokens",
+        "first_logits_top",
+        "kept",
+        "owners",
+        "weights",
+        "pieces",
+        "images",
+        "left",
+    }
     assert plain["kept"] == [[0, 3]]
 
 

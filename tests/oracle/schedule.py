@@ -22,7 +22,7 @@ import numpy as np
 DEFAULT_SCORE = "text-max"
 RANKS = ("score", "distance")
 CURVES = ("none", "linear", "cosine", "exponential")
-PRESETS = ("off", "st3", "pvtp", "fastv", "pyramiddrop", "vtw", "random", "downsample")
+PRESETS = ("off", "st3", "pvtp", "paper", "fastv", "pyramiddrop", "vtw", "random", "downsample")
 
 
 def round_half_up(x: float) -> int:
@@ -191,6 +191,7 @@ def resolve(
         raise ValueError("budget and keep exclude each other")
     eighth, quarter = max(1, n_layer // 8), max(1, n_layer // 4)
     d_start, d_stride, d_keep, d_min, sure, d_score, d_coverage = {
+        "paper": (3, 1, None, 1, False, "last-mean", 0.0),
         "fastv": (3, n_layer, 0.5, 1, False, "last-mean", 0.0),
         "pyramiddrop": (quarter, quarter, 0.5, 1, False, "last-mean", 0.0),
         "vtw": (max(1, n_layer // 2), n_layer, 0.0, 0, False, "last-mean", 0.0),
@@ -222,7 +223,7 @@ def resolve(
     assert keep is not None
     if not 0 <= keep <= 1:
         raise ValueError(f"keep {keep} out of range")
-    anneal = ("linear" if preset == "st3" else "none") if anneal is None else anneal
+    anneal = ("linear" if preset in ("st3", "paper") else "none") if anneal is None else anneal
     if rank not in RANKS:
         raise ValueError(f"unknown rank {rank!r}")
     if anneal not in CURVES:
