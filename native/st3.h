@@ -44,7 +44,7 @@
 extern "C" {
 #endif
 
-#define ST3_ABI_VERSION 4
+#define ST3_ABI_VERSION 5
 
 // How the last st3_prefill of a context was run.
 enum st3_mode {
@@ -115,6 +115,16 @@ st3_positions(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il,
 //  "kv_bytes": {"allocated": int, "live": int, "full": int},   now; live: cells in use; full: what stock would have in use
 //  "flops": {"prefill": int, "prefill_full": int}}     multiply and add counted as 2; weights and attention of the decoder
 LLAMA_API size_t st3_report(const struct llama_context * ctx, char * out, size_t cap);
+
+// Callbacks that end work when another thread sets a flag: their last argument is a const bool *.
+// For llama_context_params.abort_callback: the llama_decode under way then returns 2.
+LLAMA_API bool st3_stop_compute(void * flag);
+
+// For the progress_callback of llama_model_params and mtmd_context_params: nothing is loaded then.
+LLAMA_API bool st3_stop_load(float progress, void * flag);
+
+// For mtmd_context_params.cb_eval: mtmd_encode_chunk then returns 0 with no embeddings of use.
+LLAMA_API bool st3_stop_encode(struct ggml_tensor * t, bool ask, void * flag);
 
 #ifdef __cplusplus
 }

@@ -74,8 +74,6 @@ class Runtime:
     def __init__(self, folder: Path, st3: bool = True) -> None:
         self.llama = L = load(folder)
         self.log: list[str] = []
-        if "st3_edge._log" in sys.modules:  # the package is used in this process too: it has the log by turns
-            sys.modules["st3_edge._log"].install()
         self._on_log = L.llama_log_callback(self._take_log)
         self._old_log = C.c_void_p(), C.c_void_p()
         self.lib = C.CDLL(L.llama_cpp._lib._name)  # the same library; argtypes of our own, the package sets others

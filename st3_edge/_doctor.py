@@ -91,7 +91,7 @@ def tell() -> None:
     first token came about."""
     try:
         bindings = _libs.load()
-        _log.install()
+        _log.route(_log.Log())
         features = cpu_features(bindings)
         found = {
             "abi": bindings.lib._lib.st3_abi_version(),

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from .errors import LibraryError, one_line
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 _ENV = ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB")

@@ -75,6 +75,14 @@ def _st3() -> ctypes.CDLL:
     return lib
 
 
+def set_callback(params: Any, field: str, name: str, stop: ctypes.c_bool) -> None:
+    """Puts the function `name` of st3.h (st3_stop_*) into a callback of native parameters; it reads `stop`, which must
+    live as long as what is made with them."""
+    kind = dict(params._fields_)[field]
+    setattr(params, field, ctypes.cast(getattr(_st3(), name), kind))
+    setattr(params, f"{field}_{'data' if field == 'abort_callback' else 'user_data'}", ctypes.addressof(stop))
+
+
 def last_error() -> str:
     """What went wrong in the last st3 call of this thread that failed; "" if none did."""
     return (_st3().st3_last_error() or b"").decode("utf-8", "replace")

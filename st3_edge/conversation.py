@@ -7,12 +7,14 @@ Nothing here needs a library.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ._native import Visual
+import numpy as np
+
+from ._native import Piece, Text, Visual
 
 REVISIT = ("never", "turn")  # the first is the default
 
@@ -42,6 +44,22 @@ class Span:
 def n_positions(units: Sequence[Unit]) -> int:
     """The positions of a sequence that units take."""
     return sum(unit.n if isinstance(unit, Image) else 1 for unit in units)
+
+
+def pieces_of(units: Sequence[Unit], visual: Mapping[Image, Visual]) -> list[Piece]:
+    """Units as `_native.prefill` takes them: runs of text, and images between."""
+    pieces: list[Piece] = []
+    text: list[int] = []
+    for unit in (*units, None):
+        if isinstance(unit, int):
+            text.append(unit)
+            continue
+        if text:
+            pieces.append(Text(np.array(text, np.int32)))
+            text = []
+        if unit is not None:
+            pieces.append(visual[unit])
+    return pieces
 
 
 def common_prefix(held: Sequence[Unit], wanted: Sequence[Unit]) -> int:
@@ -159,7 +177,6 @@ class Embeddings:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._n_bytes = 0
         self._held: OrderedDict[Image, Visual] = OrderedDict()
 
     def get(self, image: Image) -> Visual | None:
@@ -169,9 +186,9 @@ class Embeddings:
         return visual
 
     def put(self, image: Image, visual: Visual) -> None:
-        old = self._held.pop(image, None)
-        self._n_bytes += visual.embd.nbytes - (old.embd.nbytes if old else 0)
         self._held[image] = visual
-        while self._n_bytes > self._max_bytes:
+        self._held.move_to_end(image)
+        n_bytes = sum(v.embd.nbytes for v in self._held.values())
+        while n_bytes > self._max_bytes:
             _, oldest = self._held.popitem(last=False)
-            self._n_bytes -= oldest.embd.nbytes
+            n_bytes -= oldest.embd.nbytes

@@ -16,7 +16,7 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ NATIVE_VERSION = 3  # of llama.cpp's bytes, as long as the libraries read what o
 
 _FIXED = struct.Struct("<16sII")
 _DIGEST = 32
+_BLOCK = 2**24
 _MAX_POSITIONS = 2**31 - 1
 
 
@@ -79,10 +80,11 @@ def check_replaceable(path: Path) -> None:
     raise StateError(f"{str(path)!r} exists and is no saved conversation: give another name")
 
 
-def write(path: str | os.PathLike[str], saved: Saved) -> None:
+def write(path: str | os.PathLike[str], saved: Saved, check: Callable[[], None] = lambda: None) -> None:
     """Writes the file whole or not at all: what was there before stays until the new one is on the disk.
 
-    Raises StateError where it cannot be written, or the messages are not JSON.
+    `check`: called between blocks; what it raises ends the writing. Raises StateError where it cannot be written, or
+    the messages are not JSON.
     """
     units = saved.record.units
     header = {
@@ -104,8 +106,11 @@ def write(path: str | os.PathLike[str], saved: Saved) -> None:
         digest = hashlib.sha256()
         with replacing(target) as file:
             for data in parts:
-                digest.update(data)
-                file.write(data)
+                for begin in range(0, len(data), _BLOCK):
+                    check()
+                    block = memoryview(data)[begin : begin + _BLOCK]
+                    digest.update(block)
+                    file.write(block)
             file.write(digest.digest())
     except (OSError, ValueError) as e:
         reason = one_line(getattr(e, "strerror", None) or e)

@@ -14,39 +14,54 @@ from typing import Any
 
 import numpy as np
 
-from . import _libs, _log
+from . import _libs, _log, _native
 from ._native import Visual
 from .conversation import Image, Unit
-from .errors import ImageError, ModelError, PromptError
+from .errors import ImageError, ModelError, PromptError, St3Error
 from .images import RGB
 
 
 class Vision:
     """A vision encoder with its projector (an "mmproj" GGUF), for one loaded text model.
 
-    `model`: the llama_model pointer, which must outlive this object. `n_embd`: how wide its embeddings are. Raises
-    ModelError where the file does not load, does not fit the model, or needs what pruned prefill has not (M-RoPE
-    positions, non-causal image attention).
+    `model`: the llama_model pointer, which must outlive this object. `n_embd`: how wide its embeddings are. `stop`: a
+    flag that ends loading and encoding, as `_worker.Worker`'s. Raises ModelError where the file does not load, does not
+    fit the model, or needs what pruned prefill has not (M-RoPE positions, non-causal image attention).
     """
 
-    def __init__(self, path: str, model: Any, *, n_threads: int, use_gpu: bool) -> None:
+    def __init__(
+        self, path: str, model: Any, *, n_threads: int, use_gpu: bool, stop: ctypes.c_bool | None = None
+    ) -> None:
         bindings = _libs.load()
         self._mtmd = mtmd = bindings.mtmd
         params = mtmd.mtmd_context_params_default()
         params.use_gpu = use_gpu
         params.print_timings = False
         params.n_threads = n_threads
+        self._stop = stop
+        if stop is not None:
+            _native.set_callback(params, "progress_callback", "st3_stop_load", stop)
+            _native.set_callback(params, "cb_eval", "st3_stop_encode", stop)
         _log.forget()
         context = mtmd.mtmd_init_from_file(os.fsencode(path), model, params)
         if not context:
             raise ModelError(f"mmproj {path!r} cannot be used{_log.why()}")
-        self.close = weakref.finalize(self, mtmd.mtmd_free, context)
         self._context = context
         self.n_embd = bindings.lib.llama_model_n_embd_inp(model)
+        why = ""
         if not mtmd.mtmd_support_vision(context):
-            raise ModelError(f"mmproj {path!r} has no vision encoder")
-        if mtmd.mtmd_decode_use_mrope(context) or mtmd.mtmd_decode_use_non_causal(context, None):
-            raise ModelError(f"mmproj {path!r} is of a model family that is not supported: LLaVA's is")
+            why = "has no vision encoder"
+        elif mtmd.mtmd_decode_use_mrope(context) or mtmd.mtmd_decode_use_non_causal(context, None):
+            why = "is of a model family that is not supported: LLaVA's is"
+        if why:
+            self.close()
+            raise ModelError(f"mmproj {path!r} {why}")
+
+    def close(self) -> None:
+        """Frees it. Called again it does nothing."""
+        context, self._context = self._context, None
+        if context:
+            self._mtmd.mtmd_free(context)
 
     def tokenize(self, parts: Sequence[str | RGB], bos: int | None = None) -> Tokenized:
         """Text and pictures, in order, to tokens; `bos` is put before them. Nothing is encoded yet.
@@ -83,7 +98,10 @@ class Vision:
         """The embeddings of an image chunk of `Tokenized`."""
         mtmd = self._mtmd
         _log.forget()
-        if mtmd.mtmd_encode_chunk(self._context, chunk):
+        failed = mtmd.mtmd_encode_chunk(self._context, chunk)
+        if self._stop is not None and self._stop.value:
+            raise St3Error("the encoding of a picture was interrupted")
+        if failed:
             raise ImageError(f"a picture cannot be encoded{_log.why()}")
         n = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
         embd = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(self._context), (n, self.n_embd)).copy()
@@ -98,7 +116,7 @@ class Tokenized:
     def __init__(self, vision: Vision, chunks: Any, pictures: Counter[str], bos: int | None) -> None:
         self._vision, self._chunks, self._pictures, self._bos = vision, chunks, pictures, bos
         self._mtmd = vision._mtmd
-        weakref.finalize(self, self._mtmd.mtmd_input_chunks_free, chunks)
+        weakref.finalize(self, self._mtmd.mtmd_input_chunks_free, chunks).atexit = False
 
     @property
     def units(self) -> list[Unit]:

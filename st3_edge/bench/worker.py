@@ -23,12 +23,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _doctor, _gguf, _libs, _log, _machine, _native
+from .._text_model import native_overrides
 from ..chat import ChatTemplate, read_messages
 from ..config import KV_TYPES, Override
-from ..conversation import Image, Unit, n_positions
+from ..conversation import Image, Unit, n_positions, pieces_of
 from ..errors import ModelError, PromptError, St3Error
 from ..images import load
-from ..llava import pieces_of
 from ..vision import Tokenized, Vision
 
 _KV_SIZE = re.compile(r"llama_kv_cache: size = +([\d.]+) MiB \( *(\d+) cells")
@@ -69,7 +69,7 @@ class Worker:
         if job.stock:
             _libs.use_stock(Path(job.stock))
         bindings = _libs.load()
-        _log.install()
+        _log.route(_log.Log())
         told = _KVSize()
         _log.logger.addHandler(told)
         _log.logger.setLevel(logging.INFO)
@@ -78,11 +78,11 @@ class Worker:
 
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers, params.use_extra_bufts = job.n_gpu_layers, job.repack
-        self._overrides = _overrides(self._lib, job.keys)
+        self._overrides = native_overrides(self._lib, job.keys)
         params.kv_overrides = self._overrides
         _log.forget()
         try:
-            self._model = bindings.internals.LlamaModel(path_model=job.model, params=params, verbose=False)
+            self._model = bindings.internals.LlamaModel(path_model=job.model, params=params)
         except ValueError as e:
             raise ModelError(f"model {job.model!r} cannot be used{_log.why()}") from e
         self._vision = None
@@ -112,7 +112,7 @@ class Worker:
         params.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
         _log.forget()
         try:
-            self._context = bindings.internals.LlamaContext(model=self._model, params=params, verbose=False)
+            self._context = bindings.internals.LlamaContext(model=self._model, params=params)
         except ValueError as e:
             raise ModelError(f"model {job.model!r} cannot be used{_log.why()}") from e
         self._ctx = self._context.ctx
@@ -270,20 +270,6 @@ class _KVSize(logging.Handler):
         found = _KV_SIZE.match(record.getMessage())
         if found:
             self.bytes, self.cells = round(float(found[1]) * 2**20), int(found[2])
-
-
-def _overrides(lib: Any, keys: Mapping[str, Override]) -> Any:
-    """An array of llama_model_kv_override, with the empty one that ends it."""
-    array = (lib.llama_model_kv_override * (len(keys) + 1))()
-    for slot, (key, value) in zip(array, keys.items(), strict=False):
-        slot.key = key.encode()
-        if isinstance(value, str):
-            slot.tag, slot.value.val_str = lib.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
-        elif isinstance(value, int):
-            slot.tag, slot.value.val_i64 = lib.LLAMA_KV_OVERRIDE_TYPE_INT, value
-        else:
-            slot.tag, slot.value.val_f64 = lib.LLAMA_KV_OVERRIDE_TYPE_FLOAT, value
-    return array
 
 
 def _new_batch(lib: Any, n: int, n_embd: int) -> Any:

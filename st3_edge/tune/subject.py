@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from .. import _native, divergence
+from .._text_model import TextModel
 from ..config import ST3Config
 from ..errors import PromptError, St3Error
-from ..llava import Llava, load_text_model
+from ..llava import Llava
 from .evaluate import Measured, Overrides, Work
 
 _OFF = ST3Config(preset="off")
@@ -83,7 +84,7 @@ class Subject:
     @contextmanager
     def _context(self, overrides: Overrides) -> Iterator[Any]:
         # The schedule is read when a model loads: so each loads it anew, which is short beside reading the prompts.
-        llama = load_text_model(self._model, overrides, **self._runs)
+        llama = TextModel(self._model, overrides, **self._runs)
         try:
             yield llama.ctx
         finally:

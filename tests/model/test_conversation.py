@@ -35,13 +35,15 @@ def ask(llava: Llava, messages, **options) -> dict:
 
 def agrees(llava: Llava) -> None:
     """The record is what the native cache holds."""
-    assert _native.n_positions(llava._llama.ctx) == llava._conversation.n_positions
+    assert _native.n_positions(llava._session.llama.ctx) == llava._session.conversation.n_positions
 
 
 def logits(llava: Llava, messages, **options) -> np.ndarray:
     """Of the answer's first token: float32 [n_vocab]."""
     ask(llava, messages, max_tokens=1, **options)
-    return np.ctypeslib.as_array(llava._lib.llama_get_logits_ith(llava._llama.ctx, -1), (llava._n_vocab,)).copy()
+    session = llava._session
+    row = session.lib.llama_get_logits_ith(session.llama.ctx, -1)
+    return np.ctypeslib.as_array(row, (session.llama.n_vocab,)).copy()
 
 
 def nmse(got: np.ndarray, expected: np.ndarray) -> float:
@@ -79,7 +81,7 @@ def begin_anew(off, pvtp) -> None:
 
     for made in (off, pvtp):
         made.reset()
-        made._embeddings = Embeddings(2**28)
+        made._session.embeddings = Embeddings(2**28)
 
 
 def test_a_second_question_reads_no_picture_again(off, load, picture, encoded):
@@ -225,7 +227,7 @@ def test_reset_begins_anew(off, picture):
     ask(off, [user(FIRST, picture), said("red"), user(SECOND)])
     off.reset()
     agrees(off)
-    assert off._conversation.n_positions == 0
+    assert off._session.conversation.n_positions == 0
     assert ask(off, [user(SECOND, picture)], max_tokens=1)["reused"] == 0
     off.reset()
     assert np.array_equal(logits(off, [user(SECOND, picture)]), expected)
@@ -273,12 +275,12 @@ def test_after_any_failure_the_conversation_goes_on(pvtp, picture, scenes, monke
 
     play()
     expected = logits(pvtp, longer, revisit=revisit)
-    pvtp._embeddings.__init__(2**28)
+    pvtp._session.embeddings.__init__(2**28)
     play()
     target, name = {
         "prefill": (_native, "prefill"),
-        "decode": (pvtp._lib, "llama_decode"),
-        "encode": (pvtp._vision, "encode"),
+        "decode": (pvtp._session.lib, "llama_decode"),
+        "encode": (pvtp._session.vision, "encode"),
         "remove": (_native, "remove"),
     }[call]
     monkeypatch.setattr(target, name, failing(getattr(target, name), when))
@@ -296,11 +298,11 @@ def test_a_prompt_that_cannot_fit_leaves_the_conversation(load, picture, encoded
     # broken if room were made, or a picture looked at, before the prompt was measured
     with load(OFF, n_ctx=640) as llava:
         one = ask(llava, [user(FIRST, picture)])
-        record = llava._conversation.record
+        record = llava._session.conversation.record
         for bad in ([user("word " * 100, picture)], [user(FIRST, picture), said("x"), user(SECOND, picture)]):
             with pytest.raises(PromptError, match="n_ctx is 640"):
                 ask(llava, bad)
-            assert llava._conversation.record == record
+            assert llava._session.conversation.record == record
         agrees(llava)
         two = ask(llava, [user(FIRST, picture), said(one["answer"]), user(SECOND)])
         assert two["reused"] > 576 and len(encoded) == 1
@@ -314,7 +316,7 @@ def test_an_answer_dropped_in_its_middle_can_be_gone_on_from(name, load, picture
         part = "".join(next(stream)["choices"][0]["delta"].get("content", "") for _ in range(12))
         del stream
         agrees(llava)
-        prompt = llava._conversation.record.spans[0].end if name != "off" else 0
+        prompt = llava._session.conversation.record.spans[0].end if name != "off" else 0
         got = ask(llava, [user("Describe the image.", picture), said(part), user(SECOND)])
         assert got["reused"] > 576 + prompt
 

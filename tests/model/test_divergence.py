@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from st3_edge import Llava, ST3Config, _native, divergence
-from st3_edge.llava import load_text_model
+from st3_edge._text_model import TextModel
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -24,7 +24,7 @@ def context(files: tuple[str, str]) -> Iterator[Callable[..., Any]]:
     models = []
 
     def make(**config: Any) -> Any:
-        models.append(load_text_model(files[0], ST3Config(**config).overrides(), n_ctx=1024, n_threads=1))
+        models.append(TextModel(files[0], ST3Config(**config).overrides(), n_ctx=1024, n_threads=1))
         return models[-1].ctx
 
     yield make
@@ -50,7 +50,10 @@ def test_the_greedy_answer_is_the_one_that_is_given(load, full, picture) -> None
     assert logits.argmax(-1).tolist() == tokens
     with load(ST3Config(preset="off")) as llava:
         said = llava.ask(picture, "Describe the image.", temperature=0, max_tokens=N)
-        assert llava._llama.detokenize(tokens).decode().strip() == said.strip()
+        assert (
+            b"".join(llava._session.llama.piece(token, first=False) for token in tokens).decode().strip()
+            == said.strip()
+        )
 
 
 def test_an_answer_that_ends_ends_with_the_token_that_says_so(context, llava, picture) -> None:
@@ -58,7 +61,7 @@ def test_an_answer_that_ends_ends_with_the_token_that_says_so(context, llava, pi
     content = [{"type": "image", "image": picture}, {"type": "text", "text": "What color is the star?"}]
     off = context(preset="off")
     tokens, logits = divergence.greedy_answer(off, llava.pieces([{"role": "user", "content": content}]), 100)
-    assert len(tokens) == len(logits) < 100 and tokens[-1] == llava._llama.token_eos()
+    assert len(tokens) == len(logits) < 100 and tokens[-1] == llava._session.llama.eos
 
 
 def test_the_full_model_is_at_no_distance_from_itself(context, full, pieces) -> None:

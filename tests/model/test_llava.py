@@ -79,7 +79,7 @@ def test_a_stop_string_ends_the_answer_before_it(llava, picture):
 
 def test_max_tokens_ends_the_answer(llava, picture):
     # broken by an answer one token longer or shorter
-    got = complete(llava, "Describe the image.", picture, max_tokens=3, logit_bias={llava._llama.token_eos(): -1e9})
+    got = complete(llava, "Describe the image.", picture, max_tokens=3, logit_bias={llava._session.llama.eos: -1e9})
     assert got["usage"]["completion_tokens"] == 3
     assert got["choices"][0]["finish_reason"] == "length"
 
@@ -87,7 +87,7 @@ def test_max_tokens_ends_the_answer(llava, picture):
 def test_the_context_ends_the_answer(load, picture):
     # broken if decoding ran over n_ctx
     with load(n_ctx=600) as llava:
-        eos = llava._llama.token_eos()
+        eos = llava._session.llama.eos
         got = complete(llava, QUESTION, picture, max_tokens=None, logit_bias={eos: -1e9})
         assert got["usage"]["total_tokens"] == 600
         assert got["choices"][0]["finish_reason"] == "length"
@@ -119,20 +119,20 @@ def test_a_json_schema_shapes_the_answer(llava, picture):
 
 def test_a_bias_chooses_the_token(llava, picture):
     # broken if logit_bias were ignored or applied to another token
-    token = llava._llama.tokenize(b"7", add_bos=False)[-1]
+    token = llava._session.tokenize(["7"], bos=False).units[-1]
     assert answer(complete(llava, QUESTION, picture, logit_bias={str(token): 1e6}, max_tokens=3)) == "777"
 
 
 def test_an_infinite_bias_bans_the_token(llava, picture):
     # broken if it became NaN in the samplers: with the only words of a grammar banned, the process aborted
-    tokens = range(llava._n_vocab)
-    banned = [i for i in tokens if llava._token_bytes(i, first=False).startswith(b"{")]
+    tokens = range(llava._session.llama.n_vocab)
+    banned = [i for i in tokens if llava._session.llama.piece(i, first=False).startswith(b"{")]
     bias = dict.fromkeys(banned, float("-inf"))
     got = complete(llava, QUESTION, picture, logit_bias=bias, response_format={"type": "json_object"})
     assert answer(got).startswith("{")  # the grammar has the last word
-    first = llava._llama.tokenize(answer(complete(llava, QUESTION, picture)).encode(), add_bos=False)[0]
+    first = llava._session.tokenize([answer(complete(llava, QUESTION, picture))], bos=False).units[0]
     again = complete(llava, QUESTION, picture, logit_bias={first: float("-inf")}, trace=True)
-    assert again["st3"]["pieces"][0] != llava._token_bytes(first, first=True).decode()
+    assert again["st3"]["pieces"][0] != llava._session.llama.piece(first, first=True).decode()
 
 
 @pytest.mark.parametrize(
@@ -186,9 +186,9 @@ def test_bos_is_there_once_and_text_becomes_no_picture(llava, picture):
     # broken if a template's BOS came on top of the tokenizer's, or written forms of tokens were taken for tokens
     text = "Is <image> or <__media__> or <s> or </s> here?"
     trace = complete(llava, text, picture, trace=True)["st3"]["prompt_tokens"]
-    assert trace.count(llava._llama.token_bos()) == 1 and trace[0] == llava._llama.token_bos()
+    assert trace.count(llava._session.llama.bos) == 1 and trace[0] == llava._session.llama.bos
     assert trace.count(-1) == 1
-    assert llava._llama.token_eos() not in trace
+    assert llava._session.llama.eos not in trace
 
 
 @settings(max_examples=25, deadline=None)
@@ -198,7 +198,7 @@ def test_any_text_can_be_asked(llava, picture, text):
     if not text.strip():
         return
     trace = complete(llava, text, picture, trace=True, max_tokens=1)["st3"]["prompt_tokens"]
-    assert trace.count(-1) == 1 and trace.count(llava._llama.token_bos()) == 1
+    assert trace.count(-1) == 1 and trace.count(llava._session.llama.bos) == 1
 
 
 def test_a_prompt_without_a_picture_works(llava):
@@ -268,7 +268,7 @@ def test_a_stream_tells_its_tokens_where_asked(llava, picture):
 
 def test_a_second_call_ends_a_stream(llava, picture):
     # broken if two answers were mixed in one context
-    stream = complete(llava, QUESTION, picture, stream=True, logit_bias={llava._llama.token_eos(): -1e9})
+    stream = complete(llava, QUESTION, picture, stream=True, logit_bias={llava._session.llama.eos: -1e9})
     next(stream)
     next(stream)
     complete(llava, QUESTION, picture)
@@ -291,7 +291,7 @@ def test_a_closed_llava_says_so(load, picture):
 def test_visual_tokens_are_one_row_a_patch(llava, picture):
     # broken by a wrong shape, or values that were read past their buffer
     embd = llava.visual_tokens(picture)
-    assert embd.shape == (576, llava._llama.n_embd()) and embd.dtype == np.float32
+    assert embd.shape == (576, llava._session.vision.n_embd) and embd.dtype == np.float32
     assert np.isfinite(embd).all() and embd.std() > 0
     assert np.array_equal(embd, llava.visual_tokens(picture))
 
@@ -300,7 +300,7 @@ def test_an_own_chat_template_is_used(load, picture):
     # broken if the file's own were rendered all the same
     template = "{% for m in messages %}{{ m.content }}{% endfor %} =>"
     with load(chat_template=template) as llava:
-        plain = llava._llama.tokenize(b"\nHi =>", add_bos=False)
+        plain = llava._session.tokenize(["\nHi =>"], bos=False).units
         assert complete(llava, "Hi", picture, trace=True)["st3"]["prompt_tokens"][2:] == plain
     with pytest.raises(PromptError, match="template"):
         load(chat_template="{% for %}")

@@ -31,7 +31,9 @@ def ask(llava: Llava, messages, **options) -> dict:
 def logits(llava: Llava, messages, **options) -> np.ndarray:
     """Of the answer's first token: float32 [n_vocab]."""
     ask(llava, messages, max_tokens=1, **options)
-    return np.ctypeslib.as_array(llava._lib.llama_get_logits_ith(llava._llama.ctx, -1), (llava._n_vocab,)).copy()
+    session = llava._session
+    row = session.lib.llama_get_logits_ith(session.llama.ctx, -1)
+    return np.ctypeslib.as_array(row, (session.llama.n_vocab,)).copy()
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -58,7 +60,7 @@ def test_another_process_goes_on_with_a_kept_conversation(llava, load, kept, mon
     with load(llava.config) as other:
         ask(other, [{"role": "user", "content": "Hi"}])
         messages = other.load_state(kept)
-        assert other._conversation.record == llava._conversation.record
+        assert other._session.conversation.record == llava._session.conversation.record
         monkeypatch.delattr(Tokenized, "encode")
         got = logits(other, messages, revisit=revisit)
         report = other.last_report
@@ -71,11 +73,11 @@ def test_another_process_goes_on_with_a_kept_conversation(llava, load, kept, mon
 
 def test_a_conversation_can_be_taken_up_where_it_was(llava, kept, picture):
     # broken if loading in the process that saved left something of the conversation between
-    record, messages = llava._conversation.record, llava.load_state(kept)
+    record, messages = llava._session.conversation.record, llava.load_state(kept)
     expected = logits(llava, messages)
     ask(llava, [{"role": "user", "content": "Something else"}])
     assert llava.load_state(kept) == messages
-    assert llava._conversation.record == record
+    assert llava._session.conversation.record == record
     assert np.array_equal(logits(llava, messages), expected)
 
 
@@ -85,7 +87,7 @@ def test_nothing_can_be_kept_too(llava, picture, tmp_path):
     llava.save_state(tmp_path / "empty")
     ask(llava, first(picture))
     assert llava.load_state(tmp_path / "empty") is None
-    assert _native.n_positions(llava._llama.ctx) == llava._conversation.n_positions == 0
+    assert _native.n_positions(llava._session.llama.ctx) == llava._session.conversation.n_positions == 0
     assert ask(llava, first(picture))["reused"] == 0
 
 
@@ -98,7 +100,7 @@ def test_bad_files_change_nothing(llava, kept):
     messages = llava.load_state(kept)
     expected = logits(llava, messages)
     llava.load_state(kept)
-    record, data = llava._conversation.record, kept.read_bytes()
+    record, data = llava._session.conversation.record, kept.read_bytes()
     rng = random.Random(SEED)
     (length,) = struct.unpack_from("<I", data, _FIXED.size - 4)
     bad = kept.with_name("bad.st3")
@@ -118,8 +120,8 @@ def test_bad_files_change_nothing(llava, kept):
             file.truncate(n)
             with pytest.raises(StateError):
                 llava.load_state(bad)
-    assert llava._conversation.record == record
-    assert _native.n_positions(llava._llama.ctx) == record.n_positions
+    assert llava._session.conversation.record == record
+    assert _native.n_positions(llava._session.llama.ctx) == record.n_positions
     assert np.array_equal(logits(llava, messages), expected)
 
 
@@ -130,7 +132,7 @@ def test_what_llama_cpp_refuses_changes_nothing(llava, kept):
     messages = llava.load_state(kept)
     expected = logits(llava, messages)
     llava.load_state(kept)
-    record, data = llava._conversation.record, kept.read_bytes()
+    record, data = llava._session.conversation.record, kept.read_bytes()
     (length,) = struct.unpack_from("<I", data, _FIXED.size - 4)
     begin = _FIXED.size + length
     rng = random.Random(SEED)
@@ -148,8 +150,8 @@ def test_what_llama_cpp_refuses_changes_nothing(llava, kept):
             refused += 1
         else:  # a bit that llama.cpp does not look at, such as the number of the sequence that it was saved from
             llava.load_state(kept)
-        assert llava._conversation.record == record
-        assert _native.n_positions(llava._llama.ctx) == record.n_positions
+        assert llava._session.conversation.record == record
+        assert _native.n_positions(llava._session.llama.ctx) == record.n_positions
     assert refused
     assert np.array_equal(logits(llava, messages), expected)
 
@@ -192,10 +194,10 @@ def test_a_stream_ends_where_another_conversation_is_loaded(llava, kept, picture
     for _ in range(4):
         next(stream)
     llava.load_state(kept)
-    record = llava._conversation.record
+    record = llava._session.conversation.record
     with pytest.raises(St3Error, match="another call"):
         list(stream)
-    assert llava._conversation.record == record
+    assert llava._session.conversation.record == record
 
 
 def test_a_stream_can_be_kept_in_its_middle(llava, load, picture, tmp_path):
@@ -209,8 +211,8 @@ def test_a_stream_can_be_kept_in_its_middle(llava, load, picture, tmp_path):
     assert rest
     with load(llava.config) as other:
         other.load_state(tmp_path / "middle")
-        assert 576 < _native.n_positions(other._llama.ctx) == other._conversation.n_positions
-        assert other._conversation.n_positions < llava._conversation.n_positions
+        assert 576 < _native.n_positions(other._session.llama.ctx) == other._session.conversation.n_positions
+        assert other._session.conversation.n_positions < llava._session.conversation.n_positions
 
 
 def test_an_interrupted_load_changes_nothing(llava, kept, monkeypatch):
@@ -218,7 +220,7 @@ def test_an_interrupted_load_changes_nothing(llava, kept, monkeypatch):
     messages = llava.load_state(kept)
     expected = logits(llava, messages)
     llava.load_state(kept)
-    record, real, calls = llava._conversation.record, _native.set_state, []
+    record, real, calls = llava._session.conversation.record, _native.set_state, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -230,5 +232,5 @@ def test_an_interrupted_load_changes_nothing(llava, kept, monkeypatch):
     monkeypatch.setattr(_native, "set_state", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llava.load_state(kept)
-    assert llava._conversation.record == record
+    assert llava._session.conversation.record == record
     assert np.array_equal(logits(llava, messages), expected)
