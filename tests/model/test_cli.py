@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from st3_edge import _libs
+
 QUESTION = "What color is the star?"
 KEYS = [
     "answer",
@@ -140,7 +142,7 @@ def test_doctor_finds_everything(command):
     done = command("doctor", "--json")
     assert done.returncode == 0, done.stdout
     found = json.loads(done.stdout)
-    assert found["problems"] == [] and found["abi"] == 4
+    assert found["problems"] == [] and found["abi"] == _libs.ABI_VERSION
     assert all("f16" in d["kernel_for"] for d in found["devices"] if d["backend"] == "CPU") and found["devices"]
     assert found["demo_model"].keys() == {"model", "mmproj", "pictures"}
     assert "all is well" in command("doctor").stdout
@@ -295,15 +297,14 @@ def test_a_prompt_longer_than_n_ubatch_is_read_unpruned(ask, picture):
     assert answered(long)["mode"] == "pruned-prefill"
 
 
-def test_a_vision_half_whose_name_is_no_text_is_used(ask, picture, files, tmp_path):
+def test_files_whose_names_are_no_text_are_used(ask, picture, files, tmp_path):
     # broken by a traceback of UnicodeEncodeError: a name is bytes
     folder = tmp_path / os.fsdecode(b"d\xff")
     folder.mkdir()
     for path in files:
         shutil.copy(path, folder)
     model, mmproj = (folder / Path(path).name for path in files)
-    assert answered(ask(picture, QUESTION, "--json", "--model", files[0], "--mmproj", str(mmproj)))["n_generated"]
-    refused(ask(picture, QUESTION, "--model", str(model), "--mmproj", str(mmproj)), "cannot be used")
+    assert answered(ask(picture, QUESTION, "--json", "--model", str(model), "--mmproj", str(mmproj)))["n_generated"]
 
 
 def test_ctrl_c_leaves_at_once_with_130(start, picture):
