@@ -86,23 +86,21 @@ def _view(seen: Seen, view: View, name: str) -> list[Image.Image]:
     shown = [firsts[i] for i in _spread(len(firsts), _PANELS)]
     some = f" ({len(shown)} of {len(firsts)} panels)" if len(shown) < len(firsts) else ""
     out = [_text(f"{name}, {columns} × {rows} patches: those that layers hold when the answer begins{some}", _TEXT)]
-    panels = []
+    panels, mosaics = [], []
     for i in shown:
         n = np.count_nonzero(held[i])
         end = next((k for k in firsts if k > i), len(held))
-        alike = range(seen.stages[i].start, seen.stages[end - 1].stop)
-        caption = f"{layers(alike)}: {'all' if n == view.tokens.size else f'{n} of'} {view.tokens.size}"
+        alike = layers(range(seen.stages[i].start, seen.stages[end - 1].stop))
+        caption = f"{alike}: {'all' if n == view.tokens.size else f'{n} of'} {view.tokens.size}"
         panels.append((overlay(view, held[i].astype(float), cell), [caption]))
-    out += _rows(panels)
-
-    if seen.owners is not None and any(not held[i].all() for i in shown):
-        out.append(_text("What they stand for: in place of each patch, the kept one that has its weight", _TEXT))
-        panels = []
-        for i in shown:
+        if seen.owners is not None and n < view.tokens.size:
             owners = seen.owners[i][view.tokens]
             most = max(np.unique(owners[owners >= 0], return_counts=True)[1], default=0)
-            panels.append((mosaic(seen, owners, cell), [f"{layers(seen.stages[i])}: up to {most} patches for one"]))
-        out += _rows(panels)
+            mosaics.append((mosaic(seen, owners, cell), [f"{alike}: one stands for up to {most}"]))
+    out += _rows(panels)
+    if mosaics:
+        out.append(_text("What they stand for: in place of each patch, the kept one that has its weight", _TEXT))
+        out += _rows(mosaics)
 
     weights = [len(stage) for stage in seen.stages]
     first, last = (seen.held(step)[:, view.tokens] for step in (0, seen.n_steps - 1))
