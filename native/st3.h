@@ -104,6 +104,10 @@ LLAMA_API int32_t st3_owners(const struct llama_context * ctx, int32_t i_cut, in
 LLAMA_API int32_t
 st3_positions(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, llama_pos * out, int32_t cap);
 
+// How many tokens each of those positions stands for in layer il, text 1, in the same order. Returns as st3_positions does.
+LLAMA_API int32_t
+st3_weights(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * out, int32_t cap);
+
 // Writes a JSON object (NUL-terminated, cut at cap bytes) and returns its full length without the NUL:
 // {"mode": "off"|"pruned-prefill"|"evict-only", "reason": str|null,    of the images of the last st3_prefill's sequence
 //  "preset": str, "start": int, "stride": int, "keep": float, "min_keep": int, "min_share": float,

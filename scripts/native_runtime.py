@@ -92,6 +92,7 @@ class Runtime:
             f.st3_check_model.argtypes = [C.c_void_p]
             f.st3_prefill.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.POINTER(Piece), C.c_size_t]
             f.st3_positions.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.POINTER(C.c_int32), C.c_int32]
+            f.st3_weights.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.POINTER(C.c_float), C.c_int32]
             f.st3_kept.argtypes = [C.c_void_p, C.c_int32, C.POINTER(C.c_int32), C.c_int32]
             f.st3_owners.argtypes = [C.c_void_p, C.c_int32, C.POINTER(C.c_int32), C.c_int32]
             f.st3_report.argtypes = [C.c_void_p, C.c_char_p, C.c_size_t]
@@ -325,6 +326,15 @@ class Context:
         if self.rt.lib.st3_positions(self.ptr, seq, layer, out.ctypes.data_as(C.POINTER(C.c_int32)), n) != n:
             raise NativeError("the number of positions changed")
         return out.astype(np.int64)
+
+    def weights(self, layer: int, seq: int = 0) -> np.ndarray:
+        """st3_weights: beside `held`, how many tokens each position stands for."""
+        n = self.rt.lib.st3_weights(self.ptr, seq, layer, None, 0)
+        if n < 0:
+            raise NativeError(self.rt.last_error())
+        row = (C.c_float * max(1, n))()
+        self.rt.lib.st3_weights(self.ptr, seq, layer, row, n)
+        return np.array(row[:n], dtype=np.float64)
 
     def seq_rm(self, seq: int, p0: int = -1, p1: int = -1) -> bool:
         """llama_memory_seq_rm."""

@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstring>
 #include <locale>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <sstream>
@@ -543,27 +544,51 @@ int32_t st3_owners(const llama_context * ctx, int32_t i_cut, int32_t * out, int3
     return of_cut(ctx, &st3_state::owners, "no visual tokens were merged", i_cut, out, cap);
 }
 
+// Calls fn(number, position, cell) for what a layer holds of a sequence, in order of position; returns how many that is.
+template <typename F> static int32_t each_cell(const llama_context * ctx, llama_seq_id seq_id, int32_t il, F && fn) {
+    require(ctx && ctx->get_memory(), "no context with a KV cache");
+    require(seq_id >= 0 && (uint32_t) seq_id < ctx->n_seq_max(), format("there is no sequence %d", seq_id));
+    require(il >= 0 && (uint32_t) il < ctx->get_model().hparams.n_layer(), format("there is no layer %d", il));
+
+    const auto * mem   = pruned_memory(ctx);
+    const auto * stock = dynamic_cast<const llama_kv_cache *>(ctx->get_memory());
+    require(mem || stock, "this kind of memory has no positions to read");
+
+    const llama_kv_cache & kv = mem ? mem->stage(mem->schedule.stage(il)) : *stock;
+
+    int32_t n = 0;
+    for (const auto & [pos, cell] : kv.get_cells(seq_id).seq_pos_get(seq_id)) {
+        fn(n++, pos, cell);
+    }
+    return n;
+}
+
 int32_t st3_positions(const llama_context * ctx, llama_seq_id seq_id, int32_t il, llama_pos * out, int32_t cap) {
     return guarded(-1, [&] {
-        require(ctx && ctx->get_memory() && (out || cap <= 0), "no context or no room for the result");
-        require(seq_id >= 0 && (uint32_t) seq_id < ctx->n_seq_max(), format("there is no sequence %d", seq_id));
-        require(il >= 0 && (uint32_t) il < ctx->get_model().hparams.n_layer(), format("there is no layer %d", il));
-
-        const auto * mem   = pruned_memory(ctx);
-        const auto * stock = dynamic_cast<const llama_kv_cache *>(ctx->get_memory());
-        require(mem || stock, "this kind of memory has no positions to read");
-
-        const llama_kv_cache & kv    = mem ? mem->stage(mem->schedule.stage(il)) : *stock;
-        const auto &           cells = kv.get_cells(seq_id).seq_pos_get(seq_id);
-
-        int32_t n = 0;
-        for (const auto & [pos, cell] : cells) {
-            if (n < cap) {
-                out[n] = pos;
+        require(out || cap <= 0, "no room for the result");
+        return each_cell(ctx, seq_id, il, [&](int32_t i, llama_pos pos, uint32_t) {
+            if (i < cap) {
+                out[i] = pos;
             }
-            n++;
+        });
+    });
+}
+
+int32_t st3_weights(const llama_context * ctx, llama_seq_id seq_id, int32_t il, float * out, int32_t cap) {
+    return guarded(-1, [&] {
+        require(out || cap <= 0, "no room for the result");
+
+        std::map<uint32_t, float> weights;  // of cells, where not 1
+        const auto *              mem = ctx ? pruned_memory(ctx) : nullptr;
+        if (mem && il >= 0 && (uint32_t) il < mem->schedule.n_layer) {
+            mem->each_weight(seq_id, mem->schedule.stage(il), [&](uint32_t cell, float w) { weights[cell] = w; });
         }
-        return n;
+        return each_cell(ctx, seq_id, il, [&](int32_t i, llama_pos, uint32_t cell) {
+            if (i < cap) {
+                const auto it = weights.find(cell);
+                out[i]        = it == weights.end() ? 1.0f : it->second;
+            }
+        });
     });
 }
 

@@ -96,6 +96,24 @@ void st3_kv::flush_copies() {
     sc_info = {};
 }
 
+std::vector<float> st3_kv::values(uint32_t stream, const std::vector<uint32_t> & cells) const {
+    const ggml_tensor * t     = v_of(0, stream);
+    const int64_t       width = t->ne[0];
+    const auto          cast  = ggml_get_type_traits(t->type)->to_float;
+
+    std::vector<uint8_t> row(t->nb[1]);
+    std::vector<float>   res(cells.size() * width);
+    for (size_t i = 0; i < cells.size(); ++i) {
+        ggml_backend_tensor_get(t, row.data(), cells[i] * t->nb[1], row.size());
+        if (t->type == GGML_TYPE_F32) {
+            std::copy_n((const float *) row.data(), width, res.data() + i * width);
+        } else {
+            cast(row.data(), res.data() + i * width, width);
+        }
+    }
+    return res;
+}
+
 uint32_t st3_kv::size_for(uint32_t n) const {
     const auto padded = [&](uint32_t x) { return std::min(n_max, GGML_PAD(std::max(x, 1u), step)); };
 

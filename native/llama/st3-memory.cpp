@@ -3,6 +3,7 @@
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-model.h"
+#include "st3-owners.h"
 
 #include <algorithm>
 #include <bitset>
@@ -496,43 +497,6 @@ void st3_memory::finish(
     }
 }
 
-// Which of an image's tokens stands for each of them, from cut to cut.
-struct image_owners {
-    std::vector<int32_t> of;   // [n] -1: none
-    std::vector<int32_t> ids;  // those there
-
-    explicit image_owners(uint32_t n) : of(n), ids(n) {
-        std::iota(of.begin(), of.end(), 0);
-        ids = of;
-    }
-
-    // A cut left `kept`; places: of each that was there, its owner's place among them, none if all or none were kept.
-    void cut(const std::vector<int32_t> & kept, const std::vector<int32_t> & places) {
-        if (!places.empty()) {
-            std::vector<int32_t> owner(of.size(), -1);
-            for (size_t j = 0; j < ids.size(); ++j) {
-                owner[ids[j]] = kept.at((size_t) places[j]);
-            }
-            for (auto & o : of) {
-                o = o < 0 ? o : owner[o];
-            }
-        } else if (kept.empty()) {
-            of.assign(of.size(), -1);
-        }
-        ids = kept;
-    }
-
-    std::vector<float> weights() const {
-        std::vector<float> res(of.size());
-        for (const int32_t o : of) {
-            if (o >= 0) {
-                res[o] += 1.0f;
-            }
-        }
-        return res;
-    }
-};
-
 // Writes the positions of the tokens that survived into the cells that hold them, and remembers the images.
 void st3_memory::commit(const st3_plan & plan, const std::vector<llama_kv_cache::slot_info> & slots, st3_work & work) {
     synchronize();
@@ -556,9 +520,11 @@ void st3_memory::commit(const st3_plan & plan, const std::vector<llama_kv_cache:
     kept.assign(plan.n_stage() - 1, {});
     owners.assign(schedule.merge ? plan.n_stage() - 1 : 0, {});
 
-    std::vector<image_owners> stand_in;  // [image]
+    std::vector<st3_owners> stand_in;  // [image]
     for (const auto & span : plan.spans) {
-        stand_in.emplace_back(span.n);
+        std::vector<int32_t> all(span.n);
+        std::iota(all.begin(), all.end(), 0);
+        stand_in.emplace_back(span.n, std::move(all));
     }
 
     for (uint32_t s = 0; s < plan.n_stage(); ++s) {
@@ -579,7 +545,7 @@ void st3_memory::commit(const st3_plan & plan, const std::vector<llama_kv_cache:
                     ggml_backend_tensor_get(plan.owners[s - 1][i], places.data(), 0, places.size() * sizeof(int32_t));
                 }
                 stand_in[i].cut(ids, places);
-                for (const int32_t o : stand_in[i].of) {
+                for (const int32_t o : stand_in[i].of()) {
                     owners[s - 1].push_back(o < 0 ? o : i_first + o);
                 }
             }
@@ -700,6 +666,29 @@ void st3_memory::absorb() {
     pending.clear();
 }
 
+// The place among `kept` of the owner of each of an image's tokens `ids`, as st3_owners::cut takes it. The rows of the residual
+// stream are gone; the values that a stage's first layer made of them, which carry no position, are compared instead.
+std::vector<int32_t> st3_memory::nearest(
+        llama_seq_id seq_id, uint32_t stage, const held_t & there, const std::vector<uint32_t> & ids,
+        const std::vector<uint32_t> & kept) const {
+    if (kept.empty() || kept.size() == ids.size()) {
+        return {};
+    }
+    std::vector<uint32_t> cells, rows;
+    for (size_t i = 0; i < there.ids.size(); ++i) {
+        if (std::binary_search(ids.begin(), ids.end(), there.ids[i])) {
+            if (std::binary_search(kept.begin(), kept.end(), there.ids[i])) {
+                rows.push_back((uint32_t) cells.size());
+            }
+            cells.push_back(there.cells[i]);
+        }
+    }
+    synchronize();
+    auto         values = stages[stage]->values(stages[stage]->get_stream(seq_id), cells);
+    const size_t width  = values.size() / cells.size();
+    return st3_nearest(std::move(values), width, rows);
+}
+
 // Cuts down the images of a sequence that wait for it, as the cuts of a pruned prefill would.
 void st3_memory::evict(llama_seq_id seq_id) {
     absorb();
@@ -717,6 +706,11 @@ void st3_memory::evict(llama_seq_id seq_id) {
 
         auto ids = held(seq_id, image, 0).ids;
         image.n0 = { (uint32_t) ids.size() };
+
+        st3_owners stand_in((uint32_t) image.pos.size(), { ids.begin(), ids.end() });
+        if (schedule.merge) {
+            image.weights = { stand_in.weights() };
+        }
         for (uint32_t s = 1; s < n_stage(); ++s) {
             auto rank = schedule.bias(image.nx, image.ny, n_keep[s], image.number, schedule.random);
             for (size_t i = 0; i < cut.tokens.size(); ++i) {
@@ -728,12 +722,18 @@ void st3_memory::evict(llama_seq_id seq_id) {
             std::sort(ids.begin(), ids.end(), [&](uint32_t a, uint32_t b) {
                 return rank[a] != rank[b] ? rank[a] > rank[b] : a < b;
             });
+            auto was = ids;
+            std::sort(was.begin(), was.end());
             ids.resize(std::min<size_t>(ids.size(), n_keep[s]));
             std::sort(ids.begin(), ids.end());
 
+            const auto before = held(seq_id, image, s);
+            if (schedule.merge) {
+                stand_in.cut({ ids.begin(), ids.end() }, nearest(seq_id, s, before, was, ids));
+                image.weights.push_back(stand_in.weights());
+            }
             std::vector<uint32_t> gone;
-            const auto            before = held(seq_id, image, s).ids;
-            std::set_difference(before.begin(), before.end(), ids.begin(), ids.end(), std::back_inserter(gone));
+            std::set_difference(before.ids.begin(), before.ids.end(), ids.begin(), ids.end(), std::back_inserter(gone));
             drop(seq_id, image, s, gone);
             image.n0.push_back((uint32_t) ids.size());
         }

@@ -218,6 +218,10 @@ class st3_memory : public llama_memory_i {
 
     held_t held(llama_seq_id seq_id, const st3_image & image, uint32_t stage) const;
 
+    std::vector<int32_t>
+    nearest(llama_seq_id seq_id, uint32_t stage, const held_t & there, const std::vector<uint32_t> & ids,
+            const std::vector<uint32_t> & kept) const;
+
     const llama_model & model;
     const bool          unified;
 

@@ -38,13 +38,14 @@ def native(pieces: list[oracle.Piece]) -> list:
 
 @dataclass(frozen=True)
 class Turn:
-    """What was decoded ("prefill", "text", "picture", "step"), the positions that each stage held afterwards, and where
-    tokens were merged the owners after each cut."""
+    """What was decoded ("prefill", "text", "picture", "step"), the positions that each stage held afterwards with
+    their weights, and where tokens were merged the owners after each cut."""
 
     kind: str
     what: object
     held: list[np.ndarray]
     owners: list[np.ndarray] | None = None
+    weights: list[np.ndarray] | None = None
 
 
 @dataclass
@@ -100,7 +101,8 @@ class Conversation:
         stages = [self.result.members(s)[0] for s in range(len(self.schedule.cuts) + 1)]
         images = kind == "prefill" and any(isinstance(piece, oracle.Image) for piece in what)
         owners = self.ctx.owners(len(self.schedule.cuts)) if images and self.schedule.merge else None
-        self.turns.append(Turn(kind, what, [self.ctx.held(layer, self.seq) for layer in stages], owners))
+        weights = [self.ctx.weights(layer, self.seq) for layer in stages]
+        self.turns.append(Turn(kind, what, [self.ctx.held(layer, self.seq) for layer in stages], owners, weights))
         for stage, cut in run(decoder(self.path), self.result, self.turns[-1], self.kv).items():
             if len(cut.kept) < len(cut.left):
                 self.count("choices")
@@ -108,10 +110,12 @@ class Conversation:
             assert margin < np.inf, f"{kind} {len(self.turns)}, stage {stage}: {self._difference(stage, cut)}"
             if margin > 0:
                 self.doubts[len(self.turns) - 1, stage] = margin, cut
-            check_owners(cut, self.tally)
+            check_owners(cut, self.tally, weights[stage])
         for i, layer in enumerate(self.result.layers):
             held = self.ctx.held(i, self.seq)
             assert np.array_equal(held, np.sort(layer.pos)), f"{kind} {len(self.turns)}, layer {i}: {held}"
+            weights = self.ctx.weights(i, self.seq)
+            assert np.array_equal(weights, layer.weight[np.argsort(layer.pos)]), f"{kind} {len(self.turns)}, layer {i}"
         if kind != "picture" if check_logits is None else check_logits:
             error = oracle.nmse(self.ctx.logits(), self.result.logits)
             self.worst = max(self.worst, error)
@@ -162,10 +166,14 @@ class Conversation:
             dec.noise = None
 
 
-def check_owners(cut: oracle.Cut, tally: dict[str, int]) -> None:
+def check_owners(cut: oracle.Cut, tally: dict[str, int], weights: np.ndarray | None = None) -> None:
     """The owners that native code chose at a cut are the oracle's, or all but as similar."""
     if cut.gap is None:
         return
+    if cut.weight is not None:
+        moved = int(np.abs(cut.weight - weights).sum() / 2)
+        assert moved <= 3, f"{moved} dropped tokens have another owner"
+        tally["weights moved after the compute"] = tally.get("weights moved after the compute", 0) + moved
     others = cut.gap > 0
     assert cut.gap.max(initial=0.0) < SAME_OWNER, f"owners of {cut.left[others]}, cosines off by {cut.gap[others]}"
     for word, n in (("owners", len(others)), ("owners that all but tie", others.sum())):
@@ -182,7 +190,7 @@ def run(dec: oracle.Decoder, result: oracle.Result, turn: Turn, kv: str) -> dict
     if turn.kind == "picture":
         dec.picture(result, turn.what, kv)
     elif turn.kind == "text":
-        dec.text(result, turn.what, kv, turn.held)
+        dec.text(result, turn.what, kv, turn.held, turn.weights)
     else:
         dec.prefill(turn.what, kv=kv, follow=turn.held, result=result, owners=turn.owners)
     return dict(enumerate(result.cuts, 1))

@@ -7,6 +7,7 @@ index over all images of a conversation in order.
 `follow` holds, for each stage, the positions that the code under test has there after a batch. Then these stay, and not
 the oracle's own choice (which every `Cut` still tells): so each cut and each step is judged from the state that the
 code was in. `owners` likewise: for each cut, the index of the token that stands for each visual token of the prompt.
+`weights`: for each stage, the weights at the positions of `follow`, where tokens left after the compute.
 
 Readings, where the method leaves room:
 - A batch makes one record for every image whose prefill it is or comes after, in every stage; the scoring rows of
@@ -85,6 +86,7 @@ class Cut:
     kept: Array
     owner: Array | None = None
     gap: Array | None = None
+    weight: Array | None = None  # of the stage's cells, where tokens left after the compute
 
     def margin(self, other: Array) -> float:
         """How clear a difference to another choice is: 0 where equal, else the largest relative gap in score.
@@ -323,6 +325,7 @@ class Decoder:
         asked: list[Seen],
         follow: list[Array] | None = None,
         owners: list[Array] | None = None,
+        weights: list[Array] | None = None,
     ) -> None:
         """Run rows [n, width], named by `visual`, through all layers: logits, caches, records.
 
@@ -363,8 +366,19 @@ class Decoder:
                 x, pos, visual, weight = x[rows], pos[rows], visual[rows], weight[rows]
         result.logits = self._logits(x[-1])
         if not pruned and asked:
+            count = np.ones(result.n_visual)
             for n_cut, i in enumerate(cuts):
-                result._keep(n_cut + 1, asked, self._cut(result, i, asked, received, follow))
+                stay = self._cut(result, i, asked, received, follow)
+                if schedule.merge:
+                    count = self._stand_for(result, asked, stay, count, result.layers[i + 1])
+                result._keep(n_cut + 1, asked, stay)
+                for member in result.members(n_cut + 1) if schedule.merge else []:
+                    layer, theirs = result.layers[member], np.concatenate([im.ids for im in asked])
+                    here = np.isin(layer.visual, theirs)
+                    layer.weight[here] = count[layer.visual[here]]
+                    result.cuts[-1].weight = layer.weight.copy()
+                    if weights is not None:
+                        layer.weight[:] = weights[n_cut + 1]
         for im in asked:
             im.start(result)
         for im in result.images if asked or visual.max(initial=-1) < 0 else []:
@@ -442,6 +456,17 @@ class Decoder:
                 x[row] = share @ old / share.sum()
         return x, weight
 
+    def _stand_for(self, result: Result, asked: list[Seen], stay: Array, count: Array, layer: Layer) -> Array:
+        """Weights [n_visual] where those that stay stand for the others most like them, by a layer's values."""
+        there = np.isin(layer.visual, result.cuts[-1].left)
+        toward = layer.v[:, there].swapaxes(0, 1).reshape(there.sum(), -1)
+        toward = toward / np.sqrt((toward * toward).sum(-1, keepdims=True))
+        visual = layer.visual[there]
+        _, weight = self._merge(result, asked, stay, toward, count[visual], (visual, toward), None)
+        count = count.copy()
+        count[visual] = weight
+        return count
+
     def _choose(
         self,
         schedule: Schedule,
@@ -508,13 +533,22 @@ class Decoder:
         self._batch(result, image.embd.astype(np.float64), last.ids[-len(image.embd) :], kv, [])
         result.continues = True
 
-    def text(self, result: Result, tokens: list[int], kv: str = "F32", follow: list[Array] | None = None) -> Array:
+    def text(
+        self,
+        result: Result,
+        tokens: list[int],
+        kv: str = "F32",
+        follow: list[Array] | None = None,
+        weights: list[Array] | None = None,
+    ) -> Array:
         """A batch of tokens whose last row is an output: the question of images that wait. Returns its logits.
 
         These images are cut down by the rule of the cuts in prefill, once all layers have run.
         """
         waiting = [im for im in result.images if im.waits] if result.schedule else []
-        self._batch(result, self.w("token_embd.weight")[tokens], np.full(len(tokens), -1), kv, waiting, follow)
+        self._batch(
+            result, self.w("token_embd.weight")[tokens], np.full(len(tokens), -1), kv, waiting, follow, weights=weights
+        )
         result.continues = False
         return result.logits
 

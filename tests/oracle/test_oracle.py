@@ -104,10 +104,11 @@ def test_annealing_targets() -> None:
 
 
 def test_annealing_defaults() -> None:
-    """Breaks if a preset other than st3 anneals, a key cannot say otherwise, or a score is not inherited."""
+    """Breaks if a preset anneals that should not, a key cannot say otherwise, or a score is not inherited."""
     for preset in schedule.PRESETS[1:]:
         s = schedule.resolve(16, preset)
-        assert s.anneal == ("linear" if preset == "st3" else "none")
+        assert s.anneal == ("linear" if preset in ("st3", "paper") else "none")
+        assert s.merge == (preset in ("st3", "pvtp")) and schedule.resolve(16, preset, merge=True).merge
         assert (s.anneal_tokens, s.anneal_floor, s.anneal_interval) == (64, 0.3, 1)
         assert s.anneal_random == (preset == "random")
         assert schedule.resolve(16, preset, anneal="cosine").anneal == "cosine"
@@ -260,3 +261,27 @@ def test_evict_only_sees_what_the_cuts_of_a_full_model_would(decoder: llama.Deco
     assert set(result.held(2)) < set(result.held(1))
     decoder.text(result, [30])
     assert result.images[0].n0 == [25, 13, 7] and result.cuts == []
+
+
+def test_a_weight_counts_as_equal_keys(decoder: llama.Decoder) -> None:
+    """Breaks if a token of weight 3 gets other attention than three tokens with the same key together."""
+    rng = np.random.default_rng(8)
+    q, k = (
+        rng.standard_normal((decoder.n_head, 1, decoder.head)),
+        rng.standard_normal((decoder.n_head_kv, 5, decoder.head)),
+    )
+    at = np.arange(5)
+    once = llama.Layer(k, k, at, at, np.array([1, 3, 1, 1, 1.0]))
+    cells = [0, 1, 1, 1, 2, 3, 4]
+    thrice = llama.Layer(k[:, cells], k[:, cells], at[cells], at[cells], np.ones(7))
+    p = decoder._attention(q, thrice)
+    want = np.stack([p[..., [j for j, c in enumerate(cells) if c == i]].sum(-1) for i in range(5)], -1)
+    assert np.abs(decoder._attention(q, once) - want).max() < 1e-3  # the mask is of type F16
+
+
+def test_distance_spares_the_best_of_tokens_that_are_alike() -> None:
+    """Breaks if the higher of two alike is the one that loses, or one that is like none loses."""
+    toward = np.array([[1, 0], [0, 1], [0.8, 0.6], [-1, 0.0]])
+    seen = [llama.Seen(0, 4, 2, 2, 0, 0)]
+    got = llama.by_distance(np.array([4.0, 2.0, 3.0, 1.0]), np.arange(4), seen, np.arange(4), toward)
+    assert np.allclose(got, [4, 2 * 0.4, 3 * 0.2, 1])
