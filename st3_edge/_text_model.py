@@ -131,6 +131,8 @@ def native_overrides(lib: Any, keys: Mapping[str, Override]) -> Any:
         slot.key = key.encode()
         if isinstance(value, str):
             slot.tag, slot.value.val_str = lib.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
+        elif isinstance(value, bool):
+            slot.tag, slot.value.val_bool = lib.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
         elif isinstance(value, int):
             slot.tag, slot.value.val_i64 = lib.LLAMA_KV_OVERRIDE_TYPE_INT, value
         else:

@@ -175,6 +175,8 @@ def write_text(
     for key, value in (metadata or {}).items():
         if isinstance(value, str):
             w.add_key_value(key, value, gguf.GGUFValueType.STRING)  # add_string leaves empty ones out
+        elif isinstance(value, bool):
+            w.add_bool(key, value)
         elif isinstance(value, int):
             (w.add_uint32 if value >= 0 else w.add_int32)(key, value)
         else:

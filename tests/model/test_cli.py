@@ -111,6 +111,20 @@ def test_score_and_coverage_change_what_is_kept(ask, picture):
     assert kept("--score", "last-mean", "--coverage", "0.5") != default
 
 
+def test_merging_and_rank_are_those_asked_for(ask, picture):
+    # broken if either did not reach its key, or the trace's weights were not those of its owners
+    def traced(*options):
+        return answered(ask(picture, QUESTION, "--json", "--trace", *options))
+
+    alone, merged = traced("--no-merge", "--rank", "distance"), traced("--merge", "--rank", "score")
+    assert (alone["schedule"]["merge"], alone["schedule"]["rank"]) == (False, "distance")
+    assert (merged["schedule"]["merge"], merged["schedule"]["rank"]) == (True, "score")
+    assert alone["owners"] == alone["weights"] == [] and alone["kept"][0] != merged["kept"][0]
+    for kept, owners, weights in zip(*(merged[k] for k in ("kept", "owners", "weights")), strict=True):
+        assert len(owners) == 576 and sorted(set(owners)) == kept and all(owners[k] == k for k in kept)
+        assert weights == [owners.count(k) for k in kept] and sum(weights) == 576
+
+
 def test_annealing_is_the_one_asked_for(ask, picture):
     # broken if an option did not reach its key
     options = ("--json", "--anneal", "linear", "--anneal-tokens", "4", "--anneal-floor", "0.5", "--min-share", "0")

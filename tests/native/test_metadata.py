@@ -97,6 +97,18 @@ def test_integers_stand_for_reals(rt, random_gguf, from_file: bool) -> None:
     assert (report["keep"], report["start"], report["coverage"]) == (1.0, 2, 0.0)
 
 
+@pytest.mark.parametrize("from_file", [False, True], ids=["override", "file"])
+@pytest.mark.parametrize(("value", "merge"), [(True, True), (False, False), ("true", True), ("false", False)])
+def test_merging_is_said_by_a_bool_or_its_name(
+    rt, random_gguf, value: bool | str, merge: bool, from_file: bool
+) -> None:
+    """Breaks if a file's bool, an override's, or `--override-kv st3.merge=str:true` is not understood."""
+    keys = {"st3.preset": "st3" if not merge else "fastv", "st3.merge": value, "st3.start": 2, "st3.rank": "distance"}
+    path = random_gguf(SHAPE, metadata=keys if from_file else None)
+    with Model(rt, path, None if from_file else keys) as model, Context(model, n_ctx=64) as ctx:
+        assert (ctx.report()["merge"], ctx.report()["rank"]) == (merge, "distance")
+
+
 @pytest.mark.parametrize("preset", ["st3", "pvtp", "paper", "fastv", "pyramiddrop", "vtw", "random", "downsample"])
 def test_annealing_defaults(rt, random_gguf, preset: str) -> None:
     """Breaks if a preset other than st3 anneals unasked, a default is another one, or a key does not win."""
