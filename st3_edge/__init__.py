@@ -27,6 +27,8 @@ from .errors import (
 )
 from .report import Report
 
+__version__: str
+
 if TYPE_CHECKING:
     from .llava import Llava
 
@@ -50,6 +52,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib import metadata
+
+        try:
+            return metadata.version("st3-edge")
+        except metadata.PackageNotFoundError:  # run from its sources
+            return "unknown"
     if name == "Llava":
         from .llava import Llava
 

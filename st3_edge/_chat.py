@@ -8,12 +8,11 @@ import io
 import os
 import shlex
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 from . import _options, images, state
-from ._console import Console, run
+from ._console import Console
 from .errors import ContextError, OutputError, St3Error, one_line
 from .llava import Llava
 
@@ -43,8 +42,12 @@ class Chat:
         self._console.note("Ask, or /help tells what else there is.")
         if isinstance(sys.stdin, io.TextIOWrapper):  # a name of a file may be in another encoding
             sys.stdin.reconfigure(encoding=_marked_encoding(), errors="surrogateescape")
+        interrupted = False
         while True:
             try:
+                if interrupted:  # here, where one more is seen as well
+                    interrupted = False
+                    self._console.note("\n(/quit leaves)")
                 line = _line(prompt).strip()
                 if line in ("/quit", "/exit"):
                     return 0
@@ -53,7 +56,7 @@ class Chat:
             except EOFError:
                 return 0
             except KeyboardInterrupt:
-                self._console.note("\n(/quit leaves)")
+                interrupted = True
             except OutputError:  # nobody would read the next answer either
                 raise
             except St3Error as e:
@@ -92,34 +95,34 @@ class Chat:
 
     def _ask(self, text: str) -> None:
         own = len(self._pictures)
-        stopped = threading.Event()
+        stopped = False
         said: list[str] = []
-
-        def answer() -> None:
-            chunks: Any = self._llava.create_chat_completion([*self._messages, question], stream=True, **self._options)
-            for chunk in chunks:
-                said.append(chunk["choices"][0]["delta"].get("content", ""))
-                self._console.say(said[-1], end="")
-                if stopped.is_set():
-                    chunks.close()
-
         while True:
             question = {"role": "user", "content": [*map(_image, self._pictures), {"type": "text", "text": text}]}
             try:
-                run(self._console, answer, stopped.set)
+                with self._console.ticking():
+                    self._answer([*self._messages, question], said)
                 break
             except ContextError:
                 if not self._forget(own):
                     raise
+            except KeyboardInterrupt:  # what was said before it counts
+                stopped = True
+                break
         self._console.say()
         if any(said):
             self._messages += [question, {"role": "assistant", "content": "".join(said)}]
             self._pictures.clear()
         report = self._llava.last_report
-        if report and not stopped.is_set() and (note := _options.cut(report, self._options, self._llava.n_ctx)):
+        if report and not stopped and (note := _options.cut(report, self._options, self._llava.n_ctx)):
             self._console.note(note)
             if any(said) and _options.is_full(report, self._options):
                 self._forget(0)  # or the next answer would be as short
+
+    def _answer(self, messages: list[dict[str, Any]], said: list[str]) -> None:
+        for chunk in self._llava.create_chat_completion(messages, stream=True, **self._options):
+            said.append(chunk["choices"][0]["delta"].get("content", ""))
+            self._console.say(said[-1], end="")
 
     def _forget(self, own: int) -> bool:
         """Makes room in the context: the older half of the questions goes, less their pictures; where there is none,

@@ -8,7 +8,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TextIO, TypeVar
 
 from .errors import OutputError, one_line
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def _own(stream: TextIO | None, descriptor: int) -> TextIO:
-    """A stream of our own to a standard descriptor: the bindings redirect the original ones while a model loads."""
+    """A stream of our own to a standard descriptor, where a character that it has not becomes "?"."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
         return os.fdopen(os.dup(descriptor), "w", encoding=encoding, errors="replace")
@@ -88,6 +88,22 @@ class Console:
             elif not self._shown:
                 self._tell(f"{name} ...\n")
             self._shown = True
+
+    @contextlib.contextmanager
+    def ticking(self) -> Iterator[None]:
+        """While what is inside runs, in the main thread, so that Ctrl-C ends it."""
+        ended = threading.Event()
+
+        def tick() -> None:
+            while not ended.wait(_TICK_S):
+                self.tick()
+
+        threading.Thread(target=tick, daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+            self.stage(None)
 
     def _clear(self) -> None:
         if self._shown and self.err.isatty():

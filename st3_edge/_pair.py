@@ -25,7 +25,18 @@ def check_pair(model: str, mmproj: str) -> _gguf.Header:
         raise ModelError(f"mmproj {mmproj!r} is a text model; the vision half (mmproj) belongs here")
     if other.metadata.get("clip.projector_type") == "mlp":
         _check_llava(mmproj, other)
+        _check_width(mmproj, header, other)
     return header
+
+
+def _check_width(mmproj: str, text: _gguf.Header, vision: _gguf.Header) -> None:
+    # A projector with layers behind mm.2 is another family's.
+    width, projected = text.metadata.get(f"{text.architecture}.embedding_length"), vision.shapes["mm.2.weight"][1:]
+    if isinstance(width, int) and projected != (width,) and not {"mm.3.weight", "mm.4.weight"} & vision.tensors.keys():
+        raise ModelError(
+            f"mmproj {mmproj!r} is of another model: its visual tokens are {' x '.join(map(str, projected))} wide, "
+            f"those of the text model {width}"
+        )
 
 
 def _check_llava(mmproj: str, header: _gguf.Header) -> None:

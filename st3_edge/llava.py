@@ -6,7 +6,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -182,8 +182,23 @@ class Llava:
         content = [{"type": "image", "image": source} for source in sources]
         message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
         response = self.create_chat_completion([message], **options)
-        answer: str = response["choices"][0]["message"]["content"]  # type: ignore[index]
+        answer: str = response["choices"][0]["message"]["content"]
         return answer
+
+    @overload
+    def create_chat_completion(
+        self, messages: Sequence[Message], *, stream: Literal[False] | None = False, **options: Any
+    ) -> Response: ...
+
+    @overload
+    def create_chat_completion(
+        self, messages: Sequence[Message], *, stream: Literal[True], **options: Any
+    ) -> Iterator[Response]: ...
+
+    @overload
+    def create_chat_completion(
+        self, messages: Sequence[Message], *, stream: bool | None, **options: Any
+    ) -> Response | Iterator[Response]: ...
 
     def create_chat_completion(
         self,

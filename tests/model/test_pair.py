@@ -50,6 +50,12 @@ def test_a_text_model_without_layers_is_refused(files, tmp_path):
         check_pair(changed(files[0], "llama.block_count", 0, tmp_path / "model.gguf"), files[1])
 
 
+def test_a_vision_half_of_another_width_is_refused(files, foreign_mmproj):
+    # broken if both were loaded to find that out
+    with pytest.raises(ModelError, match="another model: its visual tokens are 32 wide, those of the text model 192"):
+        check_pair(files[0], foreign_mmproj)
+
+
 def test_the_embedded_pair_fits(files):
     # broken if a check refused what works
     assert check_pair(*files).architecture == "llama"
