@@ -6,10 +6,12 @@ nothing of this package imports `llama_cpp` before `load()` has set them.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +25,10 @@ ABI_VERSION = 5
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 _ENV = ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB")
 
+_GPU_TYPES = (1, 2)  # ggml_backend_dev_type: GPU, IGPU
+
 _stock: Path | None = None
+_lock = threading.RLock()  # the environment is changed while the bindings are imported
 
 
 class Bindings(NamedTuple):
@@ -61,9 +66,22 @@ def check_present() -> None:
             raise LibraryError(f"{path_of(name)} is missing: build the package (pip install .) or set ST3_LIB_DIR")
 
 
-@functools.cache
 def load() -> Bindings:
-    """Imports the bindings on our libraries, once. Raises LibraryError where that cannot be."""
+    """Imports the bindings on our libraries, once. Raises LibraryError where that cannot be, and in a process that was
+    forked after it where there is a GPU: its driver works in the parent alone."""
+    with _lock:
+        bindings, pid = _load()
+    if pid != os.getpid() and _has_gpu(bindings):
+        raise LibraryError(
+            "this process was forked after the libraries had been loaded, and a GPU works in the parent alone: start "
+            "processes with multiprocessing's 'spawn'"
+        )
+    return bindings
+
+
+@functools.cache
+def _load() -> tuple[Bindings, int]:
+    """The bindings, and the process that loaded them."""
     ours = path_of("llama")
     check_present()
     if "llama_cpp" in sys.modules:
@@ -92,7 +110,14 @@ def load() -> Bindings:
     if native.ggml_backend_dev_count() == 0:
         # Backends that are separate files: upstream would look for them beside the Python interpreter.
         native.ggml_backend_load_all_from_path(str(folder()).encode())
-    return bindings
+    bindings.lib.llama_backend_init()
+    return bindings, os.getpid()
+
+
+def _has_gpu(bindings: Bindings) -> bool:
+    native = bindings.lib._lib
+    native.ggml_backend_dev_by_type.argtypes, native.ggml_backend_dev_by_type.restype = [ctypes.c_int], ctypes.c_void_p
+    return any(native.ggml_backend_dev_by_type(kind) for kind in _GPU_TYPES)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 
@@ -166,6 +167,26 @@ class Report:
             told[-1] += f" ({1e3 * (self.n_generated - 1) / ms.decode:.1f} tokens a second)"
         told.append(f"KV cache {kv.live / 1e6:.1f} MB, {kv.full / 1e6:.1f} MB without ST3")
         return f"[{'; '.join(told)}]"
+
+    def __str__(self) -> str:
+        """A short table for a person."""
+        tokens, kv, flops, ms = self.visual_tokens, self.kv_bytes_end, self.flops, self.ms
+        first, of_layers = 0, []
+        for count, run in groupby(tokens.per_layer):
+            last = first + len(list(run)) - 1
+            of_layers.append(f"{first}-{last}: {count}" if last > first else f"{first}: {count}")
+            first = last + 1
+        rows = {
+            "answer": f"{self.n_generated} tokens, ended by {self.finish_reason}",
+            "mode": f"{self.mode}, preset {self.schedule.preset}" + (f" ({self.reason})" if self.reason else ""),
+            "visual tokens": f"{tokens.given}, {self.schedule.budget:.0%} of them kept (mean over layers)",
+            "by layer": ", ".join(of_layers),
+            "prompt reused": f"{self.reused} positions",
+            "prefill": f"{flops.prefill / 1e9:.1f} GFLOP of {flops.prefill_full / 1e9:.1f} without ST3",
+            "KV cache": f"{kv.live / 1e6:.1f} MB of {kv.full / 1e6:.1f} without ST3",
+            "time": f"encode {ms.encode:.0f} ms, prefill {ms.prefill:.0f} ms, decode {ms.decode:.0f} ms",
+        }
+        return "\n".join(f"{name:<13}  {what}".rstrip() for name, what in rows.items())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings; the trace's fields, where there is one, beside the others."""

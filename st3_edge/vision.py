@@ -3,6 +3,7 @@ in their place."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -47,15 +48,14 @@ class Vision:
         if not context:
             raise ModelError(f"mmproj {path!r} cannot be used{_log.why()}")
         self._context = context
-        self.n_embd = bindings.lib.llama_model_n_embd_inp(model)
-        why = ""
-        if not mtmd.mtmd_support_vision(context):
-            why = "has no vision encoder"
-        elif mtmd.mtmd_decode_use_mrope(context) or mtmd.mtmd_decode_use_non_causal(context, None):
-            why = "is of a model family that is not supported: LLaVA's is"
-        if why:
-            self.close()
-            raise ModelError(f"mmproj {path!r} {why}")
+        with contextlib.ExitStack() as opened:
+            opened.callback(self.close)
+            self.n_embd = bindings.lib.llama_model_n_embd_inp(model)
+            if not mtmd.mtmd_support_vision(context):
+                raise ModelError(f"mmproj {path!r} has no vision encoder")
+            if mtmd.mtmd_decode_use_mrope(context) or mtmd.mtmd_decode_use_non_causal(context, None):
+                raise ModelError(f"mmproj {path!r} is of a model family that is not supported: LLaVA's is")
+            opened.pop_all()
 
     def close(self) -> None:
         """Frees it. Called again it does nothing."""

@@ -97,3 +97,19 @@ def test_the_end_of_an_answer_changes_what_is_held_then_and_nothing_else():
     assert after["visual_tokens"].pop("held") == [2, 1]
     assert before.pop("kv_bytes_end") == NATIVE["kv_bytes"] and before["visual_tokens"].pop("held") == [4, 2]
     assert after == before and after["reused"] == 5
+
+
+def test_a_report_prints_as_a_short_table():
+    # broken if print() showed the nested objects, or a number of another field
+    report = Report.from_native(
+        {**NATIVE, "per_layer": [4, 2, 2, 2], "flops": {"prefill": 7e9, "prefill_full": 9e9}},
+        Milliseconds(1.0, 20.4, 30.6, 4.0),
+    )
+    lines = str(report).splitlines()
+    assert [line[:13].strip() for line in lines] == [
+        "answer", "mode", "visual tokens", "by layer", "prompt reused", "prefill", "KV cache", "time"
+    ]  # fmt: skip
+    said = {line[:13].strip(): line[15:] for line in lines}
+    assert said["visual tokens"] == "4, 75% of them kept (mean over layers)"
+    assert said["by layer"] == "0: 4, 1-3: 2" and said["prefill"] == "7.0 GFLOP of 9.0 without ST3"
+    assert said["time"] == "encode 20 ms, prefill 31 ms, decode 4 ms"
