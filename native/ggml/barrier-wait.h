@@ -1,0 +1,79 @@
+// barrier-wait.h - how a thread of ggml's own pool waits for the others: it spins while that pays, else it sleeps.
+//
+// Upstream spins without end. Where other programs want the CPUs, the thread that is waited for may have none, and the
+// one that waits keeps it from getting one. Included by ggml-cpu.c behind struct ggml_threadpool (vendor/fixes/0002).
+#pragma once
+
+#if defined(__linux__)
+#    include <linux/futex.h>
+#    include <sys/syscall.h>
+#    include <unistd.h>
+#endif
+
+// Microseconds: threads that all have a CPU come within them; one that has lost its CPU comes back after milliseconds.
+#define GGML_BARRIER_SPIN 100
+
+// How many waits in a row sleep at once, at most, after spinning was in vain again and again.
+#define GGML_BARRIER_REST 1023
+
+static bool ggml_barrier_passed(struct ggml_threadpool * tp, int n_passed) {
+    return atomic_load_explicit(&tp->n_barrier_passed, memory_order_seq_cst) != n_passed;
+}
+
+static void ggml_barrier_sleep(struct ggml_threadpool * tp, int n_passed) {
+    atomic_fetch_add_explicit(&tp->n_barrier_asleep, 1, memory_order_seq_cst);
+#if defined(__linux__)
+    while (!ggml_barrier_passed(tp, n_passed)) {
+        syscall(SYS_futex, &tp->n_barrier_passed, FUTEX_WAIT_PRIVATE, n_passed, NULL, NULL, 0);
+    }
+#else
+    ggml_mutex_lock_shared(&tp->mutex);
+    while (!ggml_barrier_passed(tp, n_passed)) {
+        ggml_cond_wait(&tp->cond, &tp->mutex);
+    }
+    ggml_mutex_unlock_shared(&tp->mutex);
+#endif
+    atomic_fetch_sub_explicit(&tp->n_barrier_asleep, 1, memory_order_relaxed);
+}
+
+// Returns once n_barrier_passed differs from n_passed, its value when the caller came to the barrier.
+static void ggml_barrier_wait(struct ggml_threadpool * tp, int n_passed) {
+    static _Thread_local int rests = 0; // after the next spin in vain
+    static _Thread_local int left  = 0; // of them now
+
+    if (left > 0) {
+        left--;
+        ggml_barrier_sleep(tp, n_passed);
+        return;
+    }
+    int64_t end = 0;
+    for (int i = 1; !ggml_barrier_passed(tp, n_passed); i++) {
+        ggml_thread_cpu_relax();
+        if (i % 32 != 0) {
+            continue;
+        }
+        const int64_t now = ggml_time_us();
+        if (end == 0) {
+            end = now + GGML_BARRIER_SPIN;
+        } else if (now > end) {
+            left = rests = MIN(2 * rests + 1, GGML_BARRIER_REST);
+            ggml_barrier_sleep(tp, n_passed);
+            return;
+        }
+    }
+    rests /= 2;
+}
+
+// By the last thread, once it has changed n_barrier_passed.
+static void ggml_barrier_wake(struct ggml_threadpool * tp) {
+    if (atomic_load_explicit(&tp->n_barrier_asleep, memory_order_seq_cst) == 0) {
+        return;
+    }
+#if defined(__linux__)
+    syscall(SYS_futex, &tp->n_barrier_passed, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+#else
+    ggml_mutex_lock(&tp->mutex);
+    ggml_cond_broadcast(&tp->cond);
+    ggml_mutex_unlock(&tp->mutex);
+#endif
+}
