@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -26,11 +27,15 @@ class Stopped(Exception):
 
 
 class Side:
-    """A worker that is started when it is needed. `setup`: Worker.setup; `report`: st3_report's object at the end of an
-    answer, and `live`: the KV bytes in use after each of its tokens (ST³'s side)."""
+    """A worker that is started when it is needed, with `environment` beside the process's own. `setup`: Worker.setup;
+    `report`: st3_report's object at the end of an answer, and `live`: the KV bytes in use after each of its tokens
+    (ST³'s side)."""
 
-    def __init__(self, name: str, job: Job) -> None:
+    def __init__(
+        self, name: str, job: Job, environment: Mapping[str, str] | None = None, new_session: bool = True
+    ) -> None:
         self.name, self._job = name, job
+        self._environment, self._new_session = {**os.environ, **(environment or {})}, new_session
         self._label = "ST3" if job.st3 else "stock" if job.stock else "pruning off"
         self.setup: dict[str, Any] = {}
         self.report: dict[str, Any] = {}
@@ -52,7 +57,8 @@ class Side:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            start_new_session=True,  # a terminal's Ctrl-C is for the parent alone
+            env=self._environment,
+            start_new_session=self._new_session,  # a terminal's Ctrl-C is for the parent alone
         )
         self.setup = self._ask(asdict(self._job))
         self.call("begin")
