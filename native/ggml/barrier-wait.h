@@ -5,9 +5,9 @@
 #pragma once
 
 #if defined(__linux__)
-#    include <linux/futex.h>
-#    include <sys/syscall.h>
-#    include <unistd.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 // Microseconds: threads that all have a CPU come within them; one that has lost its CPU comes back after milliseconds.
@@ -38,8 +38,8 @@ static void ggml_barrier_sleep(struct ggml_threadpool * tp, int n_passed) {
 
 // Returns once n_barrier_passed differs from n_passed, its value when the caller came to the barrier.
 static void ggml_barrier_wait(struct ggml_threadpool * tp, int n_passed) {
-    static _Thread_local int rests = 0; // after the next spin in vain
-    static _Thread_local int left  = 0; // of them now
+    static _Thread_local int rests = 0;  // after the next spin in vain
+    static _Thread_local int left  = 0;  // of them now
 
     if (left > 0) {
         left--;
