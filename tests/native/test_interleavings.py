@@ -95,7 +95,8 @@ def saved_values(raw: bytes, n_cuts: int) -> list[dict[int, bytes]]:
         _, n, *_ = take("i5I")
         take(f"2Q{n}i")
         take(f"{take('I')[0]}I")
-        take(f"{take('I')[0] * n}f")
+        take(f"{take('I')[0] * n}f")  # scores
+        take(f"{take('I')[0] * n}f")  # weights
     row = SHAPE.head * SHAPE.n_head_kv
     row = {1: 2 * row, 8: row // 32 * 34}[type_v]
     out = []
