@@ -88,6 +88,8 @@ class Session:
             **options,
         )
         worker.resources.callback(llama.close)
+        self._batch = bindings.internals.LlamaBatch(n_tokens=1, embd=0, n_seq_max=1, verbose=False)
+        worker.resources.callback(self._batch.close)
         self.vision = Vision(
             mmproj,
             llama.model,
@@ -272,7 +274,8 @@ class Session:
     def _decode(self, token: int) -> None:
         _log.forget()
         with self.conversation.adding([token]):
-            code = _native.decode(self.llama.ctx, self.conversation.n_positions, [token])
+            self._batch.set_batch([token], n_past=self.conversation.n_positions, logits_all=False)
+            code = self.lib.llama_decode(self.llama.ctx, self._batch.batch)
             if code:
                 raise St3Error(f"decoding failed ({code}){_log.why()}")
 
