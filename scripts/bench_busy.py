@@ -77,7 +77,10 @@ def table(rows: list[dict[str, Any]], threads: int, cpus: int) -> list[str]:
             values = row["ms"][what]
             fair = idle[what] * max(1, (threads + row["busy"]) / cpus)
             middle = statistics.median(values)
-            cells.append(f"{middle:.4g} ({min(values):.4g} to {max(values):.4g}) | {middle / fair:.2f}")
+            low, middle_text, high = (
+                f"{v:.0f}" if v >= 100 else f"{v:.3g}" for v in (min(values), middle, max(values))
+            )
+            cells.append(f"{middle_text} ({low} to {high}) | {middle / fair:.2f}")
         lines.append(f"| {row['busy']} | {row['build']} | " + " | ".join(cells) + " |")
     return lines
 
