@@ -44,14 +44,7 @@
 extern "C" {
 #endif
 
-#define ST3_ABI_VERSION 5
-
-// How the last st3_prefill of a context was run.
-enum st3_mode {
-    ST3_MODE_OFF            = 0,  // nothing dropped
-    ST3_MODE_PRUNED_PREFILL = 1,  // visual tokens dropped between the layers of the prefill graph
-    ST3_MODE_EVICT_ONLY     = 2,  // all layers computed in full, cells removed afterwards
-};
+#define ST3_ABI_VERSION 6
 
 // A run of consecutive prompt positions: text, or one image.
 // Exactly one of tokens and embd is set. For an image, embd is F32 [n][n_embd], and nx * ny == n gives its patch grid,
@@ -78,26 +71,45 @@ LLAMA_API bool st3_device_has_kernel(ggml_backend_dev_t device, enum ggml_type t
 // Returns 0, or -1 with st3_last_error() set (llama_init_from_model then fails with the same message).
 LLAMA_API int32_t st3_check_model(const struct llama_model * model);
 
+// Multiplications and additions of a model's decoder, counted as two, for n_rows positions after n_before others: all of them
+// computed, weights and attention, one row of logits. -1 for bad arguments.
+LLAMA_API double st3_prefill_flops(const struct llama_model * model, int32_t n_rows, int32_t n_before);
+
+// Says that the next n embeddings given to llama_decode are the tokens of one image, of a patch grid nx * ny == n, row by row
+// (nx == ny == 0: unknown, a square where n is one and else a row); n == 0: that they are no image (audio). Embeddings that
+// nobody announced are none either, and never pruned. mtmd's helper announces its images.
+//
+// An announced image of one sequence, asked for no outputs, waits: llama_decode returns 0, its positions count as decoded, and
+// it is computed as one pruned prompt together with the tokens that ask for an output, so both must fit n_batch (n_ubatch is
+// not the limit). Text without outputs that comes right before or after it waits as well. Everything else that comes for the
+// sequence has what waits computed first, as it came: its visual tokens are then removed after the question (evict-only).
+// What waits is lost by no error: trying again gives the same.
+//
+// A pruned prompt whose question is taken back, or a part of it (llama_memory_seq_rm up to the sequence's end), waits again, so
+// that another question chooses other tokens, and the same one gives the same answer. For that its embeddings are kept.
+LLAMA_API void st3_announce_image(struct llama_context * ctx, int32_t n, int32_t nx, int32_t ny);
+
 // Prefills pieces into sequence seq_id from position p0 on, where the sequence ends (0 if it is empty); logits of the last
 // position are then llama_get_logits_ith(-1). The last piece must be text. Embeddings are for models with one position a
 // token and inputs as wide as the rest (no M-RoPE, no deepstack).
-// With a schedule, and when everything from the first image on fits one ubatch, visual tokens are dropped between layers;
-// else the pieces are decoded as stock mtmd decodes them, the cells are removed afterwards, and the reason is in the report.
+// The same as announcing images and giving all pieces to llama_decode, in batches of n_batch; but the embeddings are not kept.
 // Returns 0, a positive or negative llama_decode() code, or -100 for unusable arguments or a prompt that does not fit the
 // context (nothing decoded, st3_last_error() set). When decoding fails, none of the pieces' positions stay in the cache.
 LLAMA_API int32_t st3_prefill(
         struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0, const struct st3_piece * pieces,
         size_t n_pieces);
 
-// The visual indices kept after cut i_cut of the last st3_prefill, ascending, over all its images in order (the
-// second image's first token has the index "tokens of the first"). Writes at most cap of them to out, and returns
-// how many there are; -1 if there is no such cut or no image was pruned.
-LLAMA_API int32_t st3_kept(const struct llama_context * ctx, int32_t i_cut, int32_t * out, int32_t cap);
+// The visual indices kept after cut i_cut of a sequence's last prompt (seq_id < 0: of the sequence that had the last one),
+// ascending, over all its images in order (the second image's first token has the index "tokens of the first"). Writes at most
+// cap of them to out, and returns how many there are; -1 if there is no such cut or no image was pruned in the compute.
+LLAMA_API int32_t
+st3_kept(const struct llama_context * ctx, llama_seq_id seq_id, int32_t i_cut, int32_t * out, int32_t cap);
 
 // Beside it, where tokens were merged: the index of the token that stands for each visual token of that prompt after cut
 // i_cut, itself where it was kept; -1 where none does. Returns how many visual tokens the prompt had; -1 where st3_kept does,
 // or nothing was merged.
-LLAMA_API int32_t st3_owners(const struct llama_context * ctx, int32_t i_cut, int32_t * out, int32_t cap);
+LLAMA_API int32_t
+st3_owners(const struct llama_context * ctx, llama_seq_id seq_id, int32_t i_cut, int32_t * out, int32_t cap);
 
 // Positions of sequence seq_id, text and visual, that layer il holds now, ascending. Writes at most cap of them to out, and
 // returns how many there are; -1 for bad arguments.
@@ -108,17 +120,22 @@ st3_positions(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il,
 LLAMA_API int32_t
 st3_weights(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * out, int32_t cap);
 
-// Writes a JSON object (NUL-terminated, cut at cap bytes) and returns its full length without the NUL:
-// {"mode": "off"|"pruned-prefill"|"evict-only", "reason": str|null,    of the images of the last st3_prefill's sequence
+// Writes a JSON object about a sequence (seq_id < 0: the one that had the last prompt), NUL-terminated and cut at cap bytes, and
+// returns its full length without the NUL:
+// {"mode": "off"|"pruned-prefill"|"evict-only", "reason": str|null,    of its images; off: nothing dropped; evict-only: some
+//                                             were computed in full in all layers, and cells removed afterwards, for that reason
 //  "preset": str, "start": int, "stride": int, "keep": float, "min_keep": int, "min_share": float,
 //  "score": str, "coverage": float, "merge": bool, "rank": str,
-//  "cuts": [layer], "counts": [[kept of each image, in order] for each cut],                     of that sequence's images
+//  "cuts": [layer], "counts": [[kept of each image, in order] for each cut],
 //  "budget": float,                                 mean over layers of kept / given for them (schedule's own if none)
 //  "anneal": {"curve": str, "tokens": int, "floor": float, "interval": int, "score": str},
-//  "given": int, "per_layer": [visual tokens that each layer held after that prefill], "held": [that it holds now],
+//  "given": int, "per_layer": [visual tokens that each layer held after their prompts], "held": [that it holds now],
+//  "waiting": int,                                  positions that wait to be computed
+//  "embedding_bytes": int,                          of all images of the context that wait or may have to be read again
 //  "kv_bytes": {"allocated": int, "live": int, "full": int},   now; live: cells in use; full: what stock would have in use
-//  "flops": {"prefill": int, "prefill_full": int}}     multiply and add counted as 2; weights and attention of the decoder
-LLAMA_API size_t st3_report(const struct llama_context * ctx, char * out, size_t cap);
+//  "flops": {"prefill": int, "prefill_full": int}}  of its last prompt; multiply and add counted as 2; weights and attention of
+//                                                   the decoder
+LLAMA_API size_t st3_report(const struct llama_context * ctx, llama_seq_id seq_id, char * out, size_t cap);
 
 // Callbacks that end work when another thread sets a flag: their last argument is a const bool *.
 // For llama_context_params.abort_callback: the llama_decode under way then returns 2.

@@ -93,10 +93,14 @@ class Runtime:
             f.st3_prefill.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.POINTER(Piece), C.c_size_t]
             f.st3_positions.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.POINTER(C.c_int32), C.c_int32]
             f.st3_weights.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.POINTER(C.c_float), C.c_int32]
-            f.st3_kept.argtypes = [C.c_void_p, C.c_int32, C.POINTER(C.c_int32), C.c_int32]
-            f.st3_owners.argtypes = [C.c_void_p, C.c_int32, C.POINTER(C.c_int32), C.c_int32]
-            f.st3_report.argtypes = [C.c_void_p, C.c_char_p, C.c_size_t]
+            f.st3_kept.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.POINTER(C.c_int32), C.c_int32]
+            f.st3_owners.argtypes = f.st3_kept.argtypes
+            f.st3_report.argtypes = [C.c_void_p, C.c_int32, C.c_char_p, C.c_size_t]
             f.st3_report.restype = C.c_size_t
+            f.st3_announce_image.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.c_int32]
+            f.st3_announce_image.restype = None
+            f.st3_prefill_flops.argtypes = [C.c_void_p, C.c_int32, C.c_int32]
+            f.st3_prefill_flops.restype = C.c_double
 
     def close(self) -> None:
         """Give the log back to whom it went before."""
@@ -192,6 +196,7 @@ class Context:
         flash: bool = True,
         n_seq: int = 1,
         unified: bool = False,
+        pooling: int | None = None,
     ) -> None:
         L, self.model, self.rt = model.rt.llama, model, model.rt
         params = L.llama_context_default_params()
@@ -200,6 +205,8 @@ class Context:
         params.n_ubatch = n_ubatch or n_ctx
         params.n_seq_max = n_seq
         params.kv_unified = unified
+        if pooling is not None:
+            params.embeddings, params.pooling_type = True, pooling
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = KV_TYPES[kv]
         params.flash_attn_type = L.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else L.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -260,14 +267,15 @@ class Context:
         finally:
             L.llama_batch_free(batch)
 
-    def decode_rows(self, rows: Sequence[tuple[int, int, Sequence[int]]]) -> int:
-        """llama_decode of (token, position, sequences), each row with logits; returns its code."""
+    def decode_rows(self, rows: Sequence[tuple[int, int, Sequence[int]]], outputs: Sequence[int] | None = None) -> int:
+        """llama_decode of (token, position, sequences), rows of `outputs` (None: all) with logits; returns its code."""
         L = self.rt.llama
         batch = L.llama_batch_init(len(rows), 0, max(len(seqs) for _, _, seqs in rows))
         try:
             batch.n_tokens = len(rows)
             for i, (token, pos, seqs) in enumerate(rows):
-                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, pos, len(seqs), 1
+                batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, pos, len(seqs)
+                batch.logits[i] = outputs is None or i in outputs
                 for j, seq in enumerate(seqs):
                     batch.seq_id[i][j] = seq
             return L.llama_decode(self.ptr, batch)
@@ -281,27 +289,47 @@ class Context:
             raise NativeError(f"no logits for output {i}")
         return np.ctypeslib.as_array(p, (self.model.n_vocab,)).copy()
 
-    def kept(self, n_cuts: int) -> list[np.ndarray]:
+    def embeddings(self, seq: int = 0) -> np.ndarray:
+        """A copy of the pooled embeddings of a sequence."""
+        p = self.rt.llama.llama_get_embeddings_seq(self.ptr, seq)
+        if not p:
+            raise NativeError(f"no embeddings of sequence {seq}")
+        return np.ctypeslib.as_array(p, (self.model.n_embd,)).copy()
+
+    def announce(self, n: int, nx: int = 0, ny: int = 0) -> None:
+        """st3_announce_image."""
+        self.rt.lib.st3_announce_image(self.ptr, n, nx, ny)
+
+    def picture(self, image: Image, p0: int, seq: int = 0) -> int:
+        """An image as mtmd's helper decodes it: announced, in batches of n_batch; returns llama_decode's code."""
+        n, n_batch = len(image.embd), self.rt.llama.llama_n_batch(self.ptr)
+        self.announce(n, image.nx, image.ny)
+        for i in range(0, n, n_batch):
+            if code := self.decode(image.embd[i : i + n_batch], p0 + i, "none", seq):
+                return code
+        return 0
+
+    def kept(self, n_cuts: int, seq: int = -1) -> list[np.ndarray]:
         """st3_kept of cuts 0 to n_cuts - 1."""
-        return [self._of_cut(self.rt.lib.st3_kept, i) for i in range(n_cuts)]
+        return [self._of_cut(self.rt.lib.st3_kept, i, seq) for i in range(n_cuts)]
 
-    def owners(self, n_cuts: int) -> list[np.ndarray]:
+    def owners(self, n_cuts: int, seq: int = -1) -> list[np.ndarray]:
         """st3_owners of cuts 0 to n_cuts - 1."""
-        return [self._of_cut(self.rt.lib.st3_owners, i) for i in range(n_cuts)]
+        return [self._of_cut(self.rt.lib.st3_owners, i, seq) for i in range(n_cuts)]
 
-    def _of_cut(self, function: Callable, i: int) -> np.ndarray:
-        n = function(self.ptr, i, None, 0)
+    def _of_cut(self, function: Callable, i: int, seq: int) -> np.ndarray:
+        n = function(self.ptr, seq, i, None, 0)
         if n < 0:
             raise NativeError(f"nothing of cut {i}: {self.rt.last_error()}")
         row = (C.c_int32 * max(1, n))()
-        function(self.ptr, i, row, n)
+        function(self.ptr, seq, i, row, n)
         return np.array(row[:n], dtype=np.int64)
 
-    def report(self) -> dict:
+    def report(self, seq: int = -1) -> dict:
         """st3_report."""
-        n = self.rt.lib.st3_report(self.ptr, None, 0)
+        n = self.rt.lib.st3_report(self.ptr, seq, None, 0)
         out = C.create_string_buffer(n + 1)
-        self.rt.lib.st3_report(self.ptr, out, n + 1)
+        self.rt.lib.st3_report(self.ptr, seq, out, n + 1)
         return json.loads(out.value)
 
     @property
@@ -343,6 +371,10 @@ class Context:
     def seq_cp(self, src: int, dst: int, p0: int = -1, p1: int = -1) -> None:
         """llama_memory_seq_cp."""
         self.rt.llama.llama_memory_seq_cp(self._memory, src, dst, p0, p1)
+
+    def can_shift(self) -> bool:
+        """llama_memory_can_shift."""
+        return self.rt.llama.llama_memory_can_shift(self._memory)
 
     def seq_keep(self, seq: int) -> None:
         """llama_memory_seq_keep."""

@@ -57,17 +57,18 @@ def _st3() -> ctypes.CDLL:
         ),
         "st3_kept": (
             ctypes.c_int32,
-            [context, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32],
+            [context, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32],
         ),
         "st3_owners": (
             ctypes.c_int32,
-            [context, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32],
+            [context, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32],
         ),
         "st3_positions": (
             ctypes.c_int32,
             [context, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32],
         ),
-        "st3_report": (ctypes.c_size_t, [context, ctypes.c_char_p, ctypes.c_size_t]),
+        "st3_report": (ctypes.c_size_t, [context, ctypes.c_int32, ctypes.c_char_p, ctypes.c_size_t]),
+        "st3_prefill_flops": (ctypes.c_double, [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]),
     }
     for name, (restype, argtypes) in signatures.items():
         function = getattr(lib, name)
@@ -117,11 +118,11 @@ def owners(context: Any, i_cut: int) -> list[int]:
 
 
 def _of_cut(function: Any, context: Any, i_cut: int) -> list[int]:
-    n = function(context, i_cut, None, 0)
+    n = function(context, 0, i_cut, None, 0)
     if n <= 0:
         return []
     out = (ctypes.c_int32 * n)()
-    function(context, i_cut, out, n)
+    function(context, 0, i_cut, out, n)
     return list(out)
 
 
@@ -134,12 +135,17 @@ def positions(context: Any, layer: int) -> npt.NDArray[np.int32]:
 
 
 def report(context: Any) -> dict[str, Any]:
-    """The object of st3_report."""
-    size = _st3().st3_report(context, None, 0) + 1
+    """The object of st3_report, about sequence 0."""
+    size = _st3().st3_report(context, 0, None, 0) + 1
     buffer = ctypes.create_string_buffer(size)
-    _st3().st3_report(context, buffer, size)
+    _st3().st3_report(context, 0, buffer, size)
     result: dict[str, Any] = json.loads(buffer.value)
     return result
+
+
+def prefill_flops(model: Any, n_rows: int, n_before: int) -> int:
+    """Multiplications and additions, counted as two, of an unpruned prefill of n_rows positions after n_before."""
+    return int(_st3().st3_prefill_flops(model, n_rows, n_before))
 
 
 def anneals(context: Any) -> bool:

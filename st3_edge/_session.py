@@ -253,6 +253,9 @@ class Session:
                 raise St3Error(f"prefill failed ({code})" + (f": {reason}" if reason else _log.why()))
         ms.prefill = _ms_since(started)
         native = self._native_report()
+        if not native["flops"]["prefill_full"]:  # stock memory again
+            flops = _native.prefill_flops(self.llama.model, conversation.n_positions - n_reused, n_reused)
+            native["flops"] = {"prefill": flops, "prefill_full": flops}
         traced = None
         if trace:
             cuts = range(len(native["cuts"]))

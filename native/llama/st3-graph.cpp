@@ -733,7 +733,8 @@ uint32_t st3_graph_extra_nodes(const llama_memory_i * memory, uint32_t n_tokens)
     }
     const auto &   schedule = mem->schedule;
     const uint32_t n_terms  = (uint32_t) (1 + schedule.terms.size() + schedule.anneal_terms.size());
-    const uint32_t n_parts  = n_tokens / (ST3_FFN_ROWS / 2);  // halves of what is a little more
+    const uint32_t n_rows   = std::max(n_tokens, mem->graph_rows());
+    const uint32_t n_parts  = n_rows / (ST3_FFN_ROWS / 2);  // halves of what is a little more
 
     uint32_t n_records = 0;  // layers that record, over all terms
     for (const auto * terms : { &schedule.terms, &schedule.anneal_terms }) {
@@ -745,12 +746,12 @@ uint32_t st3_graph_extra_nodes(const llama_memory_i * memory, uint32_t n_tokens)
     // generous: about 10 nodes a layer, term and sequence to record, 20 an image, term and cut to select and gather, 40
     // an image and cut to merge, 10 a part
     return 16 * (n_records + mem->n_stage()) * mem->n_seq_max +
-           32 * (uint32_t) schedule.cuts.size() * ST3_MAX_IMAGES *
+           32 * (uint32_t) schedule.cuts.size() * mem->graph_images() *
                    (n_terms + (schedule.merge || schedule.distance ? 4 : 2)) +
            16 * schedule.n_layer * n_parts;
 }
 
-uint32_t st3_outputs_to_reserve(const llama_memory_i * memory, uint32_t n_outputs) {
+uint32_t st3_outputs_to_reserve(const llama_memory_i * memory, const llama_cparams & cparams, uint32_t n_outputs) {
     const auto * mem = dynamic_cast<const st3_memory *>(memory);
-    return mem ? std::min(n_outputs, mem->n_seq_max) : n_outputs;
+    return mem && !cparams.embeddings ? std::min(n_outputs, mem->n_seq_max) : n_outputs;  // pooling takes all rows
 }

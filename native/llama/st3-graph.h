@@ -5,9 +5,7 @@
 
 #include <functional>
 
-// Images that a pruned prompt may hold; bounds the graph's size.
-constexpr uint32_t ST3_MAX_IMAGES = 16;
-
+struct llama_context;
 struct llama_memory_i;
 
 // In llm_graph_context::build_attn_inp_kv: the attention inputs of all stages, or null for the stock ones.
@@ -38,4 +36,7 @@ uint32_t st3_graph_extra_nodes(const llama_memory_i * memory, uint32_t n_tokens)
 
 // In llama_context::sched_reserve: output rows of a ubatch to have memory for beforehand, of at most n_outputs. With ST3 ubatches
 // are as long as prompts, of which the last row alone is wanted; a ubatch with more outputs gets more memory when it comes.
-uint32_t st3_outputs_to_reserve(const llama_memory_i * memory, uint32_t n_outputs);
+uint32_t st3_outputs_to_reserve(const llama_memory_i * memory, const llama_cparams & cparams, uint32_t n_outputs);
+
+// Where llama_context changes its adapters: computes what waits, as it was to be computed without them.
+void st3_compute_waiting(llama_context & ctx);

@@ -1,7 +1,6 @@
 #include "st3-images.h"
 
 #include <algorithm>
-#include <cmath>
 #include <set>
 
 const std::vector<st3_image> & st3_images::of(llama_seq_id seq_id) const {
@@ -37,20 +36,11 @@ st3_image & st3_images::add(llama_seq_id seq_id, llama_pos p0, uint32_t n, bool 
     for (uint32_t i = 0; i < n; ++i) {
         image.pos.push_back(p0 + (llama_pos) i);
     }
-    // the likely grid, until somebody tells it
-    const uint32_t n_all = (uint32_t) image.pos.size();
-    const uint32_t side  = (uint32_t) std::lround(std::sqrt((double) n_all));
-    image.nx             = side * side == n_all ? side : n_all;
-    image.ny             = n_all / image.nx;
     return image;
 }
 
 void st3_images::rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    for (auto & [id, images] : seqs) {
-        if (id == seq_id || seq_id < 0) {
-            each_pos(images, [=](st3_image &, llama_pos & p) { p = p >= p0 && p < p1 ? -1 : p; });
-        }
-    }
+    each_pos(seqs[seq_id], [=](st3_image &, llama_pos & p) { p = p >= p0 && p < p1 ? -1 : p; });
 }
 
 void st3_images::cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) {
@@ -63,19 +53,6 @@ void st3_images::cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos 
     auto copy = of(src);
     each_pos(copy, [&](st3_image &, llama_pos & p) { p = p >= p0 && p < p1 && there.count(p) == 0 ? p : -1; });
     images.insert(images.end(), copy.begin(), copy.end());
-}
-
-void st3_images::shift(llama_seq_id seq_id, llama_pos by, const std::function<bool(llama_pos)> & which) {
-    each_pos(seqs[seq_id], [&](st3_image &, llama_pos & p) { p = which(p) ? std::max(p + by, -1) : p; });
-}
-
-void st3_images::divide(llama_seq_id seq_id, int by, const std::function<bool(llama_pos)> & which) {
-    each_pos(seqs[seq_id], [&](st3_image & image, llama_pos & p) {
-        if (which(p)) {
-            p /= by;
-            image.frozen = true;
-        }
-    });
 }
 
 llama_pos st3_images::pos_min(llama_seq_id seq_id) const {

@@ -4,7 +4,6 @@
 #include "llama.h"
 
 #include <cstdint>
-#include <functional>
 #include <map>
 #include <vector>
 
@@ -18,7 +17,6 @@ struct st3_image {
 
     bool pruned  = false;  // has been through its cuts; until then it waits for its question
     bool evicted = false;  // was cut down after the compute, not in it
-    bool frozen  = false;  // its positions were divided: tokens cannot be told apart any more, none leaves
 
     uint64_t n_steps   = 0;  // tokens generated since
     uint64_t n_records = 0;  // records in its scores
@@ -36,11 +34,9 @@ class st3_images {
     // Adds tokens at positions [p0, p0 + n): to the sequence's last image where `more` says so, else as a new one.
     st3_image & add(llama_seq_id seq_id, llama_pos p0, uint32_t n, bool more);
 
-    // As the functions of llama_memory_i: positions in [p0, p1), or those that `which` picks. seq_id < 0: all sequences.
+    // As the functions of llama_memory_i: positions in [p0, p1).
     void rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     void cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1);
-    void shift(llama_seq_id seq_id, llama_pos by, const std::function<bool(llama_pos)> & which);
-    void divide(llama_seq_id seq_id, int by, const std::function<bool(llama_pos)> & which);
     void clear() { seqs.clear(); }
 
     // Over all images of a sequence; -1 if there is none.

@@ -6,11 +6,11 @@
 #include "st3-owners.h"
 
 #include <algorithm>
-#include <bitset>
 #include <cmath>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
+#include <tuple>
 
 static constexpr uint32_t MAX_TEXT_ROW = 512;  // scoring queries of text at most: the newest
 static constexpr uint32_t PAD_IDS      = 32;
@@ -129,10 +129,21 @@ uint32_t st3_memory::n_used(llama_seq_id seq_id) const {
     return res;
 }
 
-void st3_memory::announce(uint32_t nx, uint32_t ny) {
-    announced_nx = nx;
-    announced_ny = ny;
-    n_announced  = nx * ny;
+bool st3_memory::has_unpruned(llama_seq_id seq_id) const {
+    const auto & list = images.of(seq_id);
+    return std::any_of(list.begin(), list.end(), [](const st3_image & image) { return !image.pruned; });
+}
+
+bool st3_memory::make_room_in_graph(uint32_t n_images, uint32_t n_rows) {
+    const bool more = n_images > most_images || n_rows > most_rows;
+    most_images     = std::max(most_images, n_images);
+    most_rows       = std::max(most_rows, n_rows);
+    return more;
+}
+
+const st3_account * st3_memory::account(llama_seq_id seq_id) const {
+    const auto it = accounts.find(seq_id < 0 ? last_seq : seq_id);
+    return it == accounts.end() ? nullptr : &it->second;
 }
 
 // What a stage holds of an image.
@@ -223,7 +234,7 @@ st3_record st3_memory::make_record(const llama_ubatch & ubatch, llama_seq_id seq
     size_t               n_waiting = 0;
     for (const bool waiting : { true, false }) {
         for (uint32_t i = 0; i < list.size(); ++i) {
-            if (list[i].frozen || list[i].pruned == waiting || (waiting ? !cut : !schedule.anneals())) {
+            if (list[i].pruned == waiting || (waiting ? !cut : !schedule.anneals())) {
                 continue;
             }
             share_t share = { i, {} };
@@ -291,7 +302,7 @@ bool st3_memory::fit(const std::vector<llama_ubatch> & ubatches, const st3_plan 
 // Frees what is due at the start of a generated token's decode, so that the token can take a freed cell.
 void st3_memory::anneal(llama_seq_id seq_id) {
     for (const auto & image : images.of(seq_id)) {
-        if (!image.pruned || image.frozen || image.n_steps % schedule.anneal_interval != 0) {
+        if (!image.pruned || image.n_steps % schedule.anneal_interval != 0) {
             continue;
         }
         for (uint32_t s = 0; s < n_stage(); ++s) {
@@ -331,17 +342,13 @@ llama_memory_context_ptr st3_memory::init_batch(llama_batch_allocr & balloc, uin
 
     const auto failed = [] { return std::make_unique<st3_memory_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE); };
 
-    for (const auto & s : stages) {
-        if (s->get_has_shift()) {
-            LLAMA_LOG_ERROR("%s: a context shift could not be computed\n", __func__);
-            return failed();
-        }
-    }
     balloc.split_reset();
 
     std::vector<llama_ubatch> ubatches;
     while (true) {
-        auto ubatch = unified ? balloc.split_simple(n_ubatch) : balloc.split_equal(n_ubatch, true, 0);
+        // a pruned prompt is one ubatch, however long
+        const uint32_t n_max  = expected.empty() ? n_ubatch : balloc.get_n_tokens();
+        auto           ubatch = unified ? balloc.split_simple(n_max) : balloc.split_equal(n_max, true, 0);
         if (ubatch.n_tokens == 0) {
             break;
         }
@@ -377,7 +384,7 @@ llama_memory_context_ptr st3_memory::init_batch(llama_batch_allocr & balloc, uin
 
     if (text) {
         for (const auto & [seq_id, share] : shares) {
-            if (share.n == 1) {
+            if (share.n == 1 && share.output) {
                 anneal(seq_id);
             }
         }
@@ -399,12 +406,11 @@ llama_memory_context_ptr st3_memory::init_batch(llama_batch_allocr & balloc, uin
         auto &       work = works[share.last];
         const auto & list = images.of(seq_id);
 
-        if (text && share.n == 1) {
+        if (text && share.n == 1 && share.output) {
             work.steps.push_back(seq_id);
         }
-        const bool cut = text && share.output && std::any_of(list.begin(), list.end(), [](const st3_image & image) {
-                             return !image.pruned && !image.frozen;
-                         });
+        const bool cut = text && share.output &&
+                         std::any_of(list.begin(), list.end(), [](const st3_image & image) { return !image.pruned; });
         if (cut) {
             work.questions.push_back(seq_id);
         }
@@ -463,27 +469,9 @@ void st3_memory::finish(
     if (plan) {
         commit(*plan, slots, work);
     } else if (ubatch.embd) {
-        for (uint32_t i = 0; i < ubatch.n_tokens;) {
-            uint32_t n = 1;
-            while (i + n < ubatch.n_tokens && ubatch.pos[i + n] == ubatch.pos[i] + (llama_pos) n &&
-                   ubatch.seq_id[i + n][0] == ubatch.seq_id[i][0]) {
-                n++;
-            }
-            for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
-                const auto & list = images.of(ubatch.seq_id[i][j]);
-                const bool   next = !list.empty() && !list.back().pruned && list.back().pos.back() + 1 == ubatch.pos[i];
-                auto &       image = images.add(
-                              ubatch.seq_id[i][j], ubatch.pos[i], n,
-                              next && (n_announced == 0 || n_announced < announced_nx * announced_ny));
-                if (image.pos.size() == announced_nx * announced_ny) {
-                    image.nx = announced_nx;
-                    image.ny = announced_ny;
-                }
-            }
-            n_announced -= std::min(n_announced, n);
-            i += n;
-        }
+        add_images(ubatch);
     }
+    take_account(ubatch, work, plan);
     if (out) {
         collect(std::move(work.records), out, sched);
     }
@@ -494,6 +482,72 @@ void st3_memory::finish(
     }
     for (const llama_seq_id seq_id : work.questions) {
         evict(seq_id);
+    }
+}
+
+// Embeddings that are announced as an image, as many as are still to come.
+void st3_memory::add_images(const llama_ubatch & ubatch) {
+    auto & announced = waits.announced;
+
+    const uint32_t n = std::min(ubatch.n_tokens / ubatch.n_seqs_unq, announced.left);
+    if (n == 0) {
+        return;
+    }
+    for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
+        const llama_seq_id seq_id = ubatch.seq_id_unq[s];
+        const auto *       first  = std::find_if(
+                       ubatch.seq_id, ubatch.seq_id + ubatch.n_tokens, [=](const auto * ids) { return *ids == seq_id; });
+        if (first == ubatch.seq_id + ubatch.n_tokens) {
+            continue;  // it shares another's rows
+        }
+        const auto & list            = images.of(seq_id);
+        const bool   more            = !announced.begins() && !list.empty() && !list.back().pruned;
+        auto &       image           = images.add(seq_id, ubatch.pos[first - ubatch.seq_id], n, more);
+        std::tie(image.nx, image.ny) = announced.grid((uint32_t) image.pos.size());
+    }
+    announced.left -= n;
+}
+
+// Counts what a ubatch computed.
+void st3_memory::take_account(const llama_ubatch & ubatch, const st3_work & work, const st3_plan * plan) {
+    for (uint32_t i = 0; i < ubatch.n_seqs_unq; ++i) {
+        const llama_seq_id seq_id = ubatch.seq_id_unq[i];
+        auto &             a      = accounts[seq_id];
+
+        uint32_t n      = 0;
+        bool     output = false;
+        for (uint32_t row = 0; row < ubatch.n_tokens; ++row) {
+            const auto * ids = ubatch.seq_id[row];
+            if (std::find(ids, ids + ubatch.n_seq_id[row], seq_id) != ids + ubatch.n_seq_id[row]) {
+                n++;
+                output |= ubatch.output[row] != 0;
+            }
+        }
+        if (!a.open && std::count(work.steps.begin(), work.steps.end(), seq_id) > 0) {
+            continue;  // a generated token
+        }
+        if (!a.open) {
+            a.n_rows     = 0;
+            a.pairs_full = 0;
+            a.rows.assign(n_stage(), 0);
+            a.pairs.assign(n_stage(), 0);
+            if (!plan) {
+                a.kept.clear();
+                a.owners.clear();
+            }
+        }
+        const auto pairs = [](double n_rows, double n_before) { return n_rows * n_before + n_rows * (n_rows + 1) / 2; };
+
+        a.n_rows += n;
+        a.pairs_full += pairs(n, seq_pos_max(seq_id) + 1 - n);
+        for (uint32_t s = 0; s < n_stage(); ++s) {
+            const uint32_t n_rows = plan ? plan->n_rows(s) : n;
+            const auto     n_held = (uint32_t) stages[s]->get_cells(seq_id).seq_pos_get(seq_id).size();
+            a.rows[s] += n_rows;
+            a.pairs[s] += pairs(n_rows, n_held - std::min(n_held, n_rows));
+        }
+        a.open   = !output;
+        last_seq = seq_id;
     }
 }
 
@@ -517,6 +571,8 @@ void st3_memory::commit(const st3_plan & plan, const std::vector<llama_kv_cache:
         }
     }
 
+    auto & kept   = accounts[seq_id].kept;
+    auto & owners = accounts[seq_id].owners;
     kept.assign(plan.n_stage() - 1, {});
     owners.assign(schedule.merge ? plan.n_stage() - 1 : 0, {});
 
@@ -699,7 +755,7 @@ void st3_memory::evict(llama_seq_id seq_id) {
     auto & list = images.of(seq_id);
     for (uint32_t i_image = 0; i_image < list.size(); ++i_image) {
         auto & image = list[i_image];
-        if (image.pruned || image.frozen) {
+        if (image.pruned) {
             continue;
         }
         const auto n_keep = schedule.counts((uint32_t) image.pos.size());
@@ -758,23 +814,39 @@ static void normalize(llama_pos & p0, llama_pos & p1) {
     p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
 }
 
-bool st3_memory::get_can_shift() const {
-    return std::all_of(stages.begin(), stages.end(), [](const auto & s) { return s->get_can_shift(); });
-}
-
 void st3_memory::clear(bool data) {
     absorb();
     images.clear();
+    waits.clear();
+    accounts.clear();
     for (auto & s : stages) {
         s->clear(data);
     }
 }
 
 bool st3_memory::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    absorb();
+    if (seq_id < 0) {
+        bool res = true;
+        for (llama_seq_id id = 0; id < (llama_seq_id) n_seq_max; ++id) {
+            res = seq_rm(id, p0, p1) && res;
+        }
+        return res;
+    }
     normalize(p0, p1);
-    images.rm(seq_id, p0, p1);
+    if (!waits.can_rm(seq_id, p0, p1) && st3_decode_waiting(*lctx, seq_id) != 0) {
+        return false;
+    }
+    absorb();
 
+    const llama_pos end = seq_pos_max(seq_id) + 1;
+    if (p0 < p1 && p1 >= end && p0 < end) {
+        accounts[seq_id].open = false;  // what follows is another prompt
+    }
+    p0 = waits.rm(seq_id, p0, p1, end);
+    images.rm(seq_id, p0, p1);
+    if (p0 == 0 && p1 >= end) {
+        accounts.erase(seq_id);
+    }
     bool res = true;
     for (auto & s : stages) {
         res = s->seq_rm(seq_id, p0, p1) && res;
@@ -783,7 +855,6 @@ bool st3_memory::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 }
 
 void st3_memory::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
-    absorb();
     normalize(p0, p1);
     if (seq_id_src == seq_id_dst) {
         return;
@@ -795,9 +866,28 @@ void st3_memory::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_
                 __func__);
         return;
     }
+    const bool empty = !unified || seq_pos_max(seq_id_dst) < 0;
+    if (!(whole && empty)) {
+        for (const auto id : { seq_id_src, seq_id_dst }) {
+            if (st3_decode_waiting(*lctx, id) != 0) {
+                LLAMA_LOG_ERROR(
+                        "%s: what waits in sequence %d could not be computed: nothing is copied\n", __func__, id);
+                return;
+            }
+        }
+    }
+    absorb();
     if (!unified) {
         images.rm(seq_id_dst, 0, std::numeric_limits<llama_pos>::max());
         synchronize();
+    }
+    if (whole && empty) {
+        waits.cp(seq_id_src, seq_id_dst);
+        if (accounts.count(seq_id_src)) {
+            accounts[seq_id_dst] = accounts[seq_id_src];
+        }
+    } else {
+        waits.asked.erase(seq_id_dst);
     }
     images.cp(seq_id_src, seq_id_dst, p0, p1);
     for (auto & s : stages) {
@@ -811,6 +901,8 @@ void st3_memory::seq_keep(llama_seq_id seq_id) {
     for (llama_seq_id id = 0; id < (llama_seq_id) n_seq_max; ++id) {
         if (unified && id != seq_id) {  // else the others have cells of their own, which llama.cpp lets be
             images.of(id).clear();
+            waits.rm(id);
+            accounts.erase(id);
         }
     }
     for (auto & s : stages) {
@@ -818,96 +910,15 @@ void st3_memory::seq_keep(llama_seq_id seq_id) {
     }
 }
 
-using seq_set_t = std::bitset<LLAMA_MAX_SEQ>;
-
-// Sequences whose token at a position moves when that of seq_id does. A cell that several share moves for all of them, as in
-// llama.cpp; and the others' cells of the same token follow, in stages where they do not share.
-static std::map<llama_pos, seq_set_t> movers(const st3_memory & mem, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    std::map<llama_pos, seq_set_t> res;
-
-    for (uint32_t s = 0; s < mem.n_stage(); ++s) {
-        for (const auto & [pos, cell] : mem.stage(s).get_cells(seq_id).seq_pos_get(seq_id)) {
-            if (pos >= p0 && pos < p1) {
-                res[pos].set(seq_id);
-            }
-        }
-    }
-    for (const auto & image : mem.images.of(seq_id)) {
-        for (const llama_pos pos : image.pos) {
-            if (pos >= p0 && pos < p1) {
-                res[pos].set(seq_id);
-            }
-        }
-    }
-    for (auto & [pos, seqs] : res) {
-        for (size_t n = 0; n != seqs.count();) {
-            n = seqs.count();
-            for (uint32_t s = 0; s < mem.n_stage(); ++s) {
-                for (llama_seq_id id = 0; id < (llama_seq_id) mem.n_seq_max; ++id) {
-                    const int32_t cell = seqs.test(id) ? mem.stage(s).find(id, pos) : -1;
-                    if (cell >= 0) {
-                        seqs |= mem.stage(s).get_cells(id).seq_get_all(cell);
-                    }
-                }
-            }
-        }
-    }
-    return res;
-}
-
-// Calls fn(cells, cell) for every cell of those tokens.
-template <typename F>
-static void each_mover(st3_memory & mem, llama_seq_id seq_id, const std::map<llama_pos, seq_set_t> & tokens, F && fn) {
-    for (uint32_t s = 0; s < mem.n_stage(); ++s) {
-        auto & stage = mem.stage(s);
-        auto & cells = stage.cells(stage.get_stream(seq_id));
-
-        std::set<uint32_t> found;  // all before any moves to where another is looked for
-        for (const auto & [pos, seqs] : tokens) {
-            for (llama_seq_id id = 0; id < (llama_seq_id) mem.n_seq_max; ++id) {
-                const int32_t cell = seqs.test(id) ? stage.find(id, pos) : -1;
-                if (cell >= 0) {
-                    found.insert((uint32_t) cell);
-                }
-            }
-        }
-        for (const uint32_t cell : found) {
-            fn(cells, cell);
-        }
+void st3_memory::seq_add(llama_seq_id, llama_pos, llama_pos, llama_pos shift) {
+    if (shift != 0) {
+        LLAMA_LOG_ERROR("%s: a pruned cache cannot be shifted (llama_memory_can_shift): positions stay\n", __func__);
     }
 }
 
-void st3_memory::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
-    absorb();
-    normalize(p0, p1);
-    if (shift == 0) {
-        return;
-    }
-    const auto tokens = movers(*this, seq_id, p0, p1);
-    each_mover(*this, seq_id, tokens, [&](llama_kv_cells & cells, uint32_t cell) { cells.pos_add(cell, shift); });
-
-    for (llama_seq_id id = 0; id < (llama_seq_id) n_seq_max; ++id) {
-        images.shift(id, shift, [&](llama_pos pos) {
-            const auto it = tokens.find(pos);
-            return it != tokens.end() && it->second.test(id);
-        });
-    }
-}
-
-void st3_memory::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
-    absorb();
-    normalize(p0, p1);
-    if (d <= 1) {
-        return;
-    }
-    const auto tokens = movers(*this, seq_id, p0, p1);
-    each_mover(*this, seq_id, tokens, [&](llama_kv_cells & cells, uint32_t cell) { cells.pos_div(cell, d); });
-
-    for (llama_seq_id id = 0; id < (llama_seq_id) n_seq_max; ++id) {
-        images.divide(id, d, [&](llama_pos pos) {
-            const auto it = tokens.find(pos);
-            return it != tokens.end() && it->second.test(id);
-        });
+void st3_memory::seq_div(llama_seq_id, llama_pos, llama_pos, int d) {
+    if (d > 1) {
+        LLAMA_LOG_ERROR("%s: positions of a pruned cache cannot be divided: they stay\n", __func__);
     }
 }
 
@@ -917,7 +928,8 @@ llama_pos st3_memory::seq_pos_min(llama_seq_id seq_id) const {
         const llama_pos p = s->seq_pos_min(seq_id);
         res               = res < 0 || (p >= 0 && p < res) ? p : res;
     }
-    return res;
+    const auto * prompt = waits.of(seq_id);
+    return prompt && (res < 0 || prompt->p0 < res) ? prompt->p0 : res;
 }
 
 llama_pos st3_memory::seq_pos_max(llama_seq_id seq_id) const {
@@ -925,7 +937,8 @@ llama_pos st3_memory::seq_pos_max(llama_seq_id seq_id) const {
     for (const auto & s : stages) {
         res = std::max(res, s->seq_pos_max(seq_id));
     }
-    return res;
+    const auto * prompt = waits.of(seq_id);
+    return prompt ? std::max(res, prompt->end() - 1) : res;
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> st3_memory::memory_breakdown() const {

@@ -7,23 +7,17 @@
 #include "st3-images.h"
 #include "st3-kv.h"
 #include "st3-schedule.h"
+#include "st3-wait.h"
 
 #include <deque>
 #include <memory>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 struct llama_cparams;
 struct llama_model_kv_override;
-
-// One image in a prompt: rows [row, row + n) of the batch.
-struct st3_span {
-    uint32_t row;
-    uint32_t n;
-    uint32_t nx;
-    uint32_t ny;
-};
 
 // What a pruned prefill does, known in full before the compute but for which tokens survive.
 struct st3_plan {
@@ -89,8 +83,22 @@ struct st3_work {
     std::vector<llama_seq_id> questions;  // sequences whose waiting images are cut down now
 };
 
-// The indices kept after each cut, over all images in order.
+// For each cut, indices over all images of a prompt in order.
 using st3_kept_t = std::vector<std::vector<int32_t>>;
+
+// What became of a sequence's last prompt: all rows since an output was asked for, up to the next one; generated tokens are none.
+struct st3_account {
+    bool     open   = false;  // goes on with the next rows
+    uint32_t n_rows = 0;      // positions of the prompt
+
+    std::vector<uint64_t> rows;            // [stage] rows computed
+    std::vector<double>   pairs;           // [stage] (query, key) pairs of a causal mask
+    double                pairs_full = 0;  // had nothing ever been dropped
+
+    st3_kept_t  kept;    // none if not pruned in the compute
+    st3_kept_t  owners;  // [cut] which token stands for each of all; -1: none
+    std::string reason;  // why its last image was not; stays for later prompts without one
+};
 
 class st3_memory : public llama_memory_i {
   public:
@@ -102,19 +110,23 @@ class st3_memory : public llama_memory_i {
     llama_memory_context_ptr init_full() override;
     llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
 
-    bool get_can_shift() const override;
+    // Dropped tokens have no keys to turn, so positions stay as they are.
+    bool get_can_shift() const override { return false; }
 
     void clear(bool data) override;
 
+    // A prompt that loses a part of its question waits again. What waits is computed first where its middle is to go; false,
+    // with nothing done, if it cannot be.
     bool seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) override;
-    // Between streams (kv_unified off) whole sequences only; a part is refused with a line in the log.
+    // Of a part, what waits is computed first; between streams (kv_unified off) whole sequences only. What cannot be is refused
+    // with a line in the log.
     void seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
     void seq_keep(llama_seq_id seq_id) override;
+    // Refused with a line in the log, as get_can_shift() says.
     void seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) override;
-    // An image that it touches is no longer annealed: several of its tokens may share a position afterwards.
     void seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) override;
 
-    // Positions count whether their tokens were dropped or not.
+    // Positions count whether their tokens were dropped, wait or are held.
     llama_pos seq_pos_min(llama_seq_id seq_id) const override;
     llama_pos seq_pos_max(llama_seq_id seq_id) const override;
 
@@ -127,8 +139,25 @@ class st3_memory : public llama_memory_i {
     // The next batch is a prompt with these images, to be pruned; cleared with {} afterwards, whatever came of it.
     void expect(std::vector<st3_span> spans) { expected = std::move(spans); }
 
-    // The next embeddings are one image with this patch grid; cleared with 0, 0.
-    void announce(uint32_t nx, uint32_t ny);
+    // Whether a sequence has an image that was computed and is not cut down yet.
+    bool has_unpruned(llama_seq_id seq_id) const;
+
+    // Has graphs made with room for a prompt of so many images and rows. Returns whether that is more room than before.
+    bool make_room_in_graph(uint32_t n_images, uint32_t n_rows);
+
+    uint32_t graph_images() const { return most_images; }
+    uint32_t graph_rows() const { return most_rows; }
+
+    // Of a sequence; < 0: of the one that had the last prompt.
+    const st3_account * account(llama_seq_id seq_id) const;
+    llama_seq_id        last_asked() const { return last_seq; }
+
+    void note_reason(llama_seq_id seq_id, const std::string & reason) { accounts[seq_id].reason = reason; }
+
+    st3_waits waits;
+
+    // That this is the memory of.
+    void belongs_to(llama_context * ctx) { lctx = ctx; }
 
     // Most cells that a stage has in use for the stream of a sequence.
     uint32_t n_used(llama_seq_id seq_id) const;
@@ -136,7 +165,7 @@ class st3_memory : public llama_memory_i {
     // Calls fn(cell, weight) for each visual token of a sequence that stands for more than itself in a stage.
     template <typename F> void each_weight(llama_seq_id seq_id, uint32_t stage, F && fn) const {
         for (const auto & image : images.of(seq_id)) {
-            if (image.weights.empty() || image.frozen) {
+            if (image.weights.empty()) {
                 continue;
             }
             const auto h = held(seq_id, image, stage);
@@ -161,12 +190,6 @@ class st3_memory : public llama_memory_i {
 
     // Gives back memory that no cell needs. Between batches only.
     void trim();
-
-    // Of the last pruned prefill, once: the caller keeps it.
-    st3_kept_t take_kept() { return std::move(kept); }
-
-    // Beside it: which token stands for each after each cut, of all images in order; -1: none.
-    st3_kept_t take_owners() { return std::move(owners); }
 
     const st3_kv & stage(uint32_t i) const { return *stages[i]; }
 
@@ -203,6 +226,8 @@ class st3_memory : public llama_memory_i {
 
     bool fit(const std::vector<llama_ubatch> & ubatches, const st3_plan * plan);
 
+    void add_images(const llama_ubatch & ubatch);
+    void take_account(const llama_ubatch & ubatch, const st3_work & work, const st3_plan * plan);
     void commit(const st3_plan & plan, const std::vector<llama_kv_cache::slot_info> & slots, st3_work & work);
     void collect(std::vector<st3_record> records, ggml_tensor * out, ggml_backend_sched_t sched);
     void absorb();
@@ -225,16 +250,16 @@ class st3_memory : public llama_memory_i {
     const llama_model & model;
     const bool          unified;
 
-    llama_context * lctx = nullptr;  // that this is the memory of; null until its first batch
+    llama_context * lctx = nullptr;  // null until its first batch
 
     std::vector<std::unique_ptr<st3_kv>> stages;
 
     std::vector<st3_span> expected;
-    uint32_t              announced_nx = 0;
-    uint32_t              announced_ny = 0;
-    uint32_t              n_announced  = 0;  // tokens of it still to come
-    st3_kept_t            kept;
-    st3_kept_t            owners;
+    uint32_t              most_images = 4;  // of a prompt, that graphs have room for
+    uint32_t              most_rows   = 0;
+
+    std::map<llama_seq_id, st3_account> accounts;
+    llama_seq_id                        last_seq = 0;
 
     std::deque<pending_t>                pending;
     std::vector<ggml_backend_buffer_ptr> spare;  // of pending scores that were absorbed

@@ -4,6 +4,7 @@
 //     shape   u32 n_layer, n_stage, type_k, type_v; i32 cuts[n_stage - 1]; u32 n_embd_k, n_embd_v of each layer
 //     i32     the sequence saved, or -1: all
 //     images  u32 n, then each: i32 sequence, its fields (version 1: without weights, all of which are 1)
+//     prompts u32 n, then each: i32 sequence, u32 waits (else it was asked), its fields (from version 3 on)
 //     stages  each: u32 n cells, then each: i32 position, i32 shift not yet applied, i32 x, y, token, u32 n and i32 sequences
 //             and for each of its layers the rows of K, the rows of V
 //
@@ -25,7 +26,7 @@
 namespace {
 
 constexpr uint32_t MAGIC   = 0x53335453;  // "ST3S"
-constexpr uint32_t VERSION = 2;
+constexpr uint32_t VERSION = 3;
 
 // Larger ones cannot have come from a decode; and arithmetic on positions, ours and llama.cpp's, must not overflow.
 constexpr llama_pos MAX_POS = 1 << 30;
@@ -124,6 +125,14 @@ struct saved_stage {
 struct snapshot {
     std::vector<std::pair<llama_seq_id, st3_image>> images;
     std::vector<saved_stage>                        stages;
+
+    struct prompt_t {
+        llama_seq_id seq_id;
+        bool         waits;
+        st3_prompt   rows;
+    };
+
+    std::vector<prompt_t> prompts;
 };
 
 void put_shape(writer & w, const st3_memory & mem) {
@@ -146,7 +155,7 @@ void put_image(writer & w, llama_seq_id seq_id, const st3_image & image) {
     w.put(image.nx);
     w.put(image.ny);
     w.put(image.number);
-    w.put((uint32_t) (image.pruned | image.evicted << 1 | image.frozen << 2));
+    w.put((uint32_t) (image.pruned | image.evicted << 1));
     w.put(image.n_steps);
     w.put(image.n_records);
     w.put(image.pos);
@@ -172,7 +181,6 @@ st3_image get_image(reader & r, const st3_memory & mem, uint32_t version) {
     const auto flags = r.get<uint32_t>();
     image.pruned     = flags & 1;
     image.evicted    = flags & 2;
-    image.frozen     = flags & 4;
     image.n_steps    = r.get<uint64_t>();
     image.n_records  = r.get<uint64_t>();
     image.pos        = r.get<llama_pos>(n);
@@ -181,7 +189,7 @@ st3_image get_image(reader & r, const st3_memory & mem, uint32_t version) {
     image.n0            = r.get<uint32_t>(n_counts);
     const auto n_scores = r.get<uint32_t>();
 
-    if (n == 0 || uint64_t(image.nx) * image.ny != n || flags > 7 || n_counts != (image.pruned ? mem.n_stage() : 0) ||
+    if (n == 0 || uint64_t(image.nx) * image.ny != n || flags > 3 || n_counts != (image.pruned ? mem.n_stage() : 0) ||
         (n_scores != 0 && (!image.pruned || n_scores != mem.n_stage() || image.n_records == 0)) ||
         std::any_of(image.pos.begin(), image.pos.end(), [](llama_pos p) { return p < -1 || p > MAX_POS; }) ||
         std::any_of(image.n0.begin(), image.n0.end(), [n](uint32_t c) { return c > n; })) {
@@ -206,6 +214,53 @@ st3_image get_image(reader & r, const st3_memory & mem, uint32_t version) {
     }
     image.weights = get_each(n_weights, [n](float x) { return x >= 0.0f && x <= (float) n; });
     return image;
+}
+
+void put_prompt(writer & w, llama_seq_id seq_id, bool waits, const st3_prompt & prompt) {
+    w.put(seq_id);
+    w.put((uint32_t) waits);
+    w.put(prompt.p0);
+    w.put(prompt.n_rows());
+    w.put(prompt.tokens);
+    w.put((uint64_t) prompt.embd.size());
+    w.put(prompt.embd);
+    w.put((uint32_t) prompt.images.size());
+    w.put(prompt.images);
+}
+
+st3_prompt get_prompt(reader & r, const llama_model & model) {
+    st3_prompt prompt;
+    prompt.p0 = r.get<llama_pos>();
+
+    prompt.tokens       = r.get<llama_token>(r.get<uint32_t>());
+    const uint64_t n    = r.get<uint64_t>();
+    prompt.embd         = r.get<float>(n);
+    prompt.images       = r.get<st3_span>(r.get<uint32_t>());
+    const auto n_rows   = prompt.n_rows();
+    const auto n_images = std::count(prompt.tokens.begin(), prompt.tokens.end(), LLAMA_TOKEN_NULL);
+
+    bool ok = n_rows > 0 && prompt.p0 >= 0 && prompt.p0 <= MAX_POS && n == (uint64_t) n_images * model.hparams.n_embd;
+    uint64_t seen = 0;  // rows up to the end of an image
+    for (const auto & span : prompt.images) {
+        ok = ok && span.n > 0 && span.row >= seen && span.row + (uint64_t) span.n <= n_rows &&
+             uint64_t(span.nx) * span.ny == span.n;
+        seen = span.row + (uint64_t) span.n;
+        for (uint32_t i = 0; ok && i < span.n; ++i) {
+            ok = prompt.tokens[span.row + i] == LLAMA_TOKEN_NULL;
+        }
+    }
+    uint64_t n_span = 0;
+    for (const auto & span : prompt.images) {
+        n_span += span.n;
+    }
+    ok = ok && n_span == (uint64_t) n_images;
+    for (const llama_token token : prompt.tokens) {
+        ok = ok && (token == LLAMA_TOKEN_NULL || (token >= 0 && (uint32_t) token < model.vocab.n_tokens()));
+    }
+    if (!ok) {
+        fail("the saved state holds an impossible prompt");
+    }
+    return prompt;
 }
 
 }  // namespace
@@ -235,6 +290,21 @@ void st3_memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_s
     for (const auto id : seqs) {
         for (const auto & image : images.of(id)) {
             put_image(w, id, image);
+        }
+    }
+    uint32_t n_prompts = 0;
+    for (const auto id : seqs) {
+        n_prompts += (waits.of(id) ? 1 : 0) + (waits.asked.count(id) ? (uint32_t) waits.asked.at(id).size() : 0);
+    }
+    w.put(n_prompts);
+    for (const auto id : seqs) {
+        if (const auto it = waits.asked.find(id); it != waits.asked.end()) {
+            for (const auto & prompt : it->second) {
+                put_prompt(w, id, false, *prompt);
+            }
+        }
+        if (const auto * prompt = waits.of(id)) {
+            put_prompt(w, id, true, *prompt);
         }
     }
 
@@ -347,6 +417,15 @@ void st3_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_sta
         const auto id = becomes(r.get<llama_seq_id>());
         snap.images.emplace_back(id, get_image(r, *this, h.version));
     }
+    const auto n_prompts = h.version < 3 ? 0 : r.get<uint32_t>();
+    for (uint32_t i = 0; i < n_prompts; ++i) {
+        const auto id    = becomes(r.get<llama_seq_id>());
+        const auto waits = r.get<uint32_t>();
+        if (waits > 1) {
+            fail("the saved state holds an impossible prompt");
+        }
+        snap.prompts.push_back({ id, waits == 1, get_prompt(r, model) });
+    }
 
     std::vector<std::vector<uint32_t>> need;  // [stage][stream] cells that come
     for (const auto & stage : stages) {
@@ -427,6 +506,13 @@ void st3_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_sta
     }
     for (auto & [id, image] : snap.images) {
         images.of(id).push_back(std::move(image));
+    }
+    for (auto & prompt : snap.prompts) {
+        if (prompt.waits) {
+            waits.waiting[prompt.seq_id] = std::move(prompt.rows);
+        } else {
+            waits.asked[prompt.seq_id].push_back(std::make_shared<const st3_prompt>(std::move(prompt.rows)));
+        }
     }
     for (uint32_t s = 0; s < n_stage(); ++s) {
         auto &                stage = *stages[s];

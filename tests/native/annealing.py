@@ -86,9 +86,14 @@ class Conversation:
         assert self.ctx.decode(tokens, self.at, seq=self.seq) == 0
         self.follow("text", tokens)
 
-    def picture(self, image: oracle.Image) -> None:
-        """A batch of embeddings, as llama.cpp's own tools decode a picture."""
-        assert self.ctx.decode(image.embd, self.at, outputs="none", seq=self.seq) == 0
+    def picture(self, image: oracle.Image, announce: int | None = None) -> None:
+        """A batch of embeddings that is computed at once, since an output is asked for. announce: tokens of the image
+        whose first part it is; 0: it goes on with one."""
+        if announce is None:
+            self.ctx.announce(len(image.embd), image.nx, image.ny)
+        elif announce:
+            self.ctx.announce(announce)
+        assert self.ctx.decode(image.embd, self.at, outputs="last", seq=self.seq) == 0
         self.follow("picture", image)
 
     def step(self, token: int) -> None:

@@ -207,8 +207,8 @@ def test_alone_annealing_starts_from_the_full_model(rt, path) -> None:
         with Model(rt, path, k) as model, Context(model, n_ctx=256) as ctx:
             assert ctx.prefill(native(prompt())) == 0
             got.append(ctx.logits())
-            assert ctx.report()["per_layer"] == [81] * SHAPE.n_layer
-            if k is keys:
+            if k is keys:  # stock memory knows of no images
+                assert ctx.report()["per_layer"] == [81] * SHAPE.n_layer
                 assert held(ctx) == [list(range(N_PROMPT))] * SHAPE.n_layer
                 for i in range(16):
                     assert ctx.decode([5], N_PROMPT + i) == 0
@@ -383,6 +383,6 @@ def test_positions_of_nowhere(rt, ctx) -> None:
     assert rt.lib.st3_positions(None, 0, 0, None, 0) == -1
     assert rt.lib.st3_positions(ctx.ptr, 0, 0, None, 5) == -1
     assert rt.lib.st3_positions(ctx.ptr, 0, 0, None, 0) == N_PROMPT
-    assert rt.lib.st3_abi_version() == 4
+    assert rt.lib.st3_abi_version() == _libs.ABI_VERSION
     assert not rt.lib.st3_device_has_kernel(None, 1, 128)
     assert rt.last_error() == "st3: no device"

@@ -74,7 +74,7 @@ def test_a_prompt_begins_where_the_sequence_ends(rt, ctx, p0: int) -> None:
 def test_a_report_that_cannot_be_is_empty(rt) -> None:
     """Breaks if what was in the caller's memory could be taken for a report."""
     out = ctypes.create_string_buffer(b"garbage", 16)
-    assert rt.lib.st3_report(None, out, 16) == 0 and out.value == b""
+    assert rt.lib.st3_report(None, 0, out, 16) == 0 and out.value == b""
 
 
 def test_inputs_of_layers_are_not_extracted_from_pruned_rows(rt, ctx) -> None:
@@ -122,12 +122,12 @@ def test_unusable_positions(rt, ctx) -> None:
         assert rt.last_error()
 
 
-def test_too_small_ubatch_says_so(model, random_gguf) -> None:
-    """Breaks if a prompt that exceeds the ubatch is pruned wrongly, or falls back without a reason."""
+def test_too_small_batch_says_so(model, random_gguf) -> None:
+    """Breaks if a prompt that exceeds the batch is pruned wrongly, or falls back without a reason."""
     full = oracle.Decoder(random_gguf(SHAPE)).prefill(
         [oracle.Image(p.embd, p.nx, p.ny) if isinstance(p, Image) else p for p in GOOD], None, "F16"
     )
-    with Context(model, n_ctx=256, n_ubatch=32, n_batch=256) as ctx:
+    with Context(model, n_ctx=256, n_ubatch=32, n_batch=64) as ctx:
         assert ctx.prefill(GOOD) == 0
         report = ctx.report()
         assert report["mode"] != "pruned-prefill"

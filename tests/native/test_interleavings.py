@@ -6,21 +6,24 @@ values in the cells are read from a saved state: once written, they never change
 
 from __future__ import annotations
 
+import os
 import struct
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pytest
 from cases import SEED
 from native_runtime import Context, Image, Model
-from occupancy import Occupancy
+from occupancy import NoRoom, Occupancy
 from oracle import schedule
 
 from st3_edge.bench.shapes import Shape
 
-SHAPE = Shape(5, 128, 2, 1, 64, n_vocab=272)  # heads of 64: upstream cannot shift other quantized keys
-N_OPERATIONS = 900  # of each case: more than 10,000 in all
-N_UBATCH = 48
+SHAPE = Shape(5, 128, 2, 1, 64, n_vocab=272)
+N_OPERATIONS = int(os.environ.get("ST3_TEST_INTERLEAVINGS", "250"))  # of each case; 900: more than 12,000 in all
+N_BATCH = 48
 N_CTX = 256
 KEYS: dict[str, dict[str, str | int | float]] = {
     "random": {"st3.preset": "random", "st3.keep": 0.6, "st3.stride": 2, "st3.anneal": "linear", "st3.seed": 9},
@@ -58,6 +61,7 @@ class Pair:
                 got = self.ctx.held(layer, seq).tolist()
                 assert got == want[sum(c < layer for c in cuts)], f"sequence {seq}, layer {layer}"
             here = m.logical(seq)
+            assert self.ctx.report(seq)["waiting"] == m.n_waiting(seq), f"sequence {seq}"
             assert self.ctx.positions(seq) == (min(here, default=-1), max(here, default=-1)), f"sequence {seq}"
 
     def check_values(self, seq: int) -> None:
@@ -97,6 +101,11 @@ def saved_values(raw: bytes, n_cuts: int) -> list[dict[int, bytes]]:
         take(f"{take('I')[0]}I")
         take(f"{take('I')[0] * n}f")  # scores
         take(f"{take('I')[0] * n}f")  # weights
+    for _ in range(take("I")[0]):
+        take("iIi")
+        take(f"{take('I')[0]}i")
+        take(f"{take('Q')[0]}f")
+        take(f"{4 * take('I')[0]}I")
     row = SHAPE.head * SHAPE.n_head_kv
     row = {1: 2 * row, 8: row // 32 * 34}[type_v]
     out = []
@@ -138,7 +147,6 @@ class Session:
             "remove": 8,
             "copy": 6,
             "keep": 1,
-            "shift": 6,
             "save": 5,
             "restore": 5,
             "clear": 0.5,
@@ -171,65 +179,71 @@ class Session:
 
     # --- operations ---
 
-    def decode(self, pair: Pair, code: int, new: dict[int, int], room: bool | None = None) -> bool:
-        """Whether a decode that returned this code went through, as the model says it must."""
-        pair.model.shifted = False
-        room = pair.model.fits(new) if room is None else room
-        self.note(f"{new} -> {code}")
-        assert code in ((0, 2) if self.aborting and room else (0,) if room else (1,)), f"code {code}, room {room}"
-        return code == 0
-
     aborting = False
+
+    def follow(self, pair: Pair, code: int, seqs: Iterable[int], give: Callable[[Occupancy], None]) -> bool:
+        """Lets the model do what native code answered with `code`; returns whether it went through."""
+        m = pair.model
+        self.note(f"-> {code}")
+        if code == 2 and self.aborting:
+            self.aborted(pair, seqs)
+            return False
+        try:
+            give(m)
+        except NoRoom:
+            assert code == 1, f"code {code}, and there is no room"
+            return False
+        assert code == 0, f"code {code}, and there is room"
+        return True
+
+    def aborted(self, pair: Pair, seqs: Iterable[int]) -> None:
+        """Of a batch that was aborted, what was computed before stays: rows that waited, and tokens that left."""
+        m = pair.model
+        for seq in seqs:
+            done = m.n_waiting(seq) - pair.ctx.report(seq)["waiting"]
+            if done:
+                assert done in (m.waiting[seq].lead, m.n_waiting(seq))
+                m.flush(seq, done)
+            if any(m.positions(seq, s) != pair.held(seq, s) for s in range(m.n_stage)):
+                m.anneal(seq, pair.held)
 
     def _finite(self, pair: Pair) -> None:
         assert np.isfinite(pair.ctx.logits()).all()
 
     def step(self, pair: Pair) -> None:
-        seq, m = self.seq, pair.model
-        code = pair.ctx.decode(self.tokens(1), m.end(seq), seq=seq)
-        m.anneal(seq, pair.held)
-        if self.decode(pair, code, {seq: 1}):
-            m.add(seq, 1, generated=True, asks=True, held=pair.held)
+        seq = self.seq
+        code = pair.ctx.decode(self.tokens(1), pair.model.end(seq), seq=seq)
+        if self.follow(pair, code, [seq], lambda m: m.give_text({seq: 1}, True, pair.held)):
             self._finite(pair)
 
     def together(self, pair: Pair) -> None:
-        m = pair.model
-        seqs = [s for s in range(m.n_seq) if self.rng.random() < 0.7] or [self.seq]
-        code = pair.ctx.decode_rows([(self.tokens(1)[0], m.end(s), [s]) for s in seqs])
-        for s in seqs:
-            m.anneal(s, pair.held)
-        if self.decode(pair, code, dict.fromkeys(seqs, 1)):
-            for s in seqs:
-                m.add(s, 1, generated=True, asks=True, held=pair.held)
-            self._finite(pair)
+        seqs = [s for s in range(pair.model.n_seq) if self.rng.random() < 0.7] or [self.seq]
+        code = pair.ctx.decode_rows([(self.tokens(1)[0], pair.model.end(s), [s]) for s in seqs])
+        self.note(seqs)
+        if self.follow(pair, code, seqs, lambda m: m.give_text(dict.fromkeys(seqs, 1), True, pair.held)):
+            assert all(np.isfinite(pair.ctx.logits(i)).all() for i in range(len(seqs)))
 
-    def text(self, pair: Pair, asks: bool | None = None) -> bool:
-        seq, m, n = self.seq, pair.model, int(self.rng.integers(2, 9))
-        asks = bool(self.rng.random() < 0.8) if asks is None else asks
-        code = pair.ctx.decode(self.tokens(n), m.end(seq), "last" if asks else "none", seq=seq)
-        if not self.decode(pair, code, {seq: n}):
-            return False
-        m.add(seq, n, generated=False, asks=asks, held=pair.held)
-        if asks:
+    def text(self, pair: Pair) -> None:
+        seq, n, asks = self.seq, int(self.rng.integers(1, 9)), bool(self.rng.random() < 0.6)
+        code = pair.ctx.decode(self.tokens(n), pair.model.end(seq), "last" if asks else "none", seq=seq)
+        self.note(f"{n}{' asks' * asks}")
+        if self.follow(pair, code, [seq], lambda m: m.give_text({seq: n}, asks, pair.held)) and asks:
             self._finite(pair)
-        return True
 
     def picture(self, pair: Pair) -> None:
-        seq, m = self.seq, pair.model
-        if not self.text(pair, asks=False):  # so that it does not go on with an image before
-            return
-        nx, ny = (int(n) for n in self.rng.integers(2, 6, 2))
-        side = int((nx * ny) ** 0.5)
-        grid = (side, side) if side**2 == nx * ny else (nx * ny, 1)
-        parts = [nx * ny] if self.rng.random() < 0.7 else [2, nx * ny - 2]
-        for i, n in enumerate(n for n in parts if n > 0):
-            code = pair.ctx.decode(EMBD[:n], m.end(seq), "none", seq=seq)
-            if not self.decode(pair, code, {seq: n}):
-                if i:  # what came stays, and counts as an image of its own
-                    m.images[seq][-1].nx, m.images[seq][-1].ny = 2, 1
+        seq = self.seq
+        nx, ny = (int(n) for n in self.rng.integers(1, 8, 2))
+        parts = [nx * ny] if self.rng.random() < 0.7 else [1, nx * ny - 1]
+        self.note(f"{nx} x {ny}, {parts}")
+        pair.ctx.announce(nx * ny, nx, ny)
+        came = 0
+        for n in (min(N_BATCH, p - i) for p in parts for i in range(0, p, N_BATCH)):
+            code = pair.ctx.decode(EMBD[:n], pair.model.end(seq), "none", seq=seq)
+            give = partial(Occupancy.give_picture, seq=seq, n=n, of=nx * ny, came=came, grid=(nx, ny))
+            if not self.follow(pair, code, [seq], give):
                 return
-            m.picture(seq, n, *grid, more=i > 0)
             pair.check()
+            came += n
 
     def prompt(self, pair: Pair) -> None:
         seq, m = self.seq, pair.model
@@ -244,25 +258,27 @@ class Session:
         pieces.append(int(self.rng.integers(2, 9)))
         sizes = [p if isinstance(p, int) else p[0] * p[1] for p in pieces]
         native = [self.tokens(p) if isinstance(p, int) else Image(EMBD[: p[0] * p[1]], *p) for p in pieces]
-        code = pair.ctx.prefill(native, p0=m.end(seq), seq=seq)
-        self.note(f"{pieces} at {m.end(seq)} -> {code}")
-        if not m.fits({seq: sum(sizes)}):
+        p0 = m.end(seq)
+        code = pair.ctx.prefill(native, p0=p0, seq=seq)
+        self.note(f"{pieces} at {p0} -> {code}")
+        if not m.fits({seq: sum(sizes) + m.n_waiting(seq)}):
             assert code == -100 and "n_ctx" in pair.ctx.rt.last_error()
             return
-        m.shifted = False
-        assert code in ((0, 2) if self.aborting else (0,))
-        if code:
+        if code == 2 and self.aborting:
+            self.aborted(pair, [seq])
             return
-        history = sizes[0] if isinstance(pieces[0], int) else 0
-        if sum(sizes) - history > N_UBATCH:
-            for p in pieces[:-1]:
-                if isinstance(p, int):
-                    m.add(seq, p, generated=False, asks=False, held=pair.held)
-                else:
-                    m.picture(seq, p[0] * p[1], *p)
-            m.add(seq, sizes[-1], generated=False, asks=True, held=pair.held)
-        else:
-            m.pruned(seq, pieces, pair.held)
+        try:
+            for i, piece in enumerate(pieces):
+                if isinstance(piece, int):
+                    m.give_text({seq: piece}, i + 1 == len(pieces), pair.held)
+                    continue
+                for came in range(0, sizes[i], N_BATCH):
+                    m.give_picture(seq, min(N_BATCH, sizes[i] - came), sizes[i], came, piece, keep=False)
+        except NoRoom:
+            assert code == 1
+            m.rm(seq, p0, -1)
+            return
+        assert code == 0
         self._finite(pair)
 
     def abort(self, pair: Pair) -> None:
@@ -289,8 +305,7 @@ class Session:
         )
         seq = -1 if self.rng.random() < 0.03 else seq
         self.note(f"sequence {seq} [{p0}, {p1})")
-        assert pair.ctx.seq_rm(seq, p0, p1)
-        m.rm(seq, p0, p1)
+        assert pair.ctx.seq_rm(seq, p0, p1) == m.rm(seq, p0, p1)
 
     def copy(self, pair: Pair) -> None:
         m, dst = pair.model, int(self.rng.integers(pair.model.n_seq))
@@ -308,48 +323,28 @@ class Session:
         pair.ctx.seq_keep(self.seq)
         pair.model.keep(self.seq)
 
-    def shift(self, pair: Pair) -> None:
-        m, seq = pair.model, self.seq
-        draw, end = self.rng.random(), m.end(seq)
-        if draw < 0.6:  # a context shift
-            p0, n = int(self.rng.integers(0, end + 1)), int(self.rng.integers(1, 30))
-            assert pair.ctx.seq_rm(seq, p0, p0 + n)
-            m.rm(seq, p0, p0 + n)
-            p0, p1, by = p0 + n, -1, -n
-        elif draw < 0.8:  # room in the middle
-            p0, p1, by = self.spot(pair), -1, int(self.rng.integers(1, 20))
-        else:  # all of it, perhaps beyond 0
-            p0, p1, by = self.spot(pair), self.spot(pair), int(self.rng.integers(-20, 20))
-        self.note(f"[{p0}, {p1}) by {by}")
-        if m.shift(seq, p0, p1, by):
-            pair.ctx.seq_add(seq, p0, p1, by)
-        else:
-            self.note("not done")
-
     def save(self, pair: Pair) -> None:
         seq = None if self.rng.random() < 0.3 else self.seq
         self.note(f"as {len(self.states) % 4}")
-        state = (seq, pair.ctx.save(seq), pair.model.save(seq), pair.model.shifted)
+        state = (seq, pair.ctx.save(seq), pair.model.save(seq))
         self.states = [*self.states[-3:], state]
 
     def restore(self, pair: Pair) -> None:
         if not self.states:
             return
-        seq, raw, saved, shifted = self.states[int(self.rng.integers(len(self.states)))]
+        seq, raw, saved = self.states[int(self.rng.integers(len(self.states)))]
         to = None if seq is None else self.seq
         n = pair.ctx.restore(raw, to)
         self.note(f"a state of {'all' if seq is None else seq} -> {n}")
-        if n == 0:  # no room; or keys that wait for being turned cannot be moved
-            assert pair.model.shifted or not pair.model.fits_saved(saved, to)
+        if n == 0:
+            assert not pair.model.fits_saved(saved, to)
             return
         assert n == len(raw)
         pair.model.restore(saved, to)
-        pair.model.shifted |= shifted
 
     def clear(self, pair: Pair) -> None:
         pair.ctx.clear()
         pair.model.clear()
-        pair.model.shifted = False
 
 
 @pytest.mark.parametrize(("name", "n_seq", "unified", "kv"), CASES)
@@ -358,11 +353,11 @@ def test_occupancy(rt, random_gguf, tally, name: str, n_seq: int, unified: bool,
     keys = {"st3.start": 1, "st3.anneal_tokens": 10, "st3.anneal_floor": 0.25, **KEYS[name]}
     s = schedule.resolve(SHAPE.n_layer, **{k.removeprefix("st3."): v for k, v in keys.items()})
     n_ctx = N_CTX if unified else N_CTX * n_seq
-    how = {"n_ctx": n_ctx, "n_ubatch": N_UBATCH, "n_batch": n_ctx, "n_seq": n_seq, "unified": unified, "kv": kv}
+    how = {"n_ctx": n_ctx, "n_ubatch": N_BATCH, "n_batch": N_BATCH, "n_seq": n_seq, "unified": unified, "kv": kv}
     with Model(rt, random_gguf(SHAPE), keys) as model, Context(model, **how) as a, Context(model, **how) as b:
         row = {"F16": 64, "Q8_0": 34}[kv] * SHAPE.head // 32 * SHAPE.n_head_kv
         most = 2 * row * n_ctx * SHAPE.n_layer
-        pairs = [Pair(c, Occupancy(s, n_seq, unified, N_CTX), most) for c in (a, b)]
+        pairs = [Pair(c, Occupancy(s, n_seq, unified, N_CTX, N_BATCH), most) for c in (a, b)]
         rng = np.random.default_rng([SEED, 41, CASES.index((name, n_seq, unified, kv))])
         session = Session(pairs, rng)
         try:

@@ -112,10 +112,10 @@ def test_report_fits_its_buffer(rt, random_gguf) -> None:
     import ctypes
 
     with Model(rt, random_gguf(shape(8)), {"st3.preset": "st3"}) as model, Context(model, n_ctx=64) as ctx:
-        n = rt.lib.st3_report(ctx.ptr, None, 0)
+        n = rt.lib.st3_report(ctx.ptr, 0, None, 0)
         for cap in (1, 2, 17, n, n + 1):
             raw = ctypes.create_string_buffer(b"\xff" * (n + 8), n + 8)
-            assert rt.lib.st3_report(ctx.ptr, raw, cap) == n
+            assert rt.lib.st3_report(ctx.ptr, 0, raw, cap) == n
             text = raw.raw[:cap]
             assert text.index(b"\0") == min(n, cap - 1)
             assert raw.raw[cap:] == b"\xff" * (n + 8 - cap)

@@ -1,0 +1,571 @@
+#include "st3-wait.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+#include "st3-graph.h"
+#include "st3-memory.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <set>
+
+std::pair<uint32_t, uint32_t> st3_announced::grid(uint32_t n_came) const {
+    if (nx > 0 && nx * ny == n_came) {
+        return { nx, ny };
+    }
+    const uint32_t side = (uint32_t) std::lround(std::sqrt((double) n_came));
+    return side * side == n_came && nx == 0 ? std::pair(side, side) : std::pair(n_came, 1u);
+}
+
+//
+// st3_prompt
+//
+
+void st3_prompt::add_image(const st3_announced & image, const float * rows, uint32_t n, uint32_t n_embd) {
+    if (image.begins()) {
+        images.push_back({ n_rows(), 0, 0, 0 });
+        keep = keep && image.keep;
+    }
+    auto & span = images.back();
+    span.n += n;
+    std::tie(span.nx, span.ny) = image.grid(span.n);
+
+    tokens.insert(tokens.end(), n, LLAMA_TOKEN_NULL);
+    embd.insert(embd.end(), rows, rows + (size_t) n * n_embd);
+}
+
+st3_prompt st3_prompt::part(uint32_t begin, uint32_t end) const {
+    const auto   n_before = std::count(tokens.begin(), tokens.begin() + begin, LLAMA_TOKEN_NULL);
+    const auto   n_image  = std::count(tokens.begin() + begin, tokens.begin() + end, LLAMA_TOKEN_NULL);
+    const size_t n_embd   = embd.empty() ? 0 : embd.size() / std::count(tokens.begin(), tokens.end(), LLAMA_TOKEN_NULL);
+
+    st3_prompt res;
+    res.p0   = p0 + (llama_pos) begin;
+    res.keep = keep;
+    res.tokens.assign(tokens.begin() + begin, tokens.begin() + end);
+    res.embd.assign(embd.begin() + n_before * n_embd, embd.begin() + (n_before + n_image) * n_embd);
+    for (const auto & span : images) {
+        const uint32_t first = std::max(span.row, begin);
+        const uint32_t last  = std::min(span.row + span.n, end);
+        if (first < last) {
+            const bool whole = last - first == span.n;
+            res.images.push_back({ first - begin, last - first, whole ? span.nx : last - first, whole ? span.ny : 1u });
+        }
+    }
+    return res;
+}
+
+//
+// st3_waits
+//
+
+bool st3_waits::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    const auto * prompt = of(seq_id);
+    return !prompt || p1 >= prompt->end() || p1 < prompt->p0 || p0 >= p1;
+}
+
+llama_pos st3_waits::rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos seq_end) {
+    auto & list = asked[seq_id];
+    if (p0 >= p1) {
+        return p0;
+    }
+    if (p1 < seq_end) {  // in the middle: what comes after it can never be read again, as positions must have no gap
+        while (!list.empty() && list.back()->end() >= p0) {
+            list.pop_back();
+        }
+        return p0;
+    }
+    if (const auto * prompt = of(seq_id); prompt && p0 < prompt->end()) {
+        auto rest = prompt->part(0, (uint32_t) std::max(0, p0 - prompt->p0));
+        waiting.erase(seq_id);
+        if (rest.n_rows() > 0) {
+            waiting[seq_id] = std::move(rest);
+        }
+    }
+    while (!list.empty() && list.back()->p0 >= p0) {
+        list.pop_back();
+    }
+    if (!list.empty() && list.back()->end() > p0) {
+        auto rest = list.back()->part(0, (uint32_t) (p0 - list.back()->p0));
+        list.pop_back();
+        if (!rest.images.empty()) {
+            p0              = rest.p0;
+            waiting[seq_id] = std::move(rest);
+        }
+    }
+    return p0;
+}
+
+void st3_waits::cp(llama_seq_id src, llama_seq_id dst) {
+    rm(dst);
+    if (const auto * prompt = of(src)) {
+        waiting[dst] = *prompt;
+    }
+    asked[dst] = asked[src];
+}
+
+size_t st3_waits::n_bytes() const {
+    size_t res = 0;
+    for (const auto & [id, prompt] : waiting) {
+        res += prompt.embd.size();
+    }
+    std::set<const st3_prompt *> seen;  // sequences may share them
+    for (const auto & [id, list] : asked) {
+        for (const auto & prompt : list) {
+            res += seen.insert(prompt.get()).second ? prompt->embd.size() : 0;
+        }
+    }
+    return res * sizeof(float);
+}
+
+//
+// the seam: llama_context::decode
+//
+
+std::string st3_why_not(const llama_context & ctx, uint32_t n) {
+    const auto & cparams = ctx.get_cparams();
+    const auto & hparams = ctx.get_model().hparams;
+
+    if (n > cparams.n_batch) {
+        return format(
+                "the image and its question, %u positions, do not fit one batch of %u (raise n_batch)", n,
+                cparams.n_batch);
+    }
+    const auto & layers = cparams.embeddings_layer_inp;
+    if (cparams.embeddings || cparams.embeddings_nextn || std::count(layers.begin(), layers.end(), true) > 0) {
+        return "embeddings are asked for";
+    }
+    if (!hparams.causal_attn || !cparams.causal_attn) {
+        return "attention is not causal";
+    }
+    if (hparams.n_pos_per_embd() != 1 || hparams.n_embd_inp() != hparams.n_embd) {
+        return "models with several positions a token or wider inputs are not supported yet";
+    }
+    return "";
+}
+
+// Rows of token_embd, dequantized as ggml_get_rows does. out F32 [n_embd].
+static void embed_token(const llama_model & model, llama_token token, std::vector<uint8_t> & row, float * out) {
+    const ggml_tensor * t    = model.tok_embd;
+    const auto          cast = ggml_get_type_traits(t->type)->to_float;
+
+    row.resize(ggml_row_size(t->type, t->ne[0]));
+    ggml_backend_tensor_get(t, row.data(), token * t->nb[1], row.size());
+    if (t->type == GGML_TYPE_F32) {
+        memcpy(out, row.data(), row.size());
+    } else {
+        cast(row.data(), out, t->ne[0]);
+    }
+}
+
+class st3_seam {
+  public:
+    st3_seam(llama_context & ctx, st3_memory & mem) : ctx(ctx), mem(mem), n_batch(ctx.cparams.n_batch) {
+        mem.belongs_to(&ctx);
+    }
+
+    int decode(const llama_batch_ext & in);
+    int decode_waiting(llama_seq_id seq_id, uint32_t n_rows);
+
+  private:
+    // A sequence's rows in a batch, none of which belongs to another as well.
+    struct share_t {
+        std::vector<size_t> rows;
+        bool                output = false;
+    };
+
+    using shares_t = std::map<llama_seq_id, share_t>;
+
+    int decode_image(const llama_batch_ext & in, llama_seq_id seq_id);
+    int decode_text(const llama_batch_ext & in, const shares_t & shares);
+    int decode_all(llama_seq_id seq_id);
+    int ask(const llama_batch_ext & in, llama_seq_id seq_id, const share_t & share);
+
+    void hold(const llama_batch_ext & in, llama_seq_id seq_id, const share_t & share);
+    bool fits(llama_seq_id seq_id, uint32_t n) const;
+
+    llama_batch_ext make_batch(const st3_prompt & prompt, llama_seq_id seq_id, bool as_embeddings) const;
+
+    bool valid(const llama_batch_ext & in) { return ctx.balloc->init(in, ctx.model.vocab, ctx.cparams.embeddings); }
+
+    void renumber(const std::vector<size_t> & rows, size_t first);
+    void take_outputs(const std::vector<size_t> & rows, size_t first, std::map<size_t, std::vector<float>> & to);
+    void put_outputs(const std::map<size_t, std::vector<float>> & outputs);
+
+    llama_context & ctx;
+    st3_memory &    mem;
+    const uint32_t  n_batch;
+};
+
+int llama_context::decode(const llama_batch_ext & batch) {
+    auto * mem = dynamic_cast<st3_memory *>(memory.get());
+
+    return mem && !batch.tokens.empty() ? st3_seam(*this, *mem).decode(batch) : decode_now(batch);
+}
+
+int st3_decode_waiting(llama_context & ctx, llama_seq_id seq_id) {
+    auto * mem = dynamic_cast<st3_memory *>(ctx.get_memory());
+
+    const auto * prompt = mem ? mem->waits.of(seq_id) : nullptr;
+    return prompt ? st3_seam(ctx, *mem).decode_waiting(seq_id, prompt->n_rows()) : 0;
+}
+
+void st3_compute_waiting(llama_context & ctx) {
+    auto * mem = dynamic_cast<st3_memory *>(ctx.get_memory());
+
+    for (llama_seq_id id = 0; mem && id < (llama_seq_id) mem->n_seq_max; ++id) {
+        if (st3_decode_waiting(ctx, id) != 0) {
+            LLAMA_LOG_WARN("%s: what waits in sequence %d will be computed with other adapters\n", __func__, id);
+        }
+    }
+}
+
+int st3_seam::decode(const llama_batch_ext & in) {
+    shares_t shares;
+    bool     shared = false;
+    for (size_t i = 0; i < in.tokens.size(); ++i) {
+        shared |= in.tokens[i].seq_ids.size() != 1;
+        for (const auto id : in.tokens[i].seq_ids) {
+            auto & share = shares[id];
+            share.rows.push_back(i);
+            share.output |= in.tokens[i].output;
+        }
+    }
+    const bool alone   = !shared && shares.size() == 1;
+    const bool image   = in.n_embd > 0 && in.tokens[0].id == LLAMA_TOKEN_NULL && mem.waits.announced.left > 0;
+    const bool follows = std::any_of(
+            shares.begin(), shares.end(), [&](const auto & share) { return mem.waits.of(share.first) != nullptr; });
+    const bool holds = alone && !shares.begin()->second.output && (in.n_embd == 0 || image);
+    if (image && !holds) {
+        for (const auto & [seq_id, share] : shares) {
+            mem.note_reason(seq_id, alone ? "an output is asked for in the image" : "an image of several sequences");
+        }
+    }
+    if (in.tokens.size() > n_batch || (!follows && !holds)) {
+        return ctx.decode_now(in);
+    }
+    if (in.n_embd > 0 && in.n_embd != in.n_embd_inp) {
+        return ctx.decode_now(in);  // which says what is wrong with it
+    }
+    if (!valid(in)) {
+        LLAMA_LOG_ERROR("%s: failed to initialize batch\n", __func__);
+        return -1;
+    }
+    if (image && holds) {
+        return decode_image(in, shares.begin()->first);
+    }
+    if (in.n_embd == 0 && !shared) {
+        return decode_text(in, shares);
+    }
+    for (const auto & [seq_id, share] : shares) {
+        if (const int res = decode_all(seq_id)) {
+            return res;
+        }
+    }
+    return ctx.decode_now(in);
+}
+
+// An image, or a part of it, waits if it may.
+int st3_seam::decode_image(const llama_batch_ext & in, llama_seq_id seq_id) {
+    const auto     n      = (uint32_t) in.tokens.size();
+    const auto *   prompt = mem.waits.of(seq_id);
+    const uint32_t held   = prompt ? prompt->n_rows() : 0;
+    const uint32_t lead   = prompt ? prompt->n_lead() : 0;
+    const auto     left   = mem.waits.announced.left;
+
+    // the rest of an image whose beginning was computed is computed as well
+    const bool rest   = !mem.waits.announced.begins() && !(prompt && prompt->ends_in_image());
+    // and what one question asks about is all pruned in one way
+    const bool beside = mem.has_unpruned(seq_id);
+
+    const auto why = st3_why_not(ctx, held - lead + left);
+    if (n <= left && !rest && !beside && why.empty()) {
+        if (held + left > n_batch && lead > 0) {
+            if (const int res = decode_waiting(seq_id, lead)) {
+                return res;
+            }
+        }
+        if (!fits(seq_id, n)) {
+            LLAMA_LOG_WARN("%s: failed to find a memory slot for an image of %u tokens\n", __func__, n);
+            return 1;
+        }
+        share_t share;
+        share.rows.resize(n);
+        hold(in, seq_id, share);
+        ctx.n_outputs = 0;  // as after any batch without outputs
+        return 0;
+    }
+    if (!why.empty()) {
+        mem.note_reason(seq_id, why);
+    }
+    if (const int res = decode_all(seq_id)) {
+        return res;
+    }
+    return ctx.decode_now(in);
+}
+
+int st3_seam::decode_text(const llama_batch_ext & in, const shares_t & shares) {
+    std::vector<llama_seq_id> asks;   // whose question comes
+    std::vector<llama_seq_id> holds;  // that wait on
+    std::vector<size_t>       rest;   // rows of all others
+
+    size_t n_others = 0;
+    for (const auto & [seq_id, share] : shares) {
+        n_others += mem.waits.of(seq_id) == nullptr;
+    }
+    for (const auto & [seq_id, share] : shares) {
+        const auto   n      = (uint32_t) share.rows.size();
+        const auto * prompt = mem.waits.of(seq_id);
+        const bool   image  = prompt && !prompt->images.empty();
+        const auto   why    = st3_why_not(ctx, (image ? prompt->n_rows() - prompt->n_lead() : 0) + n);
+        // backend samplers write where only one compute of the batch can
+        const bool   one    = ctx.sampling.samplers.empty() || shares.size() == 1;
+
+        if (image && why.empty() && one) {
+            if (prompt->n_rows() + n > n_batch) {
+                if (const int res = decode_waiting(seq_id, prompt->n_lead())) {
+                    return res;
+                }
+            }
+            (share.output ? asks : holds).push_back(seq_id);
+            continue;
+        }
+        if (image) {
+            mem.note_reason(seq_id, why.empty() ? "several sequences have backend samplers" : why);
+        }
+        if (const int res = decode_all(seq_id)) {
+            return res;
+        }
+        // text alone may be what comes before an image
+        if (!image && !share.output && shares.size() == 1 && n < n_batch && why.empty() && !mem.has_unpruned(seq_id)) {
+            holds.push_back(seq_id);
+        } else {
+            rest.insert(rest.end(), share.rows.begin(), share.rows.end());
+        }
+    }
+    for (const auto seq_id : holds) {
+        if (!fits(seq_id, (uint32_t) shares.at(seq_id).rows.size())) {
+            LLAMA_LOG_WARN(
+                    "%s: failed to find a memory slot for %zu tokens\n", __func__, shares.at(seq_id).rows.size());
+            return 1;
+        }
+    }
+
+    const bool gather = asks.size() + !rest.empty() > 1;
+
+    std::map<size_t, std::vector<float>> outputs;  // by row of the batch
+
+    int res = 0;
+    for (size_t i = 0; i < asks.size() && res == 0; ++i) {
+        const auto & share = shares.at(asks[i]);
+        const auto   n     = (size_t) mem.waits.of(asks[i])->n_rows();
+
+        if ((res = ask(in, asks[i], share)) != 0) {
+            asks.resize(i);
+        } else if (gather) {
+            take_outputs(share.rows, n, outputs);
+        } else {
+            renumber(share.rows, n);
+        }
+    }
+    if (res == 0 && !rest.empty()) {
+        std::sort(rest.begin(), rest.end());
+        if (rest.size() == in.tokens.size()) {
+            return ctx.decode_now(in);
+        }
+        llama_batch_ext others(&ctx);
+        for (const size_t i : rest) {
+            others.tokens.push_back(in.tokens[i]);
+        }
+        res = ctx.decode_now(others);
+        if (res == 0 && gather) {
+            take_outputs(rest, 0, outputs);
+        } else if (res == 0) {
+            renumber(rest, 0);
+        }
+    }
+    if (res != 0) {
+        for (const auto seq_id : asks) {  // their images wait again
+            mem.seq_rm(seq_id, in.tokens[shares.at(seq_id).rows[0]].pos[0], -1);
+        }
+        return res;
+    }
+    for (const auto seq_id : holds) {
+        hold(in, seq_id, shares.at(seq_id));
+    }
+    if (gather) {
+        put_outputs(outputs);
+    } else if (asks.empty() && rest.empty()) {
+        ctx.n_outputs = 0;
+    }
+    return 0;
+}
+
+// The image and the text that wait in a sequence, and its question, become one batch.
+int st3_seam::ask(const llama_batch_ext & in, llama_seq_id seq_id, const share_t & share) {
+    auto       prompt = std::move(mem.waits.waiting.at(seq_id));
+    const auto n_held = prompt.n_rows();
+    mem.waits.waiting.erase(seq_id);
+
+    for (const size_t i : share.rows) {
+        prompt.add_token(in.tokens[i].id);
+    }
+    auto batch = make_batch(prompt, seq_id, true);
+    for (size_t i = 0; i < share.rows.size(); ++i) {
+        batch.tokens[n_held + i].output = in.tokens[share.rows[i]].output;
+    }
+
+    ctx.sched_need_reserve |= mem.make_room_in_graph((uint32_t) prompt.images.size(), prompt.n_rows());
+
+    mem.expect(prompt.images);
+    const int res = ctx.decode_now(batch);
+    mem.expect({});
+
+    if (res != 0) {
+        mem.waits.waiting[seq_id] = prompt.part(0, n_held);
+        return res;
+    }
+    // that buffers grew for it is no surprise
+    for (size_t i = 0; i < ctx.backend_ptrs.size(); ++i) {
+        ctx.backend_buf_exp_size[i] = ggml_backend_sched_get_buffer_size(ctx.sched.get(), ctx.backend_ptrs[i]);
+    }
+    if (prompt.keep) {
+        mem.waits.asked[seq_id].push_back(std::make_shared<const st3_prompt>(std::move(prompt)));
+    }
+    return 0;
+}
+
+// Adds a share to what waits in its sequence: text, or a part of the announced image.
+void st3_seam::hold(const llama_batch_ext & in, llama_seq_id seq_id, const share_t & share) {
+    auto & prompt = mem.waits.waiting[seq_id];
+    if (prompt.n_rows() == 0) {
+        prompt.p0 = in.tokens[share.rows[0]].pos[0];
+    }
+    if (in.n_embd == 0) {
+        for (const size_t i : share.rows) {
+            prompt.add_token(in.tokens[i].id);
+        }
+        return;
+    }
+    const auto n = (uint32_t) in.tokens.size();
+    prompt.add_image(mem.waits.announced, in.embd.data(), n, (uint32_t) in.n_embd);
+    mem.waits.announced.left -= n;
+}
+
+// Whether n rows more of a sequence will find cells.
+bool st3_seam::fits(llama_seq_id seq_id, uint32_t n) const {
+    const uint32_t stream = mem.stage(0).get_stream(seq_id);
+
+    uint64_t need = n;
+    for (const auto & [id, prompt] : mem.waits.waiting) {
+        need += mem.stage(0).get_stream(id) == stream ? prompt.n_rows() : 0;
+    }
+    return mem.n_used(seq_id) + need <= mem.stage(0).n_max;
+}
+
+llama_batch_ext st3_seam::make_batch(const st3_prompt & prompt, llama_seq_id seq_id, bool as_embeddings) const {
+    llama_batch_ext      res(&ctx);
+    const float *        image = prompt.embd.data();
+    std::vector<uint8_t> buffer;
+
+    for (uint32_t i = 0; i < prompt.n_rows(); ++i) {
+        llama_batch_ext::token row;
+        row.id      = prompt.tokens[i];
+        row.seq_ids = { seq_id };
+        row.pos[0]  = prompt.p0 + (llama_pos) i;
+        if (as_embeddings || row.id == LLAMA_TOKEN_NULL) {
+            row.has_embd = true;
+            row.embd_off = res.embd.size();
+            res.n_embd   = res.n_embd_inp;
+            res.embd.resize(row.embd_off + res.n_embd);
+            if (row.id == LLAMA_TOKEN_NULL) {
+                std::copy_n(image, res.n_embd, res.embd.begin() + row.embd_off);
+                image += res.n_embd;
+            } else {
+                embed_token(ctx.model, row.id, buffer, res.embd.data() + row.embd_off);
+                row.id = LLAMA_TOKEN_NULL;
+            }
+        }
+        res.tokens.push_back(std::move(row));
+    }
+    return res;
+}
+
+int st3_seam::decode_all(llama_seq_id seq_id) {
+    const auto * prompt = mem.waits.of(seq_id);
+    return prompt ? decode_waiting(seq_id, prompt->n_rows()) : 0;
+}
+
+// The first n_rows that wait, as they came: text as tokens, each image by itself.
+int st3_seam::decode_waiting(llama_seq_id seq_id, uint32_t n_rows) {
+    auto prompt = std::move(mem.waits.waiting.at(seq_id));
+    mem.waits.waiting.erase(seq_id);
+
+    const auto announced = mem.waits.announced;                           // the caller's
+    const bool causal    = std::exchange(ctx.cparams.causal_attn, true);  // else they would not wait
+
+    int res = 0;
+    for (uint32_t i = 0; i < n_rows && res == 0;) {
+        uint32_t end = n_rows;
+        for (const auto & span : prompt.images) {
+            if (i >= span.row && i < span.row + span.n) {
+                end                 = std::min(end, span.row + span.n);
+                mem.waits.announced = { span.n, span.nx, span.ny, span.n - (i - span.row), prompt.keep };
+            } else if (span.row > i) {
+                end = std::min(end, span.row);
+            }
+        }
+        end = std::min(end, i + n_batch);
+        res = ctx.decode_now(make_batch(prompt.part(i, end), seq_id, false));
+        i   = end;
+    }
+    ctx.cparams.causal_attn = causal;
+    mem.waits.announced     = announced;
+
+    if (res != 0) {
+        mem.seq_rm(seq_id, prompt.p0, -1);
+        mem.waits.waiting[seq_id] = std::move(prompt);
+    } else if (n_rows < prompt.n_rows()) {
+        mem.waits.waiting[seq_id] = prompt.part(n_rows, prompt.n_rows());
+    }
+    return res;
+}
+
+//
+// outputs of a batch that was computed in several
+//
+
+// Outputs of row first + i of what was computed are those of rows[i] of the batch.
+void st3_seam::renumber(const std::vector<size_t> & rows, size_t first) {
+    std::vector<int32_t> ids(ctx.output_ids.size(), -1);
+    for (size_t i = 0; i < rows.size(); ++i) {
+        ids[rows[i]] = ctx.output_ids[first + i];
+    }
+    ctx.output_ids = std::move(ids);
+}
+
+// Copies them, by row of the batch, before the next compute takes their place.
+void st3_seam::take_outputs(const std::vector<size_t> & rows, size_t first, std::map<size_t, std::vector<float>> & to) {
+    const size_t n_vocab = ctx.model.vocab.n_tokens();
+
+    ctx.synchronize();
+    ctx.output_reorder();
+    for (size_t i = 0; i < rows.size(); ++i) {
+        if (const int32_t id = ctx.output_ids[first + i]; id >= 0) {
+            const float * data = ctx.logits.data + id * n_vocab;
+            to[rows[i]].assign(data, data + n_vocab);
+        }
+    }
+}
+
+void st3_seam::put_outputs(const std::map<size_t, std::vector<float>> & outputs) {
+    ctx.output_reserve((int32_t) outputs.size());
+
+    float * data = ctx.logits.data;
+    for (const auto & [row, logits] : outputs) {
+        ctx.output_ids[row] = (int32_t) ctx.n_outputs++;
+        data                = std::copy(logits.begin(), logits.end(), data);
+    }
+}
