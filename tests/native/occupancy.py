@@ -90,7 +90,7 @@ class Prompt:
 
 
 class Occupancy:
-    """The cells of a context of n_seq sequences, n_ctx for each of its streams; n_batch: most rows of a pruned prompt."""
+    """The cells of n_seq sequences, n_ctx for each stream of them; n_batch: most rows of a pruned prompt."""
 
     def __init__(self, schedule: Schedule, n_seq: int, unified: bool, n_ctx: int, n_batch: int) -> None:
         self.schedule, self.n_seq, self.unified, self.n_ctx, self.n_batch = schedule, n_seq, unified, n_ctx, n_batch

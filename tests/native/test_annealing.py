@@ -13,6 +13,8 @@ from native_runtime import Context, Model
 from oracle import llama as oracle
 from oracle import schedule
 
+from st3_edge import _libs
+
 N_CASES = 84
 SHAPE = cases.SHAPES["gqa-32"]
 KEYS: dict[str, str | int | float] = {
