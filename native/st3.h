@@ -129,7 +129,8 @@ st3_weights(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, f
 //  "cuts": [layer], "counts": [[kept of each image, in order] for each cut],
 //  "budget": float,                                 mean over layers of kept / given for them (schedule's own if none)
 //  "anneal": {"curve": str, "tokens": int, "floor": float, "interval": int, "score": str},
-//  "given": int, "per_layer": [visual tokens that each layer held after their prompts], "held": [that it holds now],
+//  "given": int, "images": [{"n": visual tokens, "nx", "ny": patch grid}],
+//  "per_layer": [visual tokens that each layer held after their prompts], "held": [that it holds now],
 //  "waiting": int,                                  positions that wait to be computed
 //  "embedding_bytes": int,                          of all images of the context that wait or may have to be read again
 //  "kv_bytes": {"allocated": int, "live": int, "full": int},   now; live: cells in use; full: what stock would have in use

@@ -20,7 +20,7 @@ fi
 {
     cmake -S . -B build/stock -G Ninja ${CMAKE_ARGS:-} -DST3_STOCK=ON -DGGML_CUDA=OFF \
         -DPython_EXECUTABLE="$PWD/$python" &&
-        cmake --build build/stock --target llama mtmd
+        cmake --build build/stock --target llama mtmd llama-server ggml-rpc-server
 } >build/stock.log 2>&1 || die "the stock build failed: see build/stock.log"
 
 ST3_STOCK_LIB_DIR=$PWD/build/stock/lib exec "$python" -m pytest "$@"

@@ -108,6 +108,7 @@ struct fate_t {
     std::vector<std::vector<uint32_t>> counts;     // [cut][image]
     std::vector<uint32_t>              per_layer;  // visual tokens held after their prompts
     std::vector<uint32_t>              held;       // and now
+    std::vector<std::string>           images;     // as JSON
 };
 
 fate_t look_at_images(const st3_memory & mem, llama_seq_id seq_id) {
@@ -123,6 +124,7 @@ fate_t look_at_images(const st3_memory & mem, llama_seq_id seq_id) {
     for (const auto & image : mem.images.of(seq_id)) {
         const auto n = (uint32_t) image.pos.size();
         res.given += n;
+        res.images.push_back(format("{\"n\": %u, \"nx\": %u, \"ny\": %u}", n, image.nx, image.ny));
         pruned |= image.pruned;
         evicted |= image.evicted;
         for (size_t c = 0; c < s.cuts.size(); ++c) {
@@ -214,6 +216,7 @@ std::string st3_make_report(const llama_context & ctx, llama_seq_id seq_id) {
        << ", \"anneal\": {\"curve\": " << quote(s.curve_name()) << ", \"tokens\": " << s.anneal_tokens
        << ", \"floor\": " << s.anneal_floor << ", \"interval\": " << s.anneal_interval
        << ", \"score\": " << quote(s.anneal_score) << "}, \"given\": " << fate.given
+       << ", \"images\": " << list(fate.images)
        << ", \"per_layer\": " << list(fate.per_layer) << ", \"held\": " << list(fate.held)
        << ", \"waiting\": " << (prompt ? prompt->n_rows() : 0)
        << ", \"embedding_bytes\": " << (mem ? mem->waits.n_bytes() : 0)

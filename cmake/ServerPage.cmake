@@ -1,0 +1,11 @@
+# Our page for llama-server, as a header of string literals in `folder`.
+function(st3_make_page folder)
+    foreach(part html css js)
+        set(file ${CMAKE_SOURCE_DIR}/native/server/page/st3.${part})
+        set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${file})
+        file(READ ${file} text)
+        string(TOUPPER ST3_PAGE_${part} name)
+        set(${name} "${text}")
+    endforeach()
+    configure_file(${CMAKE_SOURCE_DIR}/native/server/st3-page-files.h.in ${folder}/st3-page-files.h @ONLY)
+endfunction()

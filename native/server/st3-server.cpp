@@ -1,0 +1,93 @@
+#include "st3-server.h"
+
+#include "server-task.h"
+#include "st3.h"
+
+#include <algorithm>
+#include <vector>
+
+static common_json report(const llama_context * ctx, llama_seq_id seq_id) {
+    std::string text(st3_report(ctx, seq_id, nullptr, 0), '\0');
+    st3_report(ctx, seq_id, text.data(), text.size() + 1);
+    return common_json::parse(text);
+}
+
+static std::vector<int32_t> kept(const llama_context * ctx, llama_seq_id seq_id, int32_t i_cut) {
+    std::vector<int32_t> res((size_t) std::max(0, st3_kept(ctx, seq_id, i_cut, nullptr, 0)));
+    st3_kept(ctx, seq_id, i_cut, res.data(), (int32_t) res.size());
+    return res;
+}
+
+// [picture][visual token] layers that read it.
+static common_json layers_of(const llama_context * ctx, llama_seq_id seq_id, const common_json & st3) {
+    const auto cuts    = st3.at("cuts").get<std::vector<int>>();
+    const int  n_layer = (int) st3.at("per_layer").size();
+
+    // a cut is after its layer; who is kept by it is read up to the next one
+    std::vector<int> layers(st3.at("given").get<size_t>(), cuts.empty() ? n_layer : cuts[0] + 1);
+    for (size_t i = 0; i < cuts.size(); ++i) {
+        for (const int32_t token : kept(ctx, seq_id, (int32_t) i)) {
+            layers.at(token) = i + 1 < cuts.size() ? cuts[i + 1] + 1 : n_layer;
+        }
+    }
+    common_json res   = common_json::array();
+    size_t      first = 0;
+    for (const auto & image : st3.at("images")) {
+        const size_t n = image.at("n").get<size_t>();
+        res.push_back(std::vector<int>(layers.begin() + first, layers.begin() + first + n));
+        first += n;
+    }
+    return res;
+}
+
+common_json st3_of_slot(const llama_context * ctx, llama_seq_id seq_id) {
+    common_json res = report(ctx, seq_id);
+    if (res.at("given").get<int>() == 0) {
+        return nullptr;
+    }
+    const std::string mode = res.at("mode");
+    res["layers"]          = mode == "pruned-prefill" ? layers_of(ctx, seq_id, res) : common_json(nullptr);
+    return res;
+}
+
+common_json st3_of_model(const llama_context * ctx) {
+    common_json res = report(ctx, -1);
+
+    const std::string preset = res.at("preset");
+    return preset == "off" && res.at("reason").is_null() ? common_json(nullptr) : res;
+}
+
+common_json st3_beside_timings(common_json answer, const common_json & st3) {
+    if (st3.is_null() || answer.empty()) {
+        return answer;
+    }
+    common_json * place = answer.is_array() ? &answer.back() : &answer;
+    if (place->contains("data")) {  // an event of a stream
+        place = &place->at("data");
+    }
+    (*place)["st3"] = st3;
+    return answer;
+}
+
+json server_task_result_cmpl_final::to_json() {
+    const bool chosen = response_fields.empty() ||
+                        std::count(response_fields.begin(), response_fields.end(), "st3") > 0;
+    return st3_beside_timings(to_json_plain(), chosen ? st3 : common_json(nullptr));
+}
+
+std::string st3_line(const llama_context * ctx, llama_seq_id seq_id) {
+    const common_json st3 = report(ctx, seq_id);
+
+    const std::string mode  = st3.at("mode");
+    const int         given = st3.at("given").get<int>();
+    if (given == 0) {
+        return "no picture";
+    }
+    std::string res = mode + ": " + std::to_string(given) + " visual tokens, " +
+                      std::to_string((int) (100 * st3.at("budget").get<double>() + 0.5)) + " % kept on average";
+    if (!st3.at("reason").is_null()) {
+        const std::string reason = st3.at("reason");
+        res += " (" + reason + ")";
+    }
+    return res;
+}
