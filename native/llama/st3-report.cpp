@@ -216,9 +216,8 @@ std::string st3_make_report(const llama_context & ctx, llama_seq_id seq_id) {
        << ", \"anneal\": {\"curve\": " << quote(s.curve_name()) << ", \"tokens\": " << s.anneal_tokens
        << ", \"floor\": " << s.anneal_floor << ", \"interval\": " << s.anneal_interval
        << ", \"score\": " << quote(s.anneal_score) << "}, \"given\": " << fate.given
-       << ", \"images\": " << list(fate.images)
-       << ", \"per_layer\": " << list(fate.per_layer) << ", \"held\": " << list(fate.held)
-       << ", \"waiting\": " << (prompt ? prompt->n_rows() : 0)
+       << ", \"images\": " << list(fate.images) << ", \"per_layer\": " << list(fate.per_layer)
+       << ", \"held\": " << list(fate.held) << ", \"waiting\": " << (prompt ? prompt->n_rows() : 0)
        << ", \"embedding_bytes\": " << (mem ? mem->waits.n_bytes() : 0)
        << ", \"kv_bytes\": {\"allocated\": " << kv.allocated << ", \"live\": " << kv.live << ", \"full\": " << kv.full
        << "}";

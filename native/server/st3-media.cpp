@@ -18,27 +18,27 @@ struct address_block {
 
 // IANA's special-purpose registry for IPv4; and the only global unicast block of IPv6, less what in it is special.
 static constexpr address_block SPECIAL_4[] = {
-    { "0.0.0.0",     8  },
-    { "10.0.0.0",    8  },
-    { "100.64.0.0",  10 },
-    { "127.0.0.0",   8  },
-    { "169.254.0.0", 16 },
-    { "172.16.0.0",  12 },
-    { "192.0.0.0",   24 },
-    { "192.0.2.0",   24 },
-    { "192.88.99.0", 24 },
-    { "192.168.0.0", 16 },
-    { "198.18.0.0",  15 },
-    { "198.51.100.0", 24 },
-    { "203.0.113.0", 24 },
-    { "224.0.0.0",   3  },
+    {"0.0.0.0",       8 },
+    { "10.0.0.0",     8 },
+    { "100.64.0.0",   10},
+    { "127.0.0.0",    8 },
+    { "169.254.0.0",  16},
+    { "172.16.0.0",   12},
+    { "192.0.0.0",    24},
+    { "192.0.2.0",    24},
+    { "192.88.99.0",  24},
+    { "192.168.0.0",  16},
+    { "198.18.0.0",   15},
+    { "198.51.100.0", 24},
+    { "203.0.113.0",  24},
+    { "224.0.0.0",    3 },
 };
 static constexpr address_block GLOBAL_6    = { "2000::", 3 };
 static constexpr address_block SPECIAL_6[] = {
-    { "2001::",    23 },
-    { "2001:db8::", 32 },
-    { "2002::",    16 },
-    { "3fff::",    20 },
+    {"2001::",      23},
+    { "2001:db8::", 32},
+    { "2002::",     16},
+    { "3fff::",     20},
 };
 
 template <size_t N> static bool parse(const char * text, std::array<uint8_t, N> & out) {
@@ -110,8 +110,10 @@ std::vector<uint8_t> st3_fetch(const std::string & url, bool allowed) {
     const std::string address = public_address_of(parts.host);
 
     httplib::Client client(parts.host, parts.port);
-    client.set_hostname_addr_map({ { parts.host, address } });  // a second look-up could give another address
-    client.set_follow_location(false);                          // to where nobody has looked
+    client.set_hostname_addr_map({
+            {parts.host, address}
+    });  // a second look-up could give another address
+    client.set_follow_location(false);   // to where nobody has looked
     client.set_max_timeout(MAX_SECONDS * 1000);
     client.set_connection_timeout(MAX_SECONDS);
 

@@ -16,9 +16,9 @@ struct page_file {
 };
 
 static constexpr page_file FILES[] = {
-    { "/st3",     "text/html; charset=utf-8",       ST3_PAGE_HTML },
-    { "/st3.css", "text/css; charset=utf-8",        ST3_PAGE_CSS  },
-    { "/st3.js",  "text/javascript; charset=utf-8", ST3_PAGE_JS   },
+    {"/st3",      "text/html; charset=utf-8",       ST3_PAGE_HTML},
+    { "/st3.css", "text/css; charset=utf-8",        ST3_PAGE_CSS },
+    { "/st3.js",  "text/javascript; charset=utf-8", ST3_PAGE_JS  },
 };
 
 const std::vector<std::string> & st3_page_paths() {

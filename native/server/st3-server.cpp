@@ -70,8 +70,8 @@ common_json st3_beside_timings(common_json answer, const common_json & st3) {
 }
 
 json server_task_result_cmpl_final::to_json() {
-    const bool chosen = response_fields.empty() ||
-                        std::count(response_fields.begin(), response_fields.end(), "st3") > 0;
+    const bool chosen =
+            response_fields.empty() || std::count(response_fields.begin(), response_fields.end(), "st3") > 0;
     return st3_beside_timings(to_json_plain(), chosen ? st3 : common_json(nullptr));
 }
 

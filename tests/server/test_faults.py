@@ -17,6 +17,7 @@ import pytest
 from serving import LONG, Server, Start, data_url, message, text
 
 SEED = 20241220
+TIE = 0.25  # nats
 
 
 def png(width: int, height: int) -> bytes:
@@ -215,8 +216,8 @@ def mixed(scenes, n: int):
         elif kind < 0.85:
             messages = [
                 message(question, scene.picture),
-                {"role": "assistant", "content": "red"},
-                message("And the shape?"),
+                {"role": "assistant", "content": dict(scene.questions)[question]},
+                message(chance.choice(scene.questions)[0]),
             ]
         else:
             messages = [{"role": "user", "content": question}]
@@ -225,10 +226,25 @@ def mixed(scenes, n: int):
         yield {"messages": messages, **options}, hangs_up
 
 
+def sure(answer) -> tuple[str, bool]:
+    """An answer up to where its next word was nearly another, which rounding in a batch of other rows may turn; and
+    whether that is all of it."""
+    said = ""
+    for token in answer["choices"][0]["logprobs"]["content"]:
+        first, second = (other["logprob"] for other in token["top_logprobs"][:2])
+        if first - second < TIE:
+            return said.strip(), False
+        said += token["token"]
+    return said.strip(), True
+
+
 def test_under_load_every_answer_is_the_one_alone(server: Server, scenes):
     # broken if slots mixed, or a request that was cancelled left something behind
     requests = list(mixed(scenes, 500 if LONG else 60))
-    alone = [None if hangs_up else text(server.chat(**{**body, "cache_prompt": False})) for body, hangs_up in requests]
+    alone = [
+        None if hangs_up else sure(server.chat(**{**body, "cache_prompt": False, "logprobs": True, "top_logprobs": 2}))
+        for body, hangs_up in requests
+    ]
     before = server.resident()
 
     def send(item) -> str | None:
@@ -243,11 +259,12 @@ def test_under_load_every_answer_is_the_one_alone(server: Server, scenes):
     with ThreadPoolExecutor(8) as pool:
         loaded = list(pool.map(send, requests))
     wrong = [
-        (len(body["messages"]), str(body["messages"][0]["content"])[-60:], a, b)
-        for (body, _), a, b in zip(requests, alone, loaded, strict=True)
-        if a != b
+        (body["messages"], expected, got)
+        for (body, _), expected, got in zip(requests, alone, loaded, strict=True)
+        if expected and got != expected[0] and (expected[1] or not got.startswith(expected[0]))
     ]
-    assert not wrong
+    assert sum(bool(expected and expected[1]) for expected in alone) > 0.6 * len(alone)
+    assert not [(str(messages)[-200:], *rest) for messages, *rest in wrong]
     assert server.resident() - before < 64e6
 
 
