@@ -1,8 +1,8 @@
 // st3-snapshot.cpp - saving and restoring st3_memory. One section, little-endian as llama.cpp's own:
 //
 //   u32 magic, u32 version, u64 length of the body, u64 checksum of the body, body:
-//     shape   u32 n_layer, n_stage, type_k, type_v; i32 cuts[n_stage - 1]; u32 n_embd_k, n_embd_v of each layer; the
-//             schedule's other fields
+//     shape   u32 n_layer, n_stage, type_k, type_v; i32 cuts[n_stage - 1]; u32 n_embd_k, n_embd_v of each layer;
+//             from version 3 on, u64 checksum of the schedule's other fields
 //     i32     the sequence saved, or -1: all
 //     images  u32 n, then each: i32 sequence, its fields (version 1: without weights, all of which are 1)
 //     prompts u32 n, then each: i32 sequence, u32 waits (else it was asked), its fields (from version 3 on)
@@ -27,7 +27,7 @@
 namespace {
 
 constexpr uint32_t MAGIC   = 0x53335453;  // "ST3S"
-constexpr uint32_t VERSION = 4;
+constexpr uint32_t VERSION = 3;
 
 // Larger ones cannot have come from a decode; and arithmetic on positions, ours and llama.cpp's, must not overflow.
 constexpr llama_pos MAX_POS = 1 << 30;
@@ -136,7 +136,7 @@ struct snapshot {
     std::vector<prompt_t> prompts;
 };
 
-void put_shape(writer & w, const st3_memory & mem) {
+void put_shape(writer & w, const st3_memory & mem, uint32_t version) {
     w.put(mem.schedule.n_layer);
     w.put(mem.n_stage());
     w.put((uint32_t) mem.stage(0).type_k());
@@ -148,18 +148,22 @@ void put_shape(writer & w, const st3_memory & mem) {
             w.put((uint32_t) mem.stage(s).v_of(i, 0)->ne[0]);
         }
     }
+    if (version < 3) {
+        return;
+    }
     const auto & s = mem.schedule;
+    writer       rest;
     for (const double x : { s.keep, s.min_share, s.coverage, s.anneal_floor }) {
-        w.put(x);
+        rest.put(x);
     }
     for (const uint32_t x : { s.min_keep, s.seed, (uint32_t) s.anneal, s.anneal_tokens, s.anneal_interval,
                               (uint32_t) (s.random | s.merge << 1 | s.distance << 2 | s.anneal_random << 3) }) {
-        w.put(x);
+        rest.put(x);
     }
-    for (const auto & text : { s.score, s.anneal_score }) {
-        w.put((uint32_t) text.size());
-        w.put(std::vector<char>(text.begin(), text.end()));
+    for (const char c : s.score + ' ' + s.anneal_score) {
+        rest.put(c);
     }
+    w.put(checksum(rest.data));
 }
 
 void put_image(writer & w, llama_seq_id seq_id, const st3_image & image) {
@@ -286,7 +290,7 @@ void st3_memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_s
     synchronize();
 
     writer w;
-    put_shape(w, *this);
+    put_shape(w, *this, VERSION);
     w.put(seq_id);
 
     std::vector<llama_seq_id> seqs;
@@ -407,7 +411,7 @@ void st3_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_sta
 
     reader r(body);
     writer shape;
-    put_shape(shape, *this);
+    put_shape(shape, *this, h.version);
     if (memcmp(r.take(shape.data.size()), shape.data.data(), shape.data.size()) != 0) {
         fail("the saved state belongs to another model, schedule or KV cache type");
     }

@@ -94,6 +94,7 @@ def saved_values(raw: bytes, n_cuts: int) -> list[dict[int, bytes]]:
     n_layer, n_stage, _, type_v = take("4I")
     cuts = take(f"{n_cuts}i")
     take(f"{2 * n_layer}I")
+    take("Q")
     _, n_images = take("iI")
     for _ in range(n_images):
         _, n, *_ = take("i5I")

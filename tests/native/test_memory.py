@@ -215,7 +215,7 @@ def test_false_counts_with_a_true_checksum(rt, random_gguf) -> None:
 def with_other_image(raw: bytes, n_layer: int, n_cuts: int, flags: int | None, n0: list[int] | None) -> bytes:
     """A state of one image with other flags and counts, and a checksum that is right (st3-snapshot.cpp)."""
     begin = raw.index(struct.pack("<I", 0x53335453)) + 24
-    at = begin + 4 * (4 + n_cuts + 2 * n_layer) + 4
+    at = begin + 4 * (4 + n_cuts + 2 * n_layer) + 8 + 4
     n_images, _, n = struct.unpack_from("<IiI", raw, at)
     assert n_images == 1
     at += 24
