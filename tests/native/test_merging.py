@@ -106,13 +106,15 @@ def as_version_1(raw: bytes) -> bytes:
     """A saved state of one sequence as it was before there were weights."""
     start = raw.index(struct.pack("<I", 0x53335453))
     magic, version, length, _ = HEADER.unpack_from(raw, start)
-    assert version == 2
+    assert version == 3
     body = raw[start + HEADER.size :][:length]
 
     def number(at: int) -> int:
         return struct.unpack_from("<I", body, at)[0]
 
-    at = 16 + 4 * (number(4) - 1) + 8 * number(0) + 4  # shape and sequence
+    at = 16 + 4 * (number(4) - 1) + 8 * number(0)  # shape, less the schedule's checksum
+    body = body[:at] + body[at + 8 :]
+    at += 4  # sequence
     assert number(at) == 1, "one image"
     n = number(at + 8)
     at += 4 + 24 + 16 + 4 * n  # up to its counts
@@ -120,7 +122,8 @@ def as_version_1(raw: bytes) -> bytes:
     at += 4 + 4 * n * number(at)  # scores
     weights = 4 + 4 * n * number(at)
     assert weights > 4
-    body = body[:at] + body[at + weights :]
+    assert number(at + weights) == 0, "no prompt"
+    body = body[:at] + body[at + weights + 4 :]
     return raw[:start] + HEADER.pack(magic, 1, len(body), checksum(body)) + body + raw[start + HEADER.size + length :]
 
 
