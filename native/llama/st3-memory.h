@@ -4,10 +4,13 @@
 
 #include "llama-batch.h"
 #include "llama-memory.h"
+#include "st3-account.h"
 #include "st3-images.h"
 #include "st3-kv.h"
+#include "st3-plan.h"
+#include "st3-prompt.h"
 #include "st3-schedule.h"
-#include "st3-wait.h"
+#include "st3-scores.h"
 
 #include <deque>
 #include <memory>
@@ -19,85 +22,11 @@
 struct llama_cparams;
 struct llama_model_kv_override;
 
-// What a pruned prefill does, known in full before the compute but for which tokens survive.
-struct st3_plan {
-    std::vector<st3_span>              spans;
-    std::vector<std::vector<uint32_t>> counts;      // [stage][image] visual tokens held
-    std::vector<llama_ubatch>          ubatches;    // [stage] the rows that the stage computes
-    uint32_t                           n_text = 0;  // rows after the last image
-    uint32_t                           number = 0;  // of the first image in its sequence
-
-    // Set by the graph, read after compute: [cut][image] original indices kept, I32 [counts[cut + 1][image]]; null: all.
-    std::vector<std::vector<ggml_tensor *>> kept;
-
-    // The same of what was merged: [cut][image] the place among those kept of each token's owner, I32
-    // [counts[cut][image]]; null: all kept, or none.
-    std::vector<std::vector<ggml_tensor *>> owners;
-
-    uint32_t n_stage() const { return (uint32_t) ubatches.size(); }
-
-    uint32_t n_rows(uint32_t stage) const { return ubatches[stage].n_tokens; }
-
-    // First row of an image in a stage.
-    uint32_t row(uint32_t stage, size_t image) const;
-
-    // Visual tokens of all images in a stage.
-    uint32_t n_visual(uint32_t stage) const;
-
-    // Row in the last stage of a text row of the batch.
-    uint32_t last_row(uint32_t row) const;
-};
-
-// A visual token by its place among a sequence's images.
-struct st3_token {
-    uint32_t image;
-    uint32_t index;
-};
-
-// What a ubatch records for one sequence: the attention that its newest rows pay to visual tokens. Tokens that wait for
-// their cuts ("fresh": of a plan, or of images that came by ordinary batches) come first in every stage.
-struct st3_record {
-    llama_seq_id seq_id   = 0;
-    uint32_t     n_rows   = 0;      // scoring rows for "text" terms, the last of them for "last" terms
-    uint32_t     from_end = 0;      // rows of the ubatch after them
-    uint32_t     stream   = 0;      // counted from the ubatch's first
-    bool         anneal   = false;  // a score for each stage is wanted
-    bool         cut = false;  // a score for each cut is wanted: of the fresh tokens, which are the same in all stages
-
-    std::vector<uint32_t>               n_fresh;  // [stage]
-    std::vector<uint32_t>               n_ids;    // [stage] cells to read, padded so that graphs can be used again
-    std::vector<std::vector<uint32_t>>  cells;    // [stage] the cells of tokens
-    std::vector<std::vector<st3_token>> tokens;   // [stage] (a plan's fresh ones are put in after the compute)
-
-    // Whether a graph made for the other one serves this one too.
-    bool same_graph(const st3_record & o) const {
-        return n_rows == o.n_rows && from_end == o.from_end && stream == o.stream && anneal == o.anneal && !cut &&
-               !o.cut && n_ids == o.n_ids;
-    }
-};
-
 // What comes with a ubatch besides its computation.
 struct st3_work {
     std::vector<st3_record>   records;
     std::vector<llama_seq_id> steps;      // sequences that grow by one generated token
     std::vector<llama_seq_id> questions;  // sequences whose waiting images are cut down now
-};
-
-// For each cut, indices over all images of a prompt in order.
-using st3_kept_t = std::vector<std::vector<int32_t>>;
-
-// What became of a sequence's last prompt: all rows since an output was asked for, up to the next one; generated tokens are none.
-struct st3_account {
-    bool     open   = false;  // goes on with the next rows
-    uint32_t n_rows = 0;      // positions of the prompt
-
-    std::vector<uint64_t> rows;            // [stage] rows computed
-    std::vector<double>   pairs;           // [stage] (query, key) pairs of a causal mask
-    double                pairs_full = 0;  // had nothing ever been dropped
-
-    st3_kept_t  kept;    // none if not pruned in the compute
-    st3_kept_t  owners;  // [cut] which token stands for each of all; -1: none
-    std::string reason;  // why its last image was not; stays for later prompts without one
 };
 
 class st3_memory : public llama_memory_i {
@@ -221,8 +150,26 @@ class st3_memory : public llama_memory_i {
         std::vector<std::vector<float>> scores;  // [cut][token]
     };
 
-    std::unique_ptr<st3_plan> make_plan(const llama_ubatch & ubatch) const;
-    st3_record                make_record(const llama_ubatch & ubatch, llama_seq_id seq_id, bool cut) const;
+    st3_record make_record(const llama_ubatch & ubatch, llama_seq_id seq_id, bool cut) const;
+    st3_record make_record(const st3_plan & plan, const std::vector<llama_kv_cache::slot_info_vec_t> & slots) const;
+
+    // A sequence's rows in a batch.
+    struct share_t {
+        uint32_t n      = 0;
+        size_t   last   = 0;  // ubatch
+        bool     output = false;
+
+        bool generated() const { return n == 1 && output; }
+    };
+
+    static std::map<llama_seq_id, share_t> shares_of(const std::vector<llama_ubatch> & ubatches);
+
+    std::vector<llama_ubatch> split(llama_batch_allocr & balloc, uint32_t n_ubatch) const;
+
+    std::vector<llama_kv_cache::slot_info_vec_t>
+    find_slots(const std::vector<llama_ubatch> & ubatches, const st3_plan * plan);
+
+    void add_work(st3_work & work, const llama_ubatch & ubatch, llama_seq_id seq_id, const share_t & share) const;
 
     bool fit(const std::vector<llama_ubatch> & ubatches, const st3_plan * plan);
 

@@ -17,6 +17,7 @@
 #include "llama-impl.h"
 #include "llama-io.h"
 #include "llama-model.h"
+#include "st3-bytes.h"
 #include "st3-memory.h"
 
 #include <algorithm>
@@ -37,77 +38,6 @@ struct header {
     uint32_t version;
     uint64_t length;
     uint64_t checksum;
-};
-
-[[noreturn]] void fail(const std::string & what) { throw std::runtime_error("st3: " + what); }
-
-// FNV-1a over 64-bit words, the last one padded with zeros: each step is a bijection, so no change of one word is missed.
-uint64_t checksum(const std::vector<uint8_t> & data) {
-    uint64_t res = 0xcbf29ce484222325ull;
-    for (size_t i = 0; i < data.size(); i += sizeof(uint64_t)) {
-        uint64_t word = 0;
-        memcpy(&word, data.data() + i, std::min(sizeof(word), data.size() - i));
-        res = (res ^ word) * 0x100000001b3ull;
-    }
-    return res ^ data.size();
-}
-
-class writer {
-  public:
-    std::vector<uint8_t> data;
-
-    template <typename T> void put(const T & x) { append(&x, sizeof(x)); }
-
-    template <typename T> void put(const std::vector<T> & v) { append(v.data(), v.size() * sizeof(T)); }
-
-    // room for n bytes, which the caller fills
-    uint8_t * make(size_t n) {
-        data.resize(data.size() + n);
-        return data.data() + data.size() - n;
-    }
-
-  private:
-    void append(const void * p, size_t n) {
-        if (n > 0) {
-            memcpy(make(n), p, n);
-        }
-    }
-};
-
-class reader {
-  public:
-    explicit reader(const std::vector<uint8_t> & data) : data(data) {}
-
-    const uint8_t * take(size_t n) {
-        if (n > data.size() - at) {
-            fail("the saved state ends too early");
-        }
-        at += n;
-        return data.data() + at - n;
-    }
-
-    template <typename T> T get() {
-        T res;
-        memcpy(&res, take(sizeof(T)), sizeof(T));
-        return res;
-    }
-
-    template <typename T> std::vector<T> get(size_t n) {
-        if (n > data.size() / sizeof(T)) {
-            fail("the saved state ends too early");
-        }
-        std::vector<T> res(n);
-        if (n > 0) {
-            memcpy(res.data(), take(n * sizeof(T)), n * sizeof(T));
-        }
-        return res;
-    }
-
-    bool done() const { return at == data.size(); }
-
-  private:
-    const std::vector<uint8_t> & data;
-    size_t                       at = 0;
 };
 
 struct saved_cell {
@@ -136,7 +66,7 @@ struct snapshot {
     std::vector<prompt_t> prompts;
 };
 
-void put_shape(writer & w, const st3_memory & mem, uint32_t version) {
+void put_shape(st3_writer & w, const st3_memory & mem, uint32_t version) {
     w.put(mem.schedule.n_layer);
     w.put(mem.n_stage());
     w.put((uint32_t) mem.stage(0).type_k());
@@ -163,10 +93,10 @@ void put_shape(writer & w, const st3_memory & mem, uint32_t version) {
     for (const char c : s.score + ' ' + s.anneal_score) {
         rest.put(c);
     }
-    w.put(checksum(rest.data));
+    w.put(st3_checksum(rest.data));
 }
 
-void put_image(writer & w, llama_seq_id seq_id, const st3_image & image) {
+void put_image(st3_writer & w, llama_seq_id seq_id, const st3_image & image) {
     w.put(seq_id);
     w.put((uint32_t) image.pos.size());
     w.put(image.nx);
@@ -188,7 +118,7 @@ void put_image(writer & w, llama_seq_id seq_id, const st3_image & image) {
     }
 }
 
-st3_image get_image(reader & r, const st3_memory & mem, uint32_t version) {
+st3_image get_image(st3_reader & r, const st3_memory & mem, uint32_t version) {
     st3_image  image;
     const auto n = r.get<uint32_t>();
     image.nx     = r.get<uint32_t>();
@@ -210,7 +140,7 @@ st3_image get_image(reader & r, const st3_memory & mem, uint32_t version) {
         (n_scores != 0 && (!image.pruned || n_scores != mem.n_stage() || image.n_records == 0)) ||
         std::any_of(image.pos.begin(), image.pos.end(), [](llama_pos p) { return p < -1 || p > MAX_POS; }) ||
         std::any_of(image.n0.begin(), image.n0.end(), [n](uint32_t c) { return c > n; })) {
-        fail("the saved state holds an impossible image");
+        st3_fail("the saved state holds an impossible image");
     }
     // [stage][n] of which none may be what `ok` is not
     const auto get_each = [&](uint32_t n_rows, auto && ok) {
@@ -218,7 +148,7 @@ st3_image get_image(reader & r, const st3_memory & mem, uint32_t version) {
         for (uint32_t s = 0; s < n_rows; ++s) {
             rows.push_back(r.get<float>(n));
             if (!std::all_of(rows[s].begin(), rows[s].end(), ok)) {
-                fail("the saved state holds an impossible image");
+                st3_fail("the saved state holds an impossible image");
             }
         }
         return rows;
@@ -227,13 +157,13 @@ st3_image get_image(reader & r, const st3_memory & mem, uint32_t version) {
 
     const auto n_weights = version < 2 ? 0 : r.get<uint32_t>();
     if (n_weights != 0 && (!image.pruned || n_weights != mem.n_stage())) {
-        fail("the saved state holds an impossible image");
+        st3_fail("the saved state holds an impossible image");
     }
     image.weights = get_each(n_weights, [n](float x) { return x >= 0.0f && x <= (float) n; });
     return image;
 }
 
-void put_prompt(writer & w, llama_seq_id seq_id, bool waits, const st3_prompt & prompt) {
+void put_prompt(st3_writer & w, llama_seq_id seq_id, bool waits, const st3_prompt & prompt) {
     w.put(seq_id);
     w.put((uint32_t) waits);
     w.put(prompt.p0);
@@ -245,7 +175,7 @@ void put_prompt(writer & w, llama_seq_id seq_id, bool waits, const st3_prompt & 
     w.put(prompt.images);
 }
 
-st3_prompt get_prompt(reader & r, const llama_model & model) {
+st3_prompt get_prompt(st3_reader & r, const llama_model & model) {
     st3_prompt prompt;
     prompt.p0 = r.get<llama_pos>();
 
@@ -275,7 +205,7 @@ st3_prompt get_prompt(reader & r, const llama_model & model) {
         ok = ok && (token == LLAMA_TOKEN_NULL || (token >= 0 && (uint32_t) token < model.vocab.n_tokens()));
     }
     if (!ok) {
-        fail("the saved state holds an impossible prompt");
+        st3_fail("the saved state holds an impossible prompt");
     }
     return prompt;
 }
@@ -284,12 +214,12 @@ st3_prompt get_prompt(reader & r, const llama_model & model) {
 
 void st3_memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     if (flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) {
-        fail("states are kept on the host only");
+        st3_fail("states are kept on the host only");
     }
     const_cast<st3_memory *>(this)->absorb();  // scores that are on their way are part of the state
     synchronize();
 
-    writer w;
+    st3_writer w;
     put_shape(w, *this, VERSION);
     w.put(seq_id);
 
@@ -340,7 +270,7 @@ void st3_memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_s
             const auto & cells = stage->cells(t);
             const auto & ext   = cells.ext_get(i);
             if (cells.pos_get(i) - cells.get_shift(i) < 0) {
-                fail("positions were divided: decode once before the state is saved");
+                st3_fail("positions were divided: decode once before the state is saved");
             }
             w.put(cells.pos_get(i));
             w.put(cells.get_shift(i));
@@ -373,17 +303,17 @@ void st3_memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_s
         }
     }
 
-    const header h = { MAGIC, VERSION, w.data.size(), checksum(w.data) };
+    const header h = { MAGIC, VERSION, w.data.size(), st3_checksum(w.data) };
     io.write(&h, sizeof(h));
     io.write(w.data.data(), w.data.size());
 }
 
 void st3_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
     if (flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) {
-        fail("states are kept on the host only");
+        st3_fail("states are kept on the host only");
     }
     if (seq_id < -1 || seq_id >= (llama_seq_id) n_seq_max) {
-        fail(format("there is no sequence %d", seq_id));
+        st3_fail(format("there is no sequence %d", seq_id));
     }
 
     //
@@ -393,7 +323,7 @@ void st3_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_sta
     header h;
     io.read(&h, sizeof(h));
     if (h.magic != MAGIC || h.version < 1 || h.version > VERSION) {
-        fail("this is no saved state of this version of st3");
+        st3_fail("this is no saved state of this version of st3");
     }
     std::vector<uint8_t> body;
     while (body.size() < h.length) {  // a wrong length must not become an allocation of that size
@@ -401,29 +331,29 @@ void st3_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_sta
         body.resize(body.size() + n);
         io.read(body.data() + body.size() - n, n);
     }
-    if (checksum(body) != h.checksum) {
-        fail("the saved state is damaged");
+    if (st3_checksum(body) != h.checksum) {
+        st3_fail("the saved state is damaged");
     }
 
     //
     // check
     //
 
-    reader r(body);
-    writer shape;
+    st3_reader r(body);
+    st3_writer shape;
     put_shape(shape, *this, h.version);
     if (memcmp(r.take(shape.data.size()), shape.data.data(), shape.data.size()) != 0) {
-        fail("the saved state belongs to another model, schedule or KV cache type");
+        st3_fail("the saved state belongs to another model, schedule or KV cache type");
     }
     const auto saved_seq = r.get<llama_seq_id>();
     if ((saved_seq < 0) != (seq_id < 0)) {
-        fail(seq_id < 0 ? "the saved state is that of one sequence" : "the saved state is that of a whole context");
+        st3_fail(seq_id < 0 ? "the saved state is that of one sequence" : "the saved state is that of a whole context");
     }
 
     // the sequence that a saved one becomes
     const auto becomes = [&](llama_seq_id id) {
         if (seq_id < 0 ? id < 0 || id >= (llama_seq_id) n_seq_max : id != saved_seq) {
-            fail(format("the saved state names sequence %d", id));
+            st3_fail(format("the saved state names sequence %d", id));
         }
         return seq_id < 0 ? id : seq_id;
     };
@@ -439,7 +369,7 @@ void st3_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_sta
         const auto id    = becomes(r.get<llama_seq_id>());
         const auto waits = r.get<uint32_t>();
         if (waits > 1) {
-            fail("the saved state holds an impossible prompt");
+            st3_fail("the saved state holds an impossible prompt");
         }
         snap.prompts.push_back({ id, waits == 1, get_prompt(r, model) });
     }
@@ -461,13 +391,13 @@ void st3_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_sta
             const auto owners    = r.get<llama_seq_id>(r.get<uint32_t>());
             const auto unshifted = int64_t(cell.pos) - cell.shift;
             if (owners.empty() || cell.pos < 0 || cell.pos > MAX_POS || unshifted < 0 || unshifted > MAX_POS) {
-                fail("the saved state holds an impossible cell");
+                st3_fail("the saved state holds an impossible cell");
             }
             for (const auto id : owners) {
                 cell.seqs.push_back(becomes(id));
                 if (std::count(owners.begin(), owners.end(), id) != 1 ||
                     stage->get_stream(cell.seqs.back()) != stage->get_stream(cell.seqs[0])) {
-                    fail("the saved state holds an impossible cell");
+                    st3_fail("the saved state holds an impossible cell");
                 }
             }
             need.back()[stage->get_stream(cell.seqs[0])]++;
@@ -480,7 +410,7 @@ void st3_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_sta
         snap.stages.push_back(std::move(s));
     }
     if (!r.done()) {
-        fail("the saved state has something after its end");
+        st3_fail("the saved state has something after its end");
     }
 
     //
@@ -501,13 +431,13 @@ void st3_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_sta
             }
             const uint32_t n = need[s][t] + stays;
             if (n > stage.n_max) {
-                fail(format("the saved state needs %u KV cells of %u", n, stage.n_max));
+                st3_fail(format("the saved state needs %u KV cells of %u", n, stage.n_max));
             }
             if (n > stage.get_size() && stage.get_has_shift()) {
-                fail("a context shift is pending: decode once before a state is restored");
+                st3_fail("a context shift is pending: decode once before a state is restored");
             }
             if (n > stage.get_size() && !stage.fit(n)) {
-                fail("no memory for the saved state");
+                st3_fail("no memory for the saved state");
             }
         }
     }

@@ -1,0 +1,115 @@
+#include "st3-prompt.h"
+
+#include <algorithm>
+#include <cmath>
+#include <set>
+#include <tuple>
+
+std::pair<uint32_t, uint32_t> st3_announced::grid(uint32_t n_came) const {
+    if (nx > 0 && nx * ny == n_came) {
+        return { nx, ny };
+    }
+    const uint32_t side = (uint32_t) std::lround(std::sqrt((double) n_came));
+    return side * side == n_came && nx == 0 ? std::pair(side, side) : std::pair(n_came, 1u);
+}
+
+//
+// st3_prompt
+//
+
+void st3_prompt::add_image(const st3_announced & image, const float * rows, uint32_t n, uint32_t n_embd) {
+    if (image.begins()) {
+        images.push_back({ n_rows(), 0, 0, 0 });
+        keep = keep && image.keep;
+    }
+    auto & span = images.back();
+    span.n += n;
+    std::tie(span.nx, span.ny) = image.grid(span.n);
+
+    tokens.insert(tokens.end(), n, LLAMA_TOKEN_NULL);
+    embd.insert(embd.end(), rows, rows + (size_t) n * n_embd);
+}
+
+st3_prompt st3_prompt::part(uint32_t begin, uint32_t end) const {
+    const auto   n_before = std::count(tokens.begin(), tokens.begin() + begin, LLAMA_TOKEN_NULL);
+    const auto   n_image  = std::count(tokens.begin() + begin, tokens.begin() + end, LLAMA_TOKEN_NULL);
+    const size_t n_embd   = embd.empty() ? 0 : embd.size() / std::count(tokens.begin(), tokens.end(), LLAMA_TOKEN_NULL);
+
+    st3_prompt res;
+    res.p0   = p0 + (llama_pos) begin;
+    res.keep = keep;
+    res.tokens.assign(tokens.begin() + begin, tokens.begin() + end);
+    res.embd.assign(embd.begin() + n_before * n_embd, embd.begin() + (n_before + n_image) * n_embd);
+    for (const auto & span : images) {
+        const uint32_t first = std::max(span.row, begin);
+        const uint32_t last  = std::min(span.row + span.n, end);
+        if (first < last) {
+            const bool whole = last - first == span.n;
+            res.images.push_back({ first - begin, last - first, whole ? span.nx : last - first, whole ? span.ny : 1u });
+        }
+    }
+    return res;
+}
+
+//
+// st3_waits
+//
+
+bool st3_waits::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    const auto * prompt = of(seq_id);
+    return !prompt || p1 >= prompt->end() || p1 < prompt->p0 || p0 >= p1;
+}
+
+llama_pos st3_waits::rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos seq_end) {
+    auto & list = asked[seq_id];
+    if (p0 >= p1) {
+        return p0;
+    }
+    if (p1 < seq_end) {  // in the middle: what comes after it can never be read again, as positions must have no gap
+        while (!list.empty() && list.back()->end() >= p0) {
+            list.pop_back();
+        }
+        return p0;
+    }
+    if (const auto * prompt = of(seq_id); prompt && p0 < prompt->end()) {
+        auto rest = prompt->part(0, (uint32_t) std::max(0, p0 - prompt->p0));
+        waiting.erase(seq_id);
+        if (rest.n_rows() > 0) {
+            waiting[seq_id] = std::move(rest);
+        }
+    }
+    while (!list.empty() && list.back()->p0 >= p0) {
+        list.pop_back();
+    }
+    if (!list.empty() && list.back()->end() > p0) {
+        auto rest = list.back()->part(0, (uint32_t) (p0 - list.back()->p0));
+        list.pop_back();
+        if (!rest.images.empty()) {
+            p0              = rest.p0;
+            waiting[seq_id] = std::move(rest);
+        }
+    }
+    return p0;
+}
+
+void st3_waits::cp(llama_seq_id src, llama_seq_id dst) {
+    rm(dst);
+    if (const auto * prompt = of(src)) {
+        waiting[dst] = *prompt;
+    }
+    asked[dst] = asked[src];
+}
+
+size_t st3_waits::n_bytes() const {
+    size_t res = 0;
+    for (const auto & [id, prompt] : waiting) {
+        res += prompt.embd.size();
+    }
+    std::set<const st3_prompt *> seen;  // sequences may share them
+    for (const auto & [id, list] : asked) {
+        for (const auto & prompt : list) {
+            res += seen.insert(prompt.get()).second ? prompt->embd.size() : 0;
+        }
+    }
+    return res * sizeof(float);
+}

@@ -1,0 +1,91 @@
+// st3-prompt.h - rows of prompts that wait to be computed, or may have to be computed again: data, no tensors.
+#pragma once
+
+#include "llama.h"
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <utility>
+#include <vector>
+
+// One image in a prompt: rows [row, row + n).
+struct st3_span {
+    uint32_t row;
+    uint32_t n;
+    uint32_t nx;
+    uint32_t ny;
+};
+
+// What the next embeddings are, as st3_announce_image() says: `left` of the n tokens of an image are still to come.
+struct st3_announced {
+    uint32_t n    = 0;
+    uint32_t nx   = 0;  // 0: unknown
+    uint32_t ny   = 0;
+    uint32_t left = 0;
+    bool     keep = true;  // st3_prompt::keep
+
+    bool begins() const { return left == n; }
+
+    // The patch grid of n tokens that came of the image.
+    std::pair<uint32_t, uint32_t> grid(uint32_t n_came) const;
+};
+
+// Rows of one sequence, at consecutive positions, as they were given to llama_decode.
+struct st3_prompt {
+    llama_pos                p0 = 0;
+    std::vector<llama_token> tokens;       // [row] LLAMA_TOKEN_NULL: an embedding
+    std::vector<float>       embd;         // [embeddings][n_embd]
+    std::vector<st3_span>    images;       // in order
+    bool                     keep = true;  // so that it can be read again when a part of its question is taken back
+
+    uint32_t  n_rows() const { return (uint32_t) tokens.size(); }
+    llama_pos end() const { return p0 + (llama_pos) tokens.size(); }
+
+    // Rows before the first image; all if there is none.
+    uint32_t n_lead() const { return images.empty() ? n_rows() : images[0].row; }
+
+    bool ends_in_image() const { return !images.empty() && images.back().row + images.back().n == n_rows(); }
+
+    void add_token(llama_token token) { tokens.push_back(token); }
+    // n tokens of an image, embd F32 [n][n_embd].
+    void add_image(const st3_announced & image, const float * embd, uint32_t n, uint32_t n_embd);
+
+    // Rows [begin, end).
+    st3_prompt part(uint32_t begin, uint32_t end) const;
+};
+
+// By sequence.
+struct st3_waits {
+    std::map<llama_seq_id, st3_prompt> waiting;  // not computed yet
+
+    // computed and pruned, in order: what to read again when a part of a question is taken back
+    std::map<llama_seq_id, std::vector<std::shared_ptr<const st3_prompt>>> asked;
+
+    st3_announced announced;
+
+    const st3_prompt * of(llama_seq_id seq_id) const {
+        const auto it = waiting.find(seq_id);
+        return it == waiting.end() ? nullptr : &it->second;
+    }
+
+    // Whether positions [p0, p1) of a sequence can go while others wait: what is left must be the beginning of it.
+    bool can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+
+    // Takes the positions out. Returns from where on the sequence must be emptied: p0, or the beginning of a prompt that
+    // lost a part of its question, which then waits again.
+    llama_pos rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos seq_end);
+
+    void cp(llama_seq_id src, llama_seq_id dst);
+    void rm(llama_seq_id seq_id) {
+        waiting.erase(seq_id);
+        asked.erase(seq_id);
+    }
+    void clear() {
+        waiting.clear();
+        asked.clear();
+    }
+
+    // Bytes of embeddings.
+    size_t n_bytes() const;
+};
