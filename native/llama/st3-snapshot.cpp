@@ -82,7 +82,7 @@ void put_shape(st3_writer & w, const st3_memory & mem, uint32_t version) {
         return;
     }
     const auto & s = mem.schedule;
-    writer       rest;
+    st3_writer   rest;
     for (const double x : { s.keep, s.min_share, s.coverage, s.anneal_floor }) {
         rest.put(x);
     }
