@@ -39,13 +39,14 @@ class Interrupter:
     """
 
     def __init__(self, delay: float) -> None:
-        self._delay, self._over = delay, threading.Event()
+        self._delay, self._begun, self._over = delay, threading.Event(), threading.Event()
         self._at = 0.0
         self.sent = self.reached = False
         self.waited = 0.0
         self._thread = threading.Thread(target=self._send)
 
     def _send(self) -> None:
+        self._begun.wait()
         if not self._over.wait(self._delay):
             self.sent, self._at = True, time.perf_counter()
             os.kill(os.getpid(), signal.SIGINT)
@@ -54,6 +55,7 @@ class Interrupter:
         self._thread.start()
         try:
             try:
+                self._begun.set()
                 work()
             finally:
                 self._over.set()
