@@ -1,29 +1,34 @@
-"""Random JSON schemas: each is refused by name, or whatever its grammar lets through is valid by it."""
+"""Random JSON schemas: each is refused by name, or whatever its grammar lets through is valid by it, and native code
+reads the grammar and samples by it."""
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import time
 import warnings
 from collections import Counter
+from typing import Any
 
 import jsonschema
 
-from st3_edge import ConfigError
+from st3_edge import ConfigError, _libs, demo
 from st3_edge.grammar.schema import to_gbnf
+from st3_edge.sampling import Sampling
 
-from . import schemas
+from . import isolated, schemas
 from .words import Words
 
 _SLOWEST = 10.0  # seconds
+_BATCH = 50
 
 
 def one(rng: random.Random, tried: Counter[str]) -> str | None:
     """Tries one schema; returns its grammar, where there is one. Raises AssertionError, with the schema in it."""
     schema = schemas.schema(rng)
-    tried["schemas"] += 1
-    started = time.perf_counter()
+    tried["inputs"] += 1
+    started = time.process_time()
     try:
         grammar = to_gbnf(schema)
     except ConfigError as e:
@@ -31,7 +36,7 @@ def one(rng: random.Random, tried: Counter[str]) -> str | None:
         assert "\n" not in str(e), (schema, str(e))
         return None
     finally:
-        took = time.perf_counter() - started
+        took = time.process_time() - started
         assert took < _SLOWEST, (schema, took)
     validator = jsonschema.Draft202012Validator
     try:
@@ -53,12 +58,43 @@ def one(rng: random.Random, tried: Counter[str]) -> str | None:
     return grammar
 
 
-def run(rng: random.Random, seconds: float) -> Counter[str]:
-    """Tries schemas for so long; returns how many of what."""
+@functools.cache
+def _vocabulary() -> Any:
+    bindings = _libs.load()
+    return bindings.llama.Llama(str(demo.model_paths()[0]), vocab_only=True, verbose=False)
+
+
+def _sample(grammar: str) -> int:
+    """Samples by a grammar from noise, some tokens long."""
+    lib, llama = _libs.load().lib, _vocabulary()
+    n = llama.n_vocab()
+    rng = random.Random(grammar)
+    chain = Sampling(grammar=grammar, temperature=1.0, seed=1).chain(llama._model, n)
+    for i in range(12):
+        data = (lib.llama_token_data * n)(*(lib.llama_token_data(t, rng.gauss(0, 3), 0.0) for t in range(n)))
+        array = lib.llama_token_data_array(data=data, size=n, selected=-1, sorted=False)
+        lib.llama_sampler_apply(chain.sampler, array)
+        token = array.data[array.selected].id
+        if lib.llama_vocab_is_eog(llama._model.vocab, token):
+            return i
+        lib.llama_sampler_accept(chain.sampler, token)
+    return 12
+
+
+def run(rng: random.Random, seconds: float, *, native: bool) -> Counter[str]:
+    """Tries schemas for so long; returns how many of what. `native`: also by llama.cpp, with the built libraries."""
     tried: Counter[str] = Counter()
     end = time.perf_counter() + seconds
+    grammars: list[str] = []
+    if native:
+        _vocabulary()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        while time.perf_counter() < end:
-            one(rng, tried)
+        while isolated.until(end):
+            grammar = one(rng, tried)
+            if native and grammar:
+                grammars.append(grammar)
+            if len(grammars) == _BATCH:
+                tried["sampled"] += sum(isolated.each(_sample, grammars, 60))
+                grammars.clear()
     return tried
