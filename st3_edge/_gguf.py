@@ -19,7 +19,10 @@ from .errors import ModelError, one_line
 # Layout of the format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_WHOLE = "BbHhIiQq"
+_NAMES = {
+    0: "u8", 1: "i8", 2: "u16", 3: "i16", 4: "u32", 5: "i32", 6: "f32", 7: "bool", 8: "string", 10: "u64", 11: "i64",
+    12: "f64",
+}  # fmt: skip
 
 # ggml type -> (elements of a block, bytes of a block)
 _BLOCKS = {
@@ -35,7 +38,7 @@ _MAX_COUNT = 2**20
 _MAX_STRING = 2**26
 _MAX_ARRAY = 2**24
 
-_SHORT = 256  # whole numbers of an array that is read
+_SHORT = 256  # numbers of an array that is read
 
 
 class _Damaged(Exception):
@@ -44,17 +47,20 @@ class _Damaged(Exception):
 
 @dataclass(frozen=True)
 class Header:
-    """`metadata`: the scalars and strings; `arrays`: of the arrays, the short ones of whole numbers; `tensors`: the
-    bytes of each, 0 of a type that is not known here; `shapes`: and how many elements along each dimension, the
-    innermost first; `need`: bytes that the file must have.
+    """`metadata`: the scalars and strings; `arrays`: of the arrays, the short ones of numbers; `kinds`: each value's
+    type (u32, f32, string ...), in brackets an array's; `tensors`: the bytes of each, 0 of a type that is not known
+    here; `shapes`: and how many elements along each dimension, the innermost first; `types`: and its ggml type;
+    `need`: bytes that the file must have.
 
     `values`, `infos`, `data`: the bytes [begin, end) of each key with its value, in order, and of all tensors'
     descriptions, and where the tensors begin."""
 
     metadata: dict[str, int | float | bool | str]
-    arrays: dict[str, tuple[int, ...]]
+    arrays: dict[str, tuple[float, ...]]
+    kinds: dict[str, str]
     tensors: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
+    types: dict[str, int]
     need: int
     values: dict[str, tuple[int, int]]
     infos: tuple[int, int]
@@ -99,27 +105,29 @@ class _Reader:
     def string(self) -> str:
         return self.take(self.count(_MAX_STRING, "length of a string")).decode("utf-8", "replace")
 
-    def value(self, kind: int) -> int | float | bool | str | tuple[int, ...] | None:
-        """A scalar or string, or a short array of whole numbers; None for another array, which is skipped."""
+    def value(self) -> tuple[str, int | float | bool | str | tuple[float, ...] | None]:
+        """The name of a value's type, and a scalar or string, or a short array of numbers; None for another array,
+        which is skipped."""
+        kind = int(self.scalar("I"))
         if kind in _SCALARS:
-            return self.scalar(_SCALARS[kind])
+            return _NAMES[kind], self.scalar(_SCALARS[kind])
         if kind == _STRING:
-            return self.string()
+            return _NAMES[kind], self.string()
         if kind != _ARRAY:
             raise _Damaged("its header holds a value of an unknown type")
         kind = int(self.scalar("I"))
         n = self.count(_MAX_ARRAY, "length of an array")
         if kind in _SCALARS:
             layout = f"<{n}{_SCALARS[kind]}"
-            if n <= _SHORT and _SCALARS[kind] in _WHOLE:
-                return struct.unpack(layout, self.take(struct.calcsize(layout)))
+            if n <= _SHORT:
+                return f"[{_NAMES[kind]}]", struct.unpack(layout, self.take(struct.calcsize(layout)))
             self.skip(struct.calcsize(layout))
         elif kind == _STRING:
             for _ in range(n):
                 self.skip(self.count(_MAX_STRING, "length of a string"))
         else:
             raise _Damaged("its header holds an array of an unknown type")
-        return None
+        return f"[{_NAMES[kind]}]", None
 
 
 def read_header(path: str | os.PathLike[str], what: str = "model") -> Header:
@@ -157,14 +165,15 @@ def _parse(reader: _Reader) -> Header:
     n_values = reader.count(_MAX_COUNT, "number of values")
 
     metadata: dict[str, int | float | bool | str] = {}
-    arrays: dict[str, tuple[int, ...]] = {}
+    arrays: dict[str, tuple[float, ...]] = {}
+    kinds: dict[str, str] = {}
     values: dict[str, tuple[int, int]] = {}
     for _ in range(n_values):
         begin = reader.file.tell()
         key = reader.string()
         if key in values:
             raise _Damaged("its header gives a key twice")
-        value = reader.value(int(reader.scalar("I")))
+        kinds[key], value = reader.value()
         values[key] = begin, reader.file.tell()
         if isinstance(value, tuple):
             arrays[key] = value
@@ -173,14 +182,14 @@ def _parse(reader: _Reader) -> Header:
 
     begin = reader.file.tell()
     end = 0
-    tensors, shapes = {}, {}
+    tensors, shapes, types = {}, {}, {}
     for _ in range(n_tensors):
         name = reader.string()
         n_dims = int(reader.scalar("I"))
         if n_dims > 4:
             raise _Damaged("its header gives an impossible number of dimensions")
         shapes[name] = tuple(int(reader.scalar("Q")) for _ in range(n_dims))
-        kind = int(reader.scalar("I"))
+        types[name] = kind = int(reader.scalar("I"))
         offset = int(reader.scalar("Q"))
         # Of a type that is newer than this table, only the beginning is checked.
         block, n_bytes = _BLOCKS.get(kind, (1, 0))
@@ -192,7 +201,8 @@ def _parse(reader: _Reader) -> Header:
         raise _Damaged("its header gives an impossible alignment")
     infos = begin, reader.file.tell()
     start = aligned(infos[1], alignment)
-    return Header(metadata, arrays, tensors, shapes, start + end if n_tensors else 0, values, infos, start)
+    need = start + end if n_tensors else 0
+    return Header(metadata, arrays, kinds, tensors, shapes, types, need, values, infos, start)
 
 
 def aligned(n: int, alignment: int) -> int:

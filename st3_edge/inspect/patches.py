@@ -49,7 +49,7 @@ def views(picture: RGB, mmproj: Header) -> list[View]:
     if not (isinstance(side, int) and isinstance(patch, int) and 0 < patch <= side <= _MAX_SIDE):
         raise ModelError(f"the mmproj file gives no size of pictures and patches: {side!r}, {patch!r}")
     image = Image.frombytes("RGB", (picture.width, picture.height), picture.data)
-    resolutions = mmproj.arrays.get("clip.vision.image_grid_pinpoints", ())
+    resolutions = tuple(int(n) for n in mmproj.arrays.get("clip.vision.image_grid_pinpoints", ()))
     if not resolutions:
         return [_assemble("", _fit(image, side, side, _PAD), side, patch, 0)]
     small = _resize(image, side, side)

@@ -37,6 +37,7 @@ def each(function: Callable[[Any], Any], items: Sequence[Any], seconds: float) -
         os.close(read)
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, 2)  # what upstream prints before it aborts
+        os.environ["GGML_NO_BACKTRACE"] = "1"  # or each abort starts a debugger
         try:
             _child(function, items, write)
         finally:

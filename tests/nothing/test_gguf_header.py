@@ -50,7 +50,9 @@ def test_scalars_and_short_whole_numbers_are_read_and_other_arrays_skipped(tmp_p
     assert header.metadata["a.switch"] is True
     assert header.metadata["tokenizer.chat_template"] == "{{ messages }} é"
     assert "a.words" not in header.metadata
-    assert header.arrays == {"a.numbers": (1, -2, 3)}
+    assert header.arrays == {"a.numbers": (1, -2, 3), "a.reals": (0.5, 0.25)}
+    assert [header.kinds[key] for key in ("a.real", "a.words", "a.numbers")] == ["f32", "[string]", "[i32]"]
+    assert header.types == {"t.f32": 0, "t.q8": 8}
 
 
 def test_the_bytes_needed_are_those_of_the_last_tensor(tmp_path, whole):
