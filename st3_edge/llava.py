@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -163,10 +164,11 @@ class Llava:
     ) -> Llava:
         """A pair of files of a Hugging Face repository, downloaded once and then taken from the cache.
 
-        The file names may hold wildcards, if each fits one file: of the repository, and where that cannot be asked, of
-        the cache. `options`: as for the class. Raises ModelError where the repository or a file is not there, or there
-        is no network and they are not in the cache.
+        The file names may hold wildcards, if each fits one file of the cache, or of the repository; of a model in
+        several parts, all are downloaded. `options`: as for the class. Raises ModelError where the repository or a file
+        is not there, or there is no network and they are not in the cache.
         """
+        inspect.signature(cls).bind("", "", config, **options)  # a mistyped option before the download
         from . import _hub  # takes long to import
 
         where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}

@@ -42,7 +42,7 @@ def test_a_pair_is_taken_from_the_cache(cache, picture, monkeypatch, names, loca
     def nobody(*_, **__):
         raise ConnectionError("there is no network")
 
-    monkeypatch.setattr(hub.HfApi, "list_repo_files", nobody)
+    monkeypatch.setattr(hub.HfApi, "model_info", nobody)
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     options = {"cache_dir": cache, "local_files_only": local_files_only, "n_threads": 1}
     with Llava.from_pretrained("a/b", *names, **options) as llava:

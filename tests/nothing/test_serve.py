@@ -66,8 +66,9 @@ def repository(monkeypatch):
     loaded = []
 
     def serve(names):
-        monkeypatch.setattr(_hub, "_names", lambda *_: list(names))
-        monkeypatch.setattr(_hub, "file", lambda repo, name, **_: loaded.append(name) or f"/cache/{repo}/{name}")
+        monkeypatch.setattr(_hub, "_cached", lambda *_: [])
+        monkeypatch.setattr(_hub, "_listed", lambda *_: list(names))
+        monkeypatch.setattr(_hub, "_get", lambda repo, name, *_: loaded.append(name) or f"/cache/{repo}/{name}")
         return loaded
 
     return serve
