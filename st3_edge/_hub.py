@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +131,12 @@ def _fitting(pattern: str, names: Iterable[str]) -> list[str]:
     folder. Of a model in parts, the first one."""
     names = list(names)
     low = pattern.lower()
-    for fits in (
+    ways: tuple[Callable[[str], bool], ...] = (
         lambda name: fnmatch.fnmatchcase(name, pattern),
         lambda name: fnmatch.fnmatchcase(name.lower(), low),
         lambda name: fnmatch.fnmatchcase(name.rpartition("/")[2].lower(), f"*{low}"),
-    ):
+    )
+    for fits in ways:
         if found := [name for name in names if fits(name)]:
             return sorted({_parts(name)[0] for name in found})
     return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections import Counter
@@ -25,6 +26,7 @@ from .sampling import Sampling
 from .vision import Tokenized, Vision
 
 _TOP_LOGITS = 10
+_SHORT_TOKEN = 16  # bytes: the longest one is looked for where a text is longer than so much for each
 _CONTROL_OR_UNKNOWN = 1 << 3 | 1 << 0  # llama_token_attr
 
 
@@ -111,8 +113,17 @@ class Session:
         return [text for i in ids if len(text := llama.text(i)) > 1]
 
     def tokenize(self, parts: Sequence[str | RGB], bos: bool) -> Tokenized:
-        """Text and pictures, in order, to tokens; `bos`: the begin-of-sequence token goes before them."""
+        """Text and pictures, in order, to tokens; `bos`: the begin-of-sequence token goes before them. Raises
+        ContextError for text that no context of this size holds, before it is tokenized: that takes its time."""
+        n_bytes = sum(len(part.encode()) for part in parts if isinstance(part, str))
+        if n_bytes > self._n_ctx * _SHORT_TOKEN and n_bytes > self._n_ctx * self._longest_token:
+            raise ContextError(f"the prompt has {n_bytes:,} bytes of text, more than {self._n_ctx} tokens can hold")
         return self.vision.tokenize(parts, self.llama.bos if bos else None)
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        """Bytes."""
+        return max(len(self.llama.text(i).encode()) for i in range(self.llama.n_vocab))
 
     def pieces(self, parts: Sequence[str | RGB], bos: bool) -> list[_native.Piece]:
         """The same as pieces of a prompt, with the pictures encoded."""

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from st3_edge import ConfigError, Llava, PromptError, St3Error
+from st3_edge import ConfigError, ContextError, Llava, PromptError, St3Error
 
 QUESTION = "What color is the star?"
 
@@ -329,3 +329,27 @@ def test_a_prompt_longer_than_the_context_is_refused(llava):
     # broken if it were cut silently
     with pytest.raises(PromptError, match="n_ctx is 4096"):
         complete(llava, "word " * 20_000)
+
+
+def test_a_text_that_no_context_holds_is_refused_before_it_is_read(llava, monkeypatch):
+    # broken if the tokenizer were given it: it takes as long as the text is
+    monkeypatch.setattr(llava._session.vision, "tokenize", lambda *_: pytest.fail("it was tokenized"))
+    with pytest.raises(ContextError, match="bytes of text"):
+        llava.create_chat_completion([{"role": "user", "content": "\u732b" * 10**6}])
+
+
+def test_a_picture_with_no_text_is_answered(llava, picture):
+    # broken if something had to be asked about it
+    assert llava.ask(picture, "", max_tokens=3)
+    assert llava.last_report.mode == "pruned-prefill"
+
+
+def test_arguments_that_there_are_not_are_pythons_own_error(llava, picture):
+    # broken if a mistyped name were ignored, or were another exception than any function's
+    for call in (
+        lambda **o: llava.ask(picture, "a?", **o),
+        lambda **o: complete(llava, "a?", picture, **o),
+        Llava.demo,
+    ):
+        with pytest.raises(TypeError, match="max_token"):
+            call(max_token=3)

@@ -128,6 +128,12 @@ def test_the_seed_decides() -> None:
         assert abs(drawn.count(token) / 400 - share) < 0.1
 
 
+def test_every_seed_is_one() -> None:
+    # broken if llama.cpp's mark for a new seed each time, 2**32 - 1, were passed on
+    for seed in (2**32 - 1, 2**33 - 1, 2**63 - 1):
+        assert len({sample(LOGITS, seed=seed)[1] for _ in range(20)}) == 1
+
+
 def test_a_completion_hands_its_options_on(llava, monkeypatch) -> None:
     # broken if an option were dropped on the way, or took another's place
     options = {

@@ -1,11 +1,12 @@
 """Headers of the embedded model with values changed: what upstream would abort the process for is refused first."""
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from st3_edge import ModelError
+from st3_edge import ModelError, _pair
 from st3_edge._gguf import read_header
 from st3_edge._pair import check_pair
 
@@ -59,3 +60,63 @@ def test_a_vision_half_of_another_width_is_refused(files, foreign_mmproj):
 def test_the_embedded_pair_fits(files):
     # broken if a check refused what works
     assert check_pair(*files).architecture == "llama"
+
+
+@pytest.mark.parametrize(
+    "grid", [[300, 300], [336, 0], [-336, 336], [336], [336 * 65, 336], [2**30, 2**30], [336] * 400, []]
+)
+def test_a_grid_that_is_not_made_of_tiles_is_refused(files, rewritten_mmproj, grid):
+    # broken if it were loaded: a tile that is no square aborts the process at the first large picture
+    with pytest.raises(ModelError, match="image_grid_pinpoints"):
+        check_pair(files[0], rewritten_mmproj({"clip.vision.image_grid_pinpoints": grid or [0] * 300}))
+
+
+def test_llava_1_6s_grid_is_taken(files, rewritten_mmproj):
+    # broken if a check refused what works
+    grid = [336, 672, 672, 336, 672, 672, 1008, 336, 336, 1008]
+    assert check_pair(files[0], rewritten_mmproj({"clip.vision.image_grid_pinpoints": grid}))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("v.blk.3.attn_q.weight", lambda shape: (shape[0], shape[1] + 1), "attn_q.weight is 192×193, not 192×192"),
+        ("v.blk.0.ln1.bias", lambda shape: (64,), "ln1.bias is 64, not 192"),
+        ("v.class_embd", lambda shape: (), "impossible shape"),
+        ("mm.2.weight", lambda shape: (shape[0], 0), "impossible shape"),
+        ("mm.0.weight", lambda shape: (2**40, 1), "impossible shape"),
+    ],
+)
+def test_tensors_of_another_shape_are_refused(files, name, change, says):
+    # broken if upstream's graph were built of them: it asserts, and the process aborts
+    header = read_header(files[1])
+    other = replace(header, shapes={**header.shapes, name: change(header.shapes[name])})
+    with pytest.raises(ModelError, match=says):
+        _pair._Llava("x", other).check()
+
+
+def test_values_of_another_type_are_refused(files, tmp_path):
+    # broken if they were read as they are: upstream asserts what it reads
+    path = tmp_path / "mmproj.gguf"
+    data = Path(files[1]).read_bytes()
+    key = b"clip.vision.image_size"
+    at = data.index(key) + len(key)
+    path.write_bytes(data[:at] + struct.pack("<I", 5) + data[at + 4 :])
+    with pytest.raises(ModelError, match="image_size is of the type i32, not u32"):
+        check_pair(files[0], str(path))
+
+
+def test_halves_of_two_models_are_told_apart_before_they_are_loaded(files, foreign_mmproj):
+    # broken if both were loaded to find out
+    with pytest.raises(ModelError, match=r"32 wide, and those of model .* are 192 wide"):
+        check_pair(files[0], foreign_mmproj)
+
+
+def test_yis_projector_is_taken(files):
+    # broken if the norms behind its layers were missed, or mm.2 were asked for, which it has not
+    header = read_header(files[1])
+    wide = {"mm.1.weight": (192,), "mm.1.bias": (192,), "mm.4.weight": (192,), "mm.4.bias": (192,)}
+    named = {name.replace("mm.2.", "mm.3."): shape for name, shape in header.shapes.items()} | wide
+    tensors, types = dict.fromkeys(named, 1), {name: 0 if len(shape) == 1 else 8 for name, shape in named.items()}
+    yi = replace(header, shapes=named, tensors=tensors, types={**types, "v.patch_embd.weight": 1})
+    assert _pair._Llava("x", yi).check() == 192
