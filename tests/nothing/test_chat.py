@@ -4,7 +4,7 @@ import base64
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -116,6 +116,7 @@ def test_the_text_holds_no_bos_and_the_prompt_has_one_if_either_wants_it(name, a
     assert prompt.bos == (adds_bos or name == "mistral")
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(sorted(TEMPLATES)),
     st.lists(st.sampled_from([*CONTROL, "<image>", "<__media__>", "<", ">", "</s", "s>", " ", "猫"]), max_size=8),
@@ -133,6 +134,7 @@ def test_text_never_becomes_a_picture_or_a_control_token(name, words, n_images):
     assert controls(prompt) == controls(plain)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(sorted(TEMPLATES)), st.text(alphabet=st.characters(exclude_categories=["Cs"])))
 def test_text_without_control_tokens_is_unchanged(name, text):
     # broken if neutralising touched ordinary text
