@@ -88,6 +88,10 @@ def _check_text(model: str, header: _gguf.Header) -> None:
         found = header.metadata.get(f"{header.architecture}.{key}", 1)
         if not isinstance(found, (int, float)) or not least <= found <= most:
             raise ModelError(f"model {model!r} is damaged: its {key} is {found!r}")
+    for name, kind in header.types.items():
+        # Norms and biases are added and multiplied, for which there are no ops of other types.
+        if kind in _NO_WEIGHTS or (len(header.shapes[name]) == 1 and kind != _F32):
+            raise ModelError(f"model {model!r} is damaged: {name} is of the ggml type {kind}")
 
 
 @dataclass(frozen=True)

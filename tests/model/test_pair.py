@@ -112,6 +112,14 @@ def test_halves_of_two_models_are_told_apart_before_they_are_loaded(files, forei
         check_pair(files[0], foreign_mmproj)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("blk.4.attn_norm.weight", 1), ("blk.0.ffn_up.weight", 24)])
+def test_text_tensors_that_no_op_takes_are_refused(files, name, kind):
+    # broken if the graph were computed with them: ggml aborts
+    header = read_header(files[0])
+    with pytest.raises(ModelError, match=name):
+        _pair._check_text("x", replace(header, types={**header.types, name: kind}))
+
+
 def test_yis_projector_is_taken(files):
     # broken if the norms behind its layers were missed, or mm.2 were asked for, which it has not
     header = read_header(files[1])
