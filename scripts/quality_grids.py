@@ -56,19 +56,18 @@ def choice_grid(budgets: tuple[float, ...]) -> list[Config]:
     """What the defaults were chosen among, without annealing, at the same budget."""
     out = [config("off")]
     for b in budgets:
-        default = f"default @ {b:g}"
-        out.append(config(default, {"off": "off"}, preset="pvtp", budget=b))
-        others: dict[str, dict[str, native_runtime.Value]] = {
-            f"rank {rank}": {"rank": rank} for rank in ("score", "distance")
+        rank: dict[str, native_runtime.Value] = {"rank": "distance"}
+        others = {
+            "rank score": {"rank": "score"},
+            "stride 1": {**rank, "stride": 1},
+            **{f"min_share {share:g}": {**rank, "min_share": share} for share in (0.2 * b, 0.35 * b)},
+            **{f"score {score}": {**rank, "score": score} for score in ("last-mean-sum", "text-mean")},
+            "coverage 0.25": {**rank, "coverage": 0.25},
+            "no merging": {**rank, "merge": False},
         }
-        others |= {f"start {start}": {"start": start} for start in (1, 2, 3) if start <= 12 * b}  # of 16 layers
-        others |= {f"stride {stride}": {"stride": stride} for stride in (1, 4)}
-        others |= {f"min_share {share:g}": {"min_share": share} for share in (0.0, 0.35 * b)}
-        scores = ("last-mean-sum", "last-mean-sum+text-max", "text-mean", "last-mean")
-        others |= {f"score {score}": {"score": score} for score in scores}
-        others |= {f"coverage {c:g}": {"coverage": c} for c in (0.25, 0.5)}
-        others |= {"no merging": {"merge": False}}
-        against = {"off": "off", "default": default}
+        base = f"rank distance @ {b:g}"
+        out.append(config(base, {"off": "off"}, preset="pvtp", budget=b, **rank))
+        against = {"off": "off", "distance": base}
         out += [config(f"{name} @ {b:g}", against, preset="pvtp", budget=b, **keys) for name, keys in others.items()]
     return out
 
@@ -126,8 +125,8 @@ GRIDS = {
     "quality": Grid(
         quality_grid,
         (0.5, 0.3, 0.2, 0.1),
-        500,
-        ("facts", "captions", "second", "kl"),
+        340,
+        ("facts", "captions", "second"),
         "Answers against budget, embedded model",
         "`@`: the budget that was asked for; `budget`: the one that the runtime reports. `pvtp` is `st3` without "
         "annealing. `- st3`: to `st3` at the same budget; below zero, `st3` is better.",
@@ -135,7 +134,7 @@ GRIDS = {
     "methods": Grid(
         method_grid,
         (0.5, 0.3, 0.2, 0.1),
-        200,
+        120,
         ("facts", "captions"),
         "Methods at the same budget, embedded model",
         "`@`: the budget. `- st3`: to the preset `st3` at the same budget; below zero, `st3` is better. `- no "
@@ -144,16 +143,16 @@ GRIDS = {
     "choices": Grid(
         choice_grid,
         (0.2, 0.1),
-        160,
+        100,
         ("facts", "captions"),
         "What the defaults were chosen among, embedded model",
-        "`default` is the preset `pvtp`, which is `st3` without annealing; each other row changes one key. `@`: the "
-        "budget. `- default`: to the default at the same budget; below zero, the default is better.",
+        "The preset `pvtp`, which is `st3` without annealing, ranked with distances; each other row changes one key. "
+        "`@`: the budget. `- distance`: to the first row of the same budget; below zero, that one is better.",
     ),
     "anneal": Grid(
         anneal_grid,
         (0.2,),
-        40,
+        20,
         ("every caption",),
         "Descriptions under annealing, embedded model",
         "`all kept`: nothing dropped in prefill; `budget`: a pruned prefill. Then the curve, the floor that it falls "
@@ -161,7 +160,7 @@ GRIDS = {
     ),
     "long": Grid(
         long_grid,
-        (0.3, 0.2, 0.1),
+        (0.2,),
         20,
         ("long",),
         "Long conversations about one picture, embedded model",

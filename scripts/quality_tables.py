@@ -111,7 +111,7 @@ def shares_table(rows: list[dict], measures: tuple[str, ...]) -> list[str]:
     """Shares right and KL."""
     asked = rows[0]["asked"]
     shares = [k for k in measures if asked[k]]
-    kl = [k for k in KL if asked[k]]
+    kl = [k for k in KL if all(row["asked"][k] for row in rows)]
     held, tokens = "held" in rows[0], "tokens" in rows[0]
     cells = []
     for row in rows:

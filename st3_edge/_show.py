@@ -24,7 +24,9 @@ def run(console: Console) -> int:
     model, mmproj = demo.model_paths()
     size = sum(path.stat().st_size for path in (model, mmproj)) / 1e6
     console.say(f"The embedded model: a LLaVA of {size:.0f} MB, trained from scratch on rendered scenes like these.")
-    console.say("ST3 drops visual tokens between the decoder's layers while the prompt is read.\n")
+    console.say(
+        "ST3 drops visual tokens between the decoder's layers while the prompt is read; the kept stand for all.\n"
+    )
 
     console.stage("loading the model")
     with Llava.demo() as st3, Llava.demo(ST3Config(preset="off")) as off:
@@ -46,9 +48,6 @@ def run(console: Console) -> int:
             _ask(console, llava, scenes[0], _CAPTION)
             console.say()
         console.say(f"  is:  {scenes[0].caption}")
-        console.say(
-            "What ST3 costs this model is counting: too high a count is then filled up. --budget 0.5 costs less."
-        )
         _numbers(console, st3, off, scenes[0])
     return 0
 

@@ -39,10 +39,11 @@ struct preset {
     double       coverage;
     bool         random;
     bool         merge;
+    bool         distance;
     st3_curve    anneal;
 };
 
-constexpr double DEFAULT_BUDGET = 0.30;
+constexpr double DEFAULT_BUDGET = 0.20;
 constexpr double NO_MORE        = 1.0;   // a stride of all layers: one cut only
 constexpr double ONE_LAYER      = 1e-9;  // a stride of a layer: a cut after each
 
@@ -52,15 +53,15 @@ constexpr uint32_t DEFAULT_ANNEAL_TOKENS = 64;
 constexpr double   DEFAULT_ANNEAL_FLOOR  = 0.3;
 
 const preset PRESETS[] = {
-  // name          start    stride   keep  min  least score            coverage  random  merge  anneal
-    {"st3",          0.125, 0.125,     -1.0, 1, true,  DEFAULT_SCORE, 0.0, false, true,  ST3_CURVE_LINEAR},
-    { "pvtp",        0.125, 0.125,     -1.0, 1, true,  DEFAULT_SCORE, 0.0, false, true,  ST3_CURVE_NONE  },
-    { "paper",       3,     ONE_LAYER, -1.0, 1, false, "last-mean",   0.0, false, false, ST3_CURVE_LINEAR},
-    { "fastv",       3,     NO_MORE,   0.5,  1, false, "last-mean",   0.0, false, false, ST3_CURVE_NONE  },
-    { "pyramiddrop", 0.25,  0.25,      0.5,  1, false, "last-mean",   0.0, false, false, ST3_CURVE_NONE  },
-    { "vtw",         0.5,   NO_MORE,   0.0,  0, false, "last-mean",   0.0, false, false, ST3_CURVE_NONE  },
-    { "random",      0.125, 0.125,     -1.0, 1, true,  "",            0.0, true,  false, ST3_CURVE_NONE  },
-    { "downsample",  0.125, 0.125,     -1.0, 1, true,  DEFAULT_SCORE, 1.0, false, false, ST3_CURVE_NONE  },
+  // name          start    stride   keep  min  least score            coverage  random  merge  distance anneal
+    {"st3",          0.125, 0.125,     -1.0, 1, true,  DEFAULT_SCORE, 0.0, false, true,  true,  ST3_CURVE_LINEAR},
+    { "pvtp",        0.125, 0.125,     -1.0, 1, true,  DEFAULT_SCORE, 0.0, false, true,  true,  ST3_CURVE_NONE  },
+    { "paper",       3,     ONE_LAYER, -1.0, 1, false, "last-mean",   0.0, false, false, false, ST3_CURVE_LINEAR},
+    { "fastv",       3,     NO_MORE,   0.5,  1, false, "last-mean",   0.0, false, false, false, ST3_CURVE_NONE  },
+    { "pyramiddrop", 0.25,  0.25,      0.5,  1, false, "last-mean",   0.0, false, false, false, ST3_CURVE_NONE  },
+    { "vtw",         0.5,   NO_MORE,   0.0,  0, false, "last-mean",   0.0, false, false, false, ST3_CURVE_NONE  },
+    { "random",      0.125, 0.125,     -1.0, 1, true,  "",            0.0, true,  false, false, ST3_CURVE_NONE  },
+    { "downsample",  0.125, 0.125,     -1.0, 1, true,  DEFAULT_SCORE, 1.0, false, false, false, ST3_CURVE_NONE  },
 };
 
 [[noreturn]] void fail(const std::string & what) { throw std::invalid_argument("st3: " + what); }
@@ -331,6 +332,7 @@ st3_schedule st3_make_schedule(const meta_map & meta, uint32_t n_layer) {
     s.coverage = p->coverage;
     s.random   = p->random;
     s.merge    = p->merge;
+    s.distance = p->distance;
 
     if (solved) {  // half of a budget at most is spent before the first cut
         s.start = std::min(s.start, layers(budget / 2));

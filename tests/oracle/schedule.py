@@ -176,7 +176,7 @@ def resolve(
     score: str | None = None,
     coverage: float | None = None,
     merge: bool | None = None,
-    rank: str = "score",
+    rank: str | None = None,
     seed: int = 0,
     anneal: str | None = None,
     anneal_tokens: int = 64,
@@ -198,7 +198,7 @@ def resolve(
         "downsample": (eighth, eighth, None, 1, True, DEFAULT_SCORE, 1.0),
     }.get(preset, (eighth, eighth, None, 1, True, DEFAULT_SCORE, 0.0))
     if keep is None and budget is None:
-        keep, budget = d_keep, 0.30 if d_keep is None else None
+        keep, budget = d_keep, 0.20 if d_keep is None else None
     if budget is not None:
         if not 0 < budget <= 1:
             raise ValueError(f"budget {budget} out of range")
@@ -224,6 +224,7 @@ def resolve(
     if not 0 <= keep <= 1:
         raise ValueError(f"keep {keep} out of range")
     anneal = ("linear" if preset in ("st3", "paper") else "none") if anneal is None else anneal
+    rank = ("distance" if preset in ("st3", "pvtp") else "score") if rank is None else rank
     if rank not in RANKS:
         raise ValueError(f"unknown rank {rank!r}")
     if anneal not in CURVES:
