@@ -36,8 +36,8 @@ COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#0
 MARKERS = "osD^vP*X"
 GRAY = "#6e7781"
 LOWEST = 50  # per cent right; what is worse runs out of the picture, and leaves room for what may be used
+PANELS = (("facts", "Single facts"), ("count", "Of them counts"), ("captions", "Objects in descriptions, F1"))
 COUNTED = {"captions": "found"}  # of an F1: what is there
-FIRST = ("st3", "text-max", "pvtp")  # drawn first, so in the first colours
 
 STYLE = {
     "figure.facecolor": "white",  # a card of its own on a dark page
@@ -116,30 +116,29 @@ def shapes(results: list[dict]) -> Figure:
 
 
 def budgets(result: dict) -> Figure:
-    """quality.py: right answers against the budget, a line a method; those with coverage and a score are left out."""
-    off = next(row for row in result["rows"] if not row["keys"])
+    """quality.py: right answers against the budget, a line a configuration. What differs from its preset by merging
+    has the preset's colour, dashed."""
+    rows = [row for row in result["rows"] if row.get("style") == result["rows"][0].get("style")]
+    off = rows[0]
     methods: dict[str, list[dict]] = {}
-    for row in result["rows"]:
-        name, at, _ = row["name"].partition(" @ ")
-        if at and not row["keys"].get("st3.coverage"):
-            methods.setdefault(name.removesuffix(" c0"), []).append(row)
-    order = sorted(methods, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
-    panels = [
-        (key, title) for key, title in (("facts", "Single facts"), ("captions", "Caption objects, F1")) if off[key]
-    ]
-    fig, axes = plt.subplots(1, len(panels), figsize=(max(8, 5 * len(panels)), 5.2), squeeze=False)
+    for row in rows[1:]:
+        methods.setdefault(row["name"].partition(" @ ")[0], []).append(row)
+    presets = list(dict.fromkeys(name.partition(",")[0] for name in methods))
+    panels = [(key, title) for key, title in PANELS if off["asked"][key]]
+    fig, axes = plt.subplots(1, len(panels), figsize=(max(8, 4.6 * len(panels)), 5.2), squeeze=False)
     for ax, (key, title) in zip(axes[0], panels, strict=True):
         ax.axhline(off[key], color=GRAY, linestyle="--", label="nothing dropped")
-        step = 0.007 * np.ptp([row["schedule"]["budget"] for rows in methods.values() for row in rows])
-        for i, name in enumerate(order):
-            rows = sorted(methods[name], key=lambda row: row["schedule"]["budget"])
-            beside = step * (i - (len(order) - 1) / 2)  # intervals that lie on each other cannot be read
-            x = np.array([row["schedule"]["budget"] + beside for row in rows])
-            line(ax, x, rows, off, key, name, i)
+        step = 0.007 * np.ptp([row["schedule"]["budget"] for of in methods.values() for row in of])
+        for i, (name, of) in enumerate(methods.items()):
+            of = sorted(of, key=lambda row: row["schedule"]["budget"])
+            beside = step * (i - (len(methods) - 1) / 2)  # intervals that lie on each other cannot be read
+            x = np.array([row["schedule"]["budget"] + beside for row in of])
+            preset, other, _ = name.partition(",")
+            line(ax, x, of, off, key, name, presets.index(preset), "--" if other else "-")
         if ax.get_ylim()[0] < LOWEST:
             ax.set_ylim(LOWEST, None)
         ax.set_title(f"{title} ({off['asked'][COUNTED.get(key, key)]:,})")
-        ax.set_xlabel("budget: mean share of visual tokens kept over the layers")
+        ax.set_xlabel("budget")
     axes[0][0].set_ylabel("right, %")
     legend_below(fig, axes[0][0], 4)
     return fig
@@ -147,8 +146,8 @@ def budgets(result: dict) -> Figure:
 
 def annealing(result: dict) -> Figure:
     """quality.py's grid `anneal`: caption objects right against what is held at the caption's end."""
-    rows = result["rows"]
-    off = next(row for row in rows if row["name"] == "off")
+    rows = [row for row in result["rows"] if row.get("style") == result["rows"][0].get("style")]
+    off = rows[0]
     fig, ax = plt.subplots(figsize=(9, 5.2))
     ax.axhline(off["captions"], color=GRAY, linestyle="--", label="nothing dropped")
     bases = [row for row in rows if row["keys"].get("st3.anneal") == "none"]
@@ -170,7 +169,8 @@ def annealing(result: dict) -> Figure:
     ax.minorticks_off()
     ax.set_xlabel("visual tokens held when the caption ends, % of those given, mean over layers")
     ax.set_ylabel("caption objects right, %")
-    ax.set_title(f"Annealing: F1 of {off['asked']['found']} objects in captions of {result['scenes']} scenes")
+    n = off.get("scenes") or result["scenes"]
+    ax.set_title(f"Annealing: F1 of {off['asked']['found']} objects in descriptions of {n} scenes")
     legend_below(fig, ax, 3)
     return fig
 
@@ -241,12 +241,7 @@ def drawing(result: dict) -> Callable[[dict], Figure] | None:
         return ratios
     if "share_by_step" in result.get("told", ()):
         return kv_bytes
-    rows = result.get("rows", [])
-    if any(row.get("keys", {}).get("st3.anneal") == "none" for row in rows):
-        return annealing
-    if any(" @ " in row.get("name", "") for row in rows):
-        return budgets
-    return None
+    return {"quality": budgets, "methods": budgets, "anneal": annealing}.get(result.get("grid", ""))
 
 
 def main() -> None:

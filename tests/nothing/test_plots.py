@@ -65,22 +65,22 @@ def test_points_are_the_shares_right_and_bars_the_intervals(plots):
     # broken if a method's points were another's, or an interval stood on its head
     def row(name, facts, budget, span, **keys):
         keys = {f"st3.{k}": v for k, v in keys.items()}
-        asked = {"facts": 100, "captions": 0}
-        schedule = {"budget": budget}
-        return {"name": name, "keys": keys, "facts": facts, "captions": 0.0, "asked": asked, "schedule": schedule} | (
-            {"facts - off": span} if span else {}
-        )
+        asked = {"facts": 100, "count": 0, "captions": 0}
+        row = {"style": "all", "name": name, "keys": keys, "facts": facts, "asked": asked}
+        return row | {"schedule": {"budget": budget}} | ({"facts - off": span} if span else {})
 
     rows = [
         row("off", 90.0, 1, None),
         row("st3 @ 0.5", 85.0, 0.5, [-5.0, -8.0, -2.0], preset="st3"),
         row("st3 @ 0.2", 70.0, 0.2, [-20.0, -25.0, -15.0], preset="st3"),
-        row("st3 c0.5 @ 0.2", 10.0, 0.2, [-80.0, -81.0, -79.0], preset="st3", coverage=0.5),
         row("random @ 0.5", 60.0, 0.5, [-30.0, -34.0, -27.0], preset="random"),
+        row("random, merging @ 0.5", 80.0, 0.5, [-10.0, -14.0, -7.0], preset="random", merge=True),
+        {**row("st3 @ 0.5", 1.0, 0.5, [-89.0, -89.0, -89.0], preset="st3"), "style": "gray"},
     ]
     (ax,) = plots.budgets({"rows": rows}).axes
-    st3, random = ax.containers
-    assert [c.get_label() for c in ax.containers] == ["st3", "random"]
+    st3, random, merging = ax.containers
+    assert [c.get_label() for c in ax.containers] == ["st3", "random", "random, merging"]
+    assert merging.lines[0].get_color() == random.lines[0].get_color() != st3.lines[0].get_color()
     assert st3.lines[0].get_ydata().tolist() == [70.0, 85.0] and random.lines[0].get_ydata().tolist() == [60.0]
     np.testing.assert_allclose(st3.lines[0].get_xdata(), [0.2, 0.5], atol=0.01)
     (bars,) = st3.lines[2]
