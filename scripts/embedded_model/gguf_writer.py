@@ -170,13 +170,19 @@ def write_text(
 
 
 def write_mmproj(
-    path: Path, weights: Weights, config: dict, mean: list[float], std: list[float], file_type: str = "Q8_0"
+    path: Path,
+    weights: Weights,
+    config: dict,
+    mean: list[float],
+    std: list[float],
+    file_type: str = "Q8_0",
+    name: str = "st3 demo LLaVA vision",
 ) -> None:
     """Write tower and projector as a LLaVA-1.5 mmproj, with the blocks up to the feature layer only."""
     vision = config["vision_config"]
     run = vision["num_hidden_layers"] + 1 + config["vision_feature_layer"]
     w = gguf.GGUFWriter(path, "clip")
-    w.add_name("st3 demo LLaVA vision")
+    w.add_name(name)
     w.add_file_type(_FTYPE[file_type])
     w.add_quantization_version(gguf.GGML_QUANT_VERSION)
     w.add_clip_has_vision_encoder(True)

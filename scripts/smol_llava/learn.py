@@ -1,0 +1,210 @@
+"""Stages two and three: the encoder and its projector through the frozen decoder, then a LoRA of the decoder.
+
+The loss is the cross-entropy of answers. Early on the decoder sees 144 tokens, averages of 2 x 2 patches at
+their places' rotary positions; later all 576. No token is ever dropped.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import smol
+import torch
+import torch.nn.functional as F
+from assets import Assets
+from embedded import modeling
+from packs import TEXT, Pack, blocks, pack
+from pictures import scene
+from talk import Question, describe_question, description, questions
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from vision import SHAPE, pixels_of
+
+PACKS = 2  # sets of questions that are kept for one picture
+SENTENCES = 0.3  # weight of a description's token; a short answer's is 1
+
+
+class Pair(nn.Module):
+    """Encoder, projector and decoder."""
+
+    def __init__(self, decoder: smol.Decoder) -> None:
+        super().__init__()
+        self.vision_model = modeling.VisionModel(SHAPE)
+        self.projector = modeling.Projector(SHAPE)
+        self.decoder = decoder
+
+
+@dataclass
+class Sample:
+    """A picture, uint8 [336, 336, 3], and packs of questions about it."""
+
+    pixels: np.ndarray
+    packs: list[Pack]
+
+
+class Stream(IterableDataset):
+    """Training samples without end, from picture number `first` on."""
+
+    def __init__(self, assets: Assets, tokenizer, first: int) -> None:
+        self.assets, self.tokenizer, self.first = assets, tokenizer, first
+
+    def one(self, index: int) -> Sample:
+        """Sample number `index` of the training split."""
+        s, rng = scene(self.assets, index, "train"), random.Random(f"talk train {index}")
+        return Sample(np.asarray(s.image), [pack(s, rng, self.assets.names, self.tokenizer) for _ in range(PACKS)])
+
+    def __iter__(self):
+        index = self.first
+        while True:
+            yield self.one(index)
+            index += 1
+
+
+def held_out_questions(assets: Assets, index: int, style: str, n: int = 8) -> list[Question]:
+    """The questions that go with a held-out scene: always the same ones."""
+    s = scene(assets, index, "held-out", style)
+    return questions(s, random.Random(f"talk held-out {style} {index}"), assets.names, n)
+
+
+def held_out(assets: Assets, tokenizer, index: int, style: str) -> Sample:
+    """A held-out scene with its short answers, each on its own."""
+    asked = [[q] for q in held_out_questions(assets, index, style)]
+    return Sample(np.asarray(scene(assets, index, "held-out", style).image), [blocks(asked, tokenizer)])
+
+
+def described(assets: Assets, tokenizer, index: int) -> Sample:
+    """A held-out scene with its description."""
+    s = scene(assets, index, "held-out")
+    q = Question("describe", describe_question(random.Random(index)), description(s))
+    return Sample(np.asarray(s.image), [blocks([[q]], tokenizer)])
+
+
+def pool(features: Tensor, tokens: int) -> Tensor:
+    """Average square groups of patches until `tokens` are left. [B, 576, W] to [B, tokens, W]."""
+    b, n, w = features.shape
+    g, k = int(tokens**0.5), int((n // tokens) ** 0.5)
+    return features if k == 1 else features.view(b, g, k, g, k, w).mean((2, 4)).view(b, tokens, w)
+
+
+class Layout:
+    """What surrounds the picture: the prompt before it, rotary tables and masks."""
+
+    def __init__(self, tokenizer, tokens: int) -> None:
+        self.before = torch.tensor(tokenizer.encode(smol.BEFORE_IMAGE).ids)
+        self.tokens = tokens
+        # padded in front to a multiple of 16 rows: odd lengths cost bf16 matrix products a factor of three
+        self.pad = -(len(self.before) + tokens) % 16
+        n = self.n = self.pad + len(self.before) + tokens
+        g, k = int(tokens**0.5), int((576 // tokens) ** 0.5)
+        line = torch.arange(g) * k + (k - 1) / 2
+        seen = len(self.before) + (line[:, None] * 24 + line).flatten()
+        self.places = torch.cat([torch.zeros(self.pad), torch.arange(len(self.before)), seen])
+        self.first = torch.full((n, n), -1e4).triu(1)
+        self.first[:, : self.pad] = -1e4
+
+    def feed(self, packs: list[Pack]) -> dict[str, Tensor]:
+        """ids, labels [B, T]; cos, sin, first and rest as `Decoder.hidden` takes them, bf16."""
+        ids, labels, block, offset = (
+            torch.from_numpy(np.stack([getattr(p, k) for p in packs])) for k in ("ids", "labels", "block", "offset")
+        )
+        places = torch.cat([self.places.expand(len(packs), -1), len(self.before) + 576 + offset], 1)
+        cos, sin = modeling.rope(places, smol.HEAD, smol.THETA)
+        own = (block[:, :, None] == block[:, None, :]) & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+        picture = torch.zeros(len(packs), ids.shape[1], self.n)
+        picture[:, :, : self.pad] = -1e4
+        rest = torch.cat([picture, torch.where(own, 0.0, -1e4)], 2)[:, None]
+        half = {"cos": cos, "sin": sin, "first": self.first, "rest": rest}
+        return {"ids": ids, "labels": labels, **{k: v.bfloat16() for k, v in half.items()}}
+
+
+class Task:
+    """What `loop.Loop` trains in these stages."""
+
+    def __init__(self, assets: Assets, tokenizer, decoder: smol.Decoder, tokens: int, rates: dict[str, float]) -> None:
+        self.net = Pair(decoder.bfloat16())
+        for name, p in decoder.named_parameters():
+            if "lora" in name:
+                p.data = p.data.float()
+        self.assets, self.tokenizer, self.part = assets, tokenizer, rates
+        self.stream = Stream(assets, tokenizer, 0)
+        self.layout = Layout(tokenizer, tokens)
+        self.encode = torch.compile(self.net.vision_model.forward)
+        for layer in decoder.model.layers:
+            layer.compile()
+        self.rng = random.Random(tokens)
+        self.kept: dict[str, list[Sample]] = {}
+
+    def rates(self) -> dict[str, float]:
+        """Each part's share of the rate."""
+        return self.part
+
+    def _rows(self, samples: list[Sample], packs: list[Pack]) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed outputs of the rows that have a label, the labels, and where they are in [B, T]."""
+        features = self.encode(pixels_of(samples))
+        seen = self.net.projector(pool(features, self.layout.tokens)).bfloat16()
+        put = self.layout.feed(packs)
+        table = self.net.decoder.model.embed_tokens
+        b = len(samples)
+        x = torch.cat(
+            [
+                table(torch.zeros(b, self.layout.pad, dtype=torch.long)),
+                table(self.layout.before.expand(b, -1)),
+                seen,
+                table(put["ids"]),
+            ],
+            1,
+        )
+        h = self.net.decoder.hidden(x, put["cos"], put["sin"], put["first"], put["rest"])
+        where = put["labels"] >= 0
+        return h[where], put["labels"][where], where
+
+    def loss(self, samples: list[Sample], step: int) -> tuple[Tensor, dict]:
+        """Mean cross-entropy over answer tokens, and what to log."""
+        packs = [self.rng.choice(s.packs) for s in samples]
+        h, labels, where = self._rows(samples, packs)
+        logits = self.net.decoder.logits(h)
+        weight = torch.ones(len(packs), TEXT)
+        for i, p in enumerate(packs):
+            for kind, (first, last) in zip(p.kinds, p.spans, strict=True):
+                weight[i, first:last] = SENTENCES if kind == "describe" else 1.0
+        w = weight[where]
+        loss = (F.cross_entropy(logits, labels, reduction="none") * w).sum() / w.sum()
+        right = (logits.argmax(-1) == labels)[w == 1].float().mean()
+        return loss, {"tokens_right": round(right.item(), 3)}
+
+    @torch.no_grad()
+    def right(self, samples: list[Sample]) -> list[list[tuple[str, bool]]]:
+        """For every answer of the first packs, its kind and whether greedy decoding gives just it.
+
+        That is so if and only if each of its tokens is the arg max where those before it are the answer's.
+        """
+        packs = [s.packs[0] for s in samples]
+        h, labels, where = self._rows(samples, packs)
+        hit = torch.zeros(where.shape, dtype=torch.bool)
+        hit[where] = self.net.decoder.logits(h).argmax(-1) == labels
+        return [
+            [(k, bool(hit[i, p:q].all())) for k, (p, q) in zip(pk.kinds, pk.spans, strict=True)]
+            for i, pk in enumerate(packs)
+        ]
+
+    def accuracy(self, samples: list[Sample], batch: int) -> dict:
+        """Share of right answers by kind and over all, with their number."""
+        found: dict[str, list[bool]] = defaultdict(list)
+        for k in range(0, len(samples), batch):
+            for rows in self.right(samples[k : k + batch]):
+                for kind, ok in rows:
+                    found[kind].append(ok)
+                    found["all"].append(ok)
+        return {k: [round(float(np.mean(v)), 3), len(v)] for k, v in sorted(found.items())}
+
+    def evaluate(self, batch: int, n: int = 32) -> dict:
+        """Right short answers on held-out scenes of both styles."""
+        out = {}
+        for style in ("known", "other"):
+            if style not in self.kept:
+                self.kept[style] = [held_out(self.assets, self.tokenizer, i, style) for i in range(n)]
+            out[style] = self.accuracy(self.kept[style], batch)
+        return out

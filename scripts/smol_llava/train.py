@@ -1,0 +1,101 @@
+"""Train the pair, stage after stage; the same command goes on wherever a run was cut off.
+
+    python scripts/smol_llava/train.py --state DIR          (or ST3_SMOL_STATE=DIR)
+
+DIR keeps the packages' contents, checkpoints and log.jsonl. README.md says what must be in DIR/pkgs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import assets
+import learn
+import smol
+import torch
+import vision
+from loop import Loop
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training. Rates are Muon's; AdamW's are a tenth of them."""
+
+    name: str
+    steps: int
+    batch: int
+    rate: float
+    first: int  # number of the first picture: stages do not repeat each other's
+    start: str | None = None  # the stage whose weights it starts from
+    windows: bool = False  # attention within quarters of the picture
+    dense: float = 0.0  # share of crowds and pages
+    tokens: int = 0  # visual tokens that the decoder sees; 0: no decoder
+    rank: int = 0  # of the LoRA; 0: the decoder is frozen
+
+
+STAGES = (
+    Stage("windows", 4000, 16, 0.02, 0, windows=True, dense=0.7),
+    Stage("whole", 800, 16, 0.008, 10_000_000, "windows", dense=0.5),
+    Stage("pooled", 2000, 8, 0.004, 20_000_000, "whole", tokens=144),
+    Stage("full", 800, 8, 0.003, 30_000_000, "pooled", tokens=576),
+    Stage("lora", 1500, 8, 0.003, 40_000_000, "full", tokens=576, rank=24),
+)
+PARTS = {"": 1.0, "projector": 0.5, "vision_model": 0.25}  # shares of the rate, once the decoder is there
+
+
+def load(path: Path) -> dict[str, torch.Tensor]:
+    """The weights that a stage trained."""
+    return torch.load(path, map_location="cpu", weights_only=True)["net"]
+
+
+def task(stage: Stage, state: Path) -> vision.Task | learn.Task:
+    """What a stage trains, with the weights that it starts from."""
+    file = smol.extract(state)
+    a, tokenizer = assets.load(state, smol.vocabulary(file)), smol.tokenizer(file)
+    torch.manual_seed(17)
+    weights = smol.weights(file)
+    if stage.tokens:
+        decoder = smol.Decoder(weights)
+        if stage.rank:
+            decoder.widen(stage.rank)
+        out: vision.Task | learn.Task = learn.Task(a, tokenizer, decoder, stage.tokens, PARTS)
+    else:
+        words = vision.Words.of(a, tokenizer)
+        out = vision.Task(a, words, weights["model.embed_tokens.weight"], stage.windows, stage.dense)
+    if stage.start:
+        strange = out.net.load_state_dict(load(state / f"{stage.start}.pt"), strict=False).unexpected_keys
+        if any(not k.startswith("head.") for k in strange):
+            raise ValueError(f"{stage.start}.pt holds weights that {stage.name} has no place for: {strange[:3]}")
+    out.stream.first = stage.first
+    return out
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--state", type=Path, default=os.environ.get("ST3_SMOL_STATE"), help="where everything is kept")
+    parser.add_argument("--stage", choices=[s.name for s in STAGES], help="only this stage")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--steps",
+        default="",
+        help="other numbers of steps, as windows=2500,pooled=1000; the rate falls over a stage's last 30 %%",
+    )
+    args = parser.parse_args()
+    if not args.state:
+        parser.error("name the folder for data and checkpoints: --state DIR")
+    steps = {k: int(v) for k, v in (item.split("=") for item in args.steps.split(",") if item)}
+    if strange := set(steps) - {s.name for s in STAGES}:
+        parser.error(f"no such stage: {', '.join(sorted(strange))}")
+    state = Path(args.state)
+    torch.set_num_threads(args.threads)
+    for stage in (replace(s, steps=steps.get(s.name, s.steps)) for s in STAGES):
+        if args.stage in (None, stage.name) and not Loop.finished(state, stage.name, stage.steps):
+            Loop(task(stage, state), stage.name, stage.steps, stage.batch, stage.rate, state).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""Stage one: the vision encoder learns names, words and places from patches; its projector, their embeddings.
+
+The encoder is `modeling.VisionModel` (CLIP's graph, so that llama.cpp runs it). Every patch is asked what
+thing it shows, the colour of its card or ink, its characters, where its thing's centre is and how large it
+is; the projector's output is asked for the tokens of the name or word among all that scenes use, with the
+decoder's own embedding table as the classifier. Heads are dropped at export.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from assets import COLORS, Assets
+from embedded import modeling
+from pictures import CHARS, LAYOUTS, SLOTS, Labels, Scene, labels, scene
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+SHAPE = modeling.Shape(
+    vocab=49152, width=576, vision_width=320, vision_layers=8, vision_heads=5, vision_ffn=1280, context=8192
+)
+TOKENS = 6  # tokens of a name or word that are asked for
+COLOR_NAMES = list(COLORS)
+WEIGHTS = {"thing": 1.0, "token": 1.0, "chars": 2.0, "color": 0.3, "offset": 1.0, "embed": 0.5}
+
+
+@dataclass(frozen=True)
+class Words:
+    """The decoder's tokens that name what scenes show, as numbers of a small vocabulary of their own."""
+
+    ids: list[int]  # in the decoder's vocabulary
+    spelled: dict[str, list[int]]  # name or lowercase word -> numbers, at most TOKENS
+
+    @classmethod
+    def of(cls, assets: Assets, tokenizer) -> Words:
+        """All names, words, colours and digits of the assets."""
+        texts = sorted({*assets.names, *assets.words, *COLORS, *map(str, range(10)), ".", "total"})
+        coded = {t: tokenizer.encode(" " + t if not t.isdigit() and t != "." else t).ids for t in texts}
+        ids = sorted({i for c in coded.values() for i in c})
+        place = {i: k for k, i in enumerate(ids)}
+        return cls(ids, {t: [place[i] for i in c][:TOKENS] for t, c in coded.items()})
+
+    def spell(self, text: str) -> list[int]:
+        """The numbers of a name or a word as drawn; of a number, its digits. Empty where it has none."""
+        if text.lower() in self.spelled or text in self.spelled:
+            return self.spelled.get(text) or self.spelled[text.lower()]
+        if text.replace(".", "").isdigit():
+            return [k for c in text for k in self.spelled[c]][:TOKENS]
+        return []
+
+
+@dataclass
+class Sample:
+    """A picture and the labels of its 576 patches."""
+
+    pixels: np.ndarray  # uint8 [336, 336, 3]
+    thing: np.ndarray  # int64 [576]: 0 ground, class of a thing from 1, the last one a word
+    color: np.ndarray  # int64 [576]: 0 none
+    chars: np.ndarray  # int64 [576, SLOTS]
+    offset: np.ndarray  # float32 [576, 3]
+    tokens: np.ndarray  # int64 [576, TOKENS]: numbers of `Words`, -1 none
+
+
+def sample(s: Scene, found: Labels, assets: Assets, words: Words) -> Sample:
+    """Labels as the losses take them."""
+    n = len(s.things)
+    kind, color, tokens = np.zeros(n + 1, int), np.zeros(n + 1, int), np.full((n + 1, TOKENS), -1)
+    for k, t in enumerate(s.things, 1):
+        kind[k] = len(assets.names) + 1 if t.word else assets.index[t.name]
+        color[k] = 1 + COLOR_NAMES.index(t.color) if t.color else 0
+        spelled = words.spell(t.name)
+        tokens[k, : len(spelled)] = spelled
+    at = found.thing.ravel()
+    return Sample(
+        np.asarray(s.image),
+        kind[at],
+        color[at],
+        found.chars.reshape(-1, SLOTS).astype(int),
+        found.offset.reshape(-1, 3).astype(np.float32),
+        tokens[at],
+    )
+
+
+class Stream(IterableDataset):
+    """Samples without end, from picture number `first` on; `dense` of them are crowds and pages."""
+
+    def __init__(self, assets: Assets, words: Words, first: int, dense: float) -> None:
+        self.assets, self.words, self.first, self.dense = assets, words, first, dense
+
+    def one(self, index: int, split: str = "train", style: str = "known") -> Sample:
+        """Sample number `index`."""
+        rng = random.Random(f"layout {split} {index}")
+        layout = rng.choices(list(LAYOUTS), list(LAYOUTS.values()))[0]
+        if rng.random() < self.dense:
+            layout = rng.choice(("crowd", "crowd", "page"))
+        s = scene(self.assets, index, split, style, layout)
+        return sample(s, labels(s), self.assets, self.words)
+
+    def __iter__(self):
+        index = self.first
+        while True:
+            yield self.one(index)
+            index += 1
+
+
+class Trainee(nn.Module):
+    """Encoder, projector and the heads that are dropped at export."""
+
+    def __init__(self, things: int, table: Tensor) -> None:
+        super().__init__()
+        self.vision_model = modeling.VisionModel(SHAPE)
+        self.projector = modeling.Projector(SHAPE)
+        self.parts = {"thing": things + 2, "color": len(COLORS) + 1, "chars": SLOTS * (len(CHARS) + 1), "offset": 3}
+        self.head = nn.Linear(SHAPE.vision_width, sum(self.parts.values()))
+        self.register_buffer("table", table, persistent=False)  # float32 [tokens, 576]
+        self.register_buffer("middle", table.mean(0), persistent=False)
+        self.start()
+
+    def start(self) -> None:
+        """Initial weights, as the embedded model's (from torch's global seed)."""
+        for name, p in self.named_parameters():
+            if p.ndim < 2:
+                if name.endswith("bias"):
+                    nn.init.zeros_(p)
+            elif "embed" in name and "patch" not in name:
+                nn.init.normal_(p, std=0.02)
+            else:
+                nn.init.normal_(p, std=p[0].numel() ** -0.5)
+            if name.endswith(("out_proj.weight", "fc2.weight")):
+                p.data.mul_((2 * SHAPE.vision_layers) ** -0.5)
+        nn.init.normal_(self.head.weight, std=0.02)
+        self.projector.linear_2.weight.data.mul_(float(self.table.std()))
+        self.projector.linear_2.bias.data.copy_(self.middle)
+        modeling.start_local(self.vision_model)
+
+
+def pixels_of(samples: list) -> Tensor:
+    """Normalised pictures, float32 [B, 3, 336, 336]."""
+    x = torch.from_numpy(np.stack([s.pixels for s in samples])).float() / 255
+    return ((x - MEAN) / STD).permute(0, 3, 1, 2)
+
+
+def losses(net: Trainee, features: Tensor, samples: list[Sample], seen: int = 1536) -> tuple[dict, dict]:
+    """Each loss, and shares of right labels. features [B, 576, width]; `seen` patches of things are named by token."""
+    stacked = {
+        k: torch.from_numpy(np.stack([getattr(s, k) for s in samples])).flatten(0, 1)
+        for k in ("thing", "color", "chars", "offset", "tokens")
+    }
+    x = features.flatten(0, 1)
+    thing, color, chars, offset = net.head(x).float().split(list(net.parts.values()), -1)
+    on = stacked["thing"] > 0
+    weight = torch.where(on, 1.0, 0.1)
+    out, right = {}, {}
+    each = F.cross_entropy(thing, stacked["thing"], reduction="none")
+    out["thing"] = (each * weight).sum() / weight.sum()
+    is_thing = on & (stacked["thing"] < thing.shape[-1] - 1)
+    hit = (thing.argmax(-1) == stacked["thing"]).float()
+    right["thing"], right["ground"] = hit[is_thing].mean(), hit[~on].mean()
+    colored = stacked["color"] > 0
+    out["color"] = F.cross_entropy(color, stacked["color"])
+    right["color"] = (color.argmax(-1) == stacked["color"])[colored].float().mean()
+    chars = chars.view(-1, SLOTS, len(CHARS) + 1)
+    inked = stacked["thing"] == thing.shape[-1] - 1
+    each = F.cross_entropy(chars.flatten(0, 1), stacked["chars"].flatten(), reduction="none").view(-1, SLOTS)
+    weight = inked.float()[:, None] * (1 + 3 * (stacked["chars"] > 0)) + 0.02
+    out["chars"] = (each * weight).sum() / weight.sum()
+    right["char"] = (chars.argmax(-1) == stacked["chars"])[stacked["chars"] > 0].float().mean()
+    out["offset"] = F.smooth_l1_loss(offset[on], stacked["offset"][on], beta=0.1)
+    right["off"] = (offset[on][:, :2] - stacked["offset"][on][:, :2]).abs().mean() * 12
+    named = (stacked["tokens"][:, 0] >= 0).nonzero()[:, 0]
+    named = named[torch.randperm(len(named))[:seen]]
+    y = net.projector(x[named]).float()
+    tokens = stacked["tokens"][named]
+    share = (tokens >= 0).float()
+    share = share / share.sum(1, keepdim=True)
+    there = tokens.clamp(min=0)
+    scale = 1 / float(net.table.sub(net.middle).square().sum(1).mean())
+    logp = (12 * scale * (y - net.middle) @ (net.table - net.middle).T).log_softmax(-1)
+    out["token"] = -(logp.gather(1, there) * share).sum(1).mean()
+    goal = (net.table[there] * share[..., None]).sum(1)
+    out["embed"] = (y - goal).square().mean() / float(net.table.var())
+    best = logp.argmax(-1)
+    match = (best[:, None] == tokens).any(1).float()
+    words = inked[named]
+    right["word_token"], right["name_token"] = match[words].mean(), match[~words].mean()
+    return out, {k: round(v.item(), 3) for k, v in right.items()}
+
+
+class Task:
+    """What `loop.Loop` trains in this stage: windows (attention within quarters of the picture) or all of it."""
+
+    def __init__(self, assets: Assets, words: Words, table: Tensor, windows: bool, dense: float) -> None:
+        self.net = Trainee(len(assets.names), table[words.ids])
+        self.windows = windows
+        self.stream = Stream(assets, words, 0, dense)
+        tower = self.net.vision_model
+        self.encode = torch.compile(tower.windows if windows else tower.forward)
+        self.held_out: dict[str, list[Sample]] = {}
+
+    def rates(self) -> dict[str, float]:
+        """Each part's share of the rate. The projector's outputs are small: at the full rate it is noise."""
+        return {"": 1.0, "projector": 0.15}
+
+    def _features(self, samples: list[Sample], step: int) -> Tensor:
+        pixels = pixels_of(samples)
+        return self.encode(pixels, 6 * (step % 2)) if self.windows else self.encode(pixels)
+
+    def loss(self, samples: list[Sample], step: int) -> tuple[Tensor, dict]:
+        """The loss to go down, and what to log."""
+        found, right = losses(self.net, self._features(samples, step), samples)
+        total = sum(found[k] * w for k, w in WEIGHTS.items())
+        return total, {**{f"{k}_loss": round(v.item(), 4) for k, v in found.items()}, **right}
+
+    @torch.no_grad()
+    def evaluate(self, batch: int, n: int = 48) -> dict:
+        """Losses and shares on held-out scenes of both styles (ordinary layouts, no crowds)."""
+        out = {}
+        for style in ("known", "other"):
+            if style not in self.held_out:
+                plain = Stream(self.stream.assets, self.stream.words, 0, 0.0)
+                self.held_out[style] = [plain.one(i, "held-out", style) for i in range(n)]
+            rows = []
+            for k in range(0, n, batch):
+                part = self.held_out[style][k : k + batch]
+                rows.append(losses(self.net, self._features(part, 0), part, 10**6)[1])
+            out[style] = {k: round(float(np.nanmean([r[k] for r in rows])), 3) for k in rows[0]}
+        return out
