@@ -21,7 +21,7 @@ from pictures import scene
 from talk import Question, describe_question, description, questions
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from vision import SHAPE, pixels_of
+from vision import DEVICE, SHAPE, pixels_of, turns
 
 PACKS = 2  # sets of questions that are kept for one picture
 SENTENCES = 0.3  # weight of a description's token; a short answer's is 1
@@ -57,10 +57,7 @@ class Stream(IterableDataset):
         return Sample(np.asarray(s.image), [pack(s, rng, self.assets.names, self.tokenizer) for _ in range(PACKS)])
 
     def __iter__(self):
-        index = self.first
-        while True:
-            yield self.one(index)
-            index += 1
+        yield from map(self.one, turns(self.first))
 
 
 def held_out_questions(assets: Assets, index: int, style: str, n: int = 8) -> list[Question]:
@@ -93,7 +90,7 @@ class Layout:
     """What surrounds the picture: the prompt before it, rotary tables and masks."""
 
     def __init__(self, tokenizer, tokens: int) -> None:
-        self.before = torch.tensor(tokenizer.encode(smol.BEFORE_IMAGE).ids)
+        self.before = torch.tensor(tokenizer.encode(smol.BEFORE_IMAGE).ids, device=DEVICE)
         self.tokens = tokens
         # padded in front to a multiple of 16 rows: odd lengths cost bf16 matrix products a factor of three
         self.pad = -(len(self.before) + tokens) % 16
@@ -117,14 +114,15 @@ class Layout:
         picture[:, :, : self.pad] = -1e4
         rest = torch.cat([picture, torch.where(own, 0.0, -1e4)], 2)[:, None]
         half = {"cos": cos, "sin": sin, "first": self.first, "rest": rest}
-        return {"ids": ids, "labels": labels, **{k: v.bfloat16() for k, v in half.items()}}
+        half = {k: v.bfloat16() for k, v in half.items()}
+        return {k: v.to(DEVICE) for k, v in {"ids": ids, "labels": labels, **half}.items()}
 
 
 class Task:
     """What `loop.Loop` trains in these stages."""
 
     def __init__(self, assets: Assets, tokenizer, decoder: smol.Decoder, tokens: int, rates: dict[str, float]) -> None:
-        self.net = Pair(decoder.bfloat16())
+        self.net = Pair(decoder.bfloat16()).to(DEVICE)
         for name, p in decoder.named_parameters():
             if "lora" in name:
                 p.data = p.data.float()
@@ -150,7 +148,7 @@ class Task:
         b = len(samples)
         x = torch.cat(
             [
-                table(torch.zeros(b, self.layout.pad, dtype=torch.long)),
+                table(torch.zeros(b, self.layout.pad, dtype=torch.long, device=DEVICE)),
                 table(self.layout.before.expand(b, -1)),
                 seen,
                 table(put["ids"]),
@@ -170,7 +168,7 @@ class Task:
         for i, p in enumerate(packs):
             for kind, (first, last) in zip(p.kinds, p.spans, strict=True):
                 weight[i, first:last] = SENTENCES if kind == "describe" else 1.0
-        w = weight[where]
+        w = weight.to(DEVICE)[where]
         loss = (F.cross_entropy(logits, labels, reduction="none") * w).sum() / w.sum()
         right = (logits.argmax(-1) == labels)[w == 1].float().mean()
         return loss, {"tokens_right": round(right.item(), 3)}
@@ -183,7 +181,7 @@ class Task:
         """
         packs = [s.packs[0] for s in samples]
         h, labels, where = self._rows(samples, packs)
-        hit = torch.zeros(where.shape, dtype=torch.bool)
+        hit = torch.zeros_like(where)
         hit[where] = self.net.decoder.logits(h).argmax(-1) == labels
         return [
             [(k, bool(hit[i, p:q].all())) for k, (p, q) in zip(pk.kinds, pk.spans, strict=True)]

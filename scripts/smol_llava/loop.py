@@ -16,6 +16,7 @@ import torch
 from embedded import Muon
 from torch import nn
 from torch.utils.data import DataLoader
+from vision import DEVICE
 
 SAVE_SECONDS, LOG_STEPS, EVAL_STEPS = 180, 20, 500
 
@@ -42,9 +43,11 @@ class Loop:
         rate: float,
         state: Path,
         fresh: float = 0.5,
+        workers: int = 1,
         fall: float = 0.3,
     ) -> None:
-        self.task, self.name, self.steps, self.batch, self.fall = task, name, steps, batch, fall
+        self.task, self.name, self.steps, self.batch = task, name, steps, batch
+        self.workers, self.fall = workers, fall
         self.fresh = max(1, round(batch * fresh))
         self.file, self.log = state / f"{name}.pt", state / "log.jsonl"
         self.rng = random.Random(name)
@@ -109,7 +112,9 @@ class Loop:
     def run(self) -> None:
         """Train to the end of the stage."""
         self.task.stream.first += self.step * self.fresh
-        loader = iter(DataLoader(self.task.stream, self.fresh, num_workers=1, collate_fn=keep, prefetch_factor=4))
+        loader = iter(
+            DataLoader(self.task.stream, self.fresh, num_workers=self.workers, collate_fn=keep, prefetch_factor=4)
+        )
         seen: list = []
         began = last = time.time()
         pictures = 0
@@ -121,7 +126,7 @@ class Loop:
                     seen.append(s)
                 else:
                     seen[self.rng.randrange(len(seen))] = s
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(DEVICE.type, torch.bfloat16):
                 loss, shown = self.task.loss(batch, self.step)
             loss.backward()
             norm = nn.utils.clip_grad_norm_([p for p in self.task.net.parameters() if p.requires_grad], 1.0)
@@ -140,7 +145,7 @@ class Loop:
                 self.spent += now - began
                 began, pictures = now, 0
             if self.step % EVAL_STEPS == 0 or self.step == self.steps:
-                with torch.autocast("cpu", torch.bfloat16):
+                with torch.autocast(DEVICE.type, torch.bfloat16):
                     self.write({"held_out": self.task.evaluate(self.batch)})
                 began = time.time()
             if time.time() - last > SAVE_SECONDS or self.step == self.steps:

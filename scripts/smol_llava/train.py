@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, default=os.environ.get("ST3_SMOL_STATE"), help="where everything is kept")
     parser.add_argument("--stage", choices=[s.name for s in STAGES], help="only this stage")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes")
     parser.add_argument(
         "--steps",
         default="",
@@ -94,7 +95,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     for stage in (replace(s, steps=steps.get(s.name, s.steps)) for s in STAGES):
         if args.stage in (None, stage.name) and not Loop.finished(state, stage.name, stage.steps):
-            Loop(task(stage, state), stage.name, stage.steps, stage.batch, stage.rate, state).run()
+            Loop(
+                task(stage, state), stage.name, stage.steps, stage.batch, stage.rate, state, workers=args.workers
+            ).run()
 
 
 if __name__ == "__main__":

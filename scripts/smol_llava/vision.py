@@ -8,6 +8,7 @@ decoder's own embedding table as the classifier. Heads are dropped at export.
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from assets import COLORS, Assets
 from embedded import modeling
 from pictures import CHARS, LAYOUTS, SLOTS, Labels, Scene, labels, scene
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
@@ -87,6 +88,12 @@ def sample(s: Scene, found: Labels, assets: Assets, words: Words) -> Sample:
     )
 
 
+def turns(first: int) -> itertools.count:
+    """Picture numbers from `first` on; of several workers, each gets its own."""
+    worker = get_worker_info()
+    return itertools.count(first + (worker.id if worker else 0), worker.num_workers if worker else 1)
+
+
 class Stream(IterableDataset):
     """Samples without end, from picture number `first` on; `dense` of them are crowds and pages."""
 
@@ -103,10 +110,7 @@ class Stream(IterableDataset):
         return sample(s, labels(s), self.assets, self.words)
 
     def __iter__(self):
-        index = self.first
-        while True:
-            yield self.one(index)
-            index += 1
+        yield from map(self.one, turns(self.first))
 
 
 class Trainee(nn.Module):
@@ -140,16 +144,19 @@ class Trainee(nn.Module):
         modeling.start_local(self.vision_model)
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def pixels_of(samples: list) -> Tensor:
     """Normalised pictures, float32 [B, 3, 336, 336]."""
-    x = torch.from_numpy(np.stack([s.pixels for s in samples])).float() / 255
-    return ((x - MEAN) / STD).permute(0, 3, 1, 2)
+    x = torch.from_numpy(np.stack([s.pixels for s in samples])).to(DEVICE).float() / 255
+    return ((x - MEAN.to(DEVICE)) / STD.to(DEVICE)).permute(0, 3, 1, 2)
 
 
 def losses(net: Trainee, features: Tensor, samples: list[Sample], seen: int = 1536) -> tuple[dict, dict]:
     """Each loss, and shares of right labels. features [B, 576, width]; `seen` patches of things are named by token."""
     stacked = {
-        k: torch.from_numpy(np.stack([getattr(s, k) for s in samples])).flatten(0, 1)
+        k: torch.from_numpy(np.stack([getattr(s, k) for s in samples])).to(DEVICE).flatten(0, 1)
         for k in ("thing", "color", "chars", "offset", "tokens")
     }
     x = features.flatten(0, 1)
@@ -174,7 +181,7 @@ def losses(net: Trainee, features: Tensor, samples: list[Sample], seen: int = 15
     out["offset"] = F.smooth_l1_loss(offset[on], stacked["offset"][on], beta=0.1)
     right["off"] = (offset[on][:, :2] - stacked["offset"][on][:, :2]).abs().mean() * 12
     named = (stacked["tokens"][:, 0] >= 0).nonzero()[:, 0]
-    named = named[torch.randperm(len(named))[:seen]]
+    named = named[torch.randperm(len(named), device=DEVICE)[:seen]]
     y = net.projector(x[named]).float()
     tokens = stacked["tokens"][named]
     share = (tokens >= 0).float()
@@ -196,7 +203,7 @@ class Task:
     """What `loop.Loop` trains in this stage: windows (attention within quarters of the picture) or all of it."""
 
     def __init__(self, assets: Assets, words: Words, table: Tensor, windows: bool, dense: float) -> None:
-        self.net = Trainee(len(assets.names), table[words.ids])
+        self.net = Trainee(len(assets.names), table[words.ids]).to(DEVICE)
         self.windows = windows
         self.stream = Stream(assets, words, 0, dense)
         tower = self.net.vision_model
