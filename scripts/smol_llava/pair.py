@@ -5,8 +5,8 @@
     python scripts/smol_llava/pair.py --state DIR parity CHECKPOINT [--prompts 100]
 
 `gguf` writes mmproj-smol-*.gguf, and for a checkpoint with a LoRA smol-lora-f16.gguf (to go with the
-package's own text model) and smol-*.gguf (the sum of both). `parity` compares the F32 pair on llama.cpp
-(ST3_LIB_DIR; stock or ours) with Hugging Face's LlavaForConditionalGeneration.
+package's own text model) and smol-*.gguf (the sum of both). `parity` compares the F32 pair on st3-edge's
+libraries, ST³ off, with Hugging Face's LlavaForConditionalGeneration.
 """
 
 from __future__ import annotations
@@ -183,15 +183,6 @@ def write_hf(trained: Trained, folder: Path) -> None:
     embed = weights["language_model.model.embed_tokens.weight"]
     weights["language_model.model.embed_tokens.weight"] = np.concatenate([embed, embed[:1] * 0])
     weights |= trained.tower()
-    # the tower's last block is never run, and no checkpoint has it: any weights will do
-    last = SHAPE.vision_layers - 1
-    for key, value in list(weights.items()):
-        weights.setdefault(re.sub(r"(vision_model\.encoder\.layers)\.0\.", rf"\1.{last}.", key), value)
-    for part in ("weight", "bias"):
-        weights.setdefault(
-            f"vision_tower.vision_model.post_layernorm.{part}",
-            weights[f"vision_tower.vision_model.pre_layrnorm.{part}"],
-        )
     save_file({k: np.ascontiguousarray(v) for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config(), indent=2) + "\n")
     smol.tokenizer(trained.file).save(str(folder / "tokenizer.json"))
@@ -209,7 +200,10 @@ def parity(trained: Trained, state: Path, prompts: int) -> dict:
         write_hf(trained, folder)
         reference = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
         text, mmproj = write_gguf(trained, folder, "F32")
-        rt = native_runtime.Runtime(Path(os.environ["ST3_LIB_DIR"]))
+        libraries = native_runtime.lib_dir()
+        if libraries is None:
+            raise SystemExit("no native libraries: build the package (pip install .) or set ST3_LIB_DIR")
+        rt = native_runtime.Runtime(libraries)
         model = native_runtime.Model(rt, text)
         sight = native_runtime.Vision(model, mmproj, threads=2)
         ctx = native_runtime.Context(model, n_ctx=1024, kv="F32", threads=2)
