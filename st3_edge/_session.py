@@ -117,7 +117,10 @@ class Session:
         ContextError for text that no context of this size holds, before it is tokenized: that takes its time."""
         n_bytes = sum(len(part.encode()) for part in parts if isinstance(part, str))
         if n_bytes > self._n_ctx * _SHORT_TOKEN and n_bytes > self._n_ctx * self._longest_token:
-            raise ContextError(f"the prompt has {n_bytes:,} bytes of text, more than {self._n_ctx} tokens can hold")
+            raise ContextError(
+                f"the prompt has {n_bytes:,} bytes of text and n_ctx is {self._n_ctx}, too few tokens for so much: "
+                "set n_ctx higher, or ask with less text"
+            )
         return self.vision.tokenize(parts, self.llama.bos if bos else None)
 
     @functools.cached_property
