@@ -54,7 +54,9 @@ def test_a_mask_without_flash_attention_has_weights_too(rt, path) -> None:
     """Breaks if the weights are left out of an F32 mask, in the prefill or in a decode."""
     got = []
     for flash in (True, False):
-        with Model(rt, path, KEYS) as model, Context(model, n_ctx=512, flash=flash) as ctx:
+        # F32 and F16 masks round differently, and with distances that may change which of two like tokens stays
+        keys = {**KEYS, "st3.rank": "score"}
+        with Model(rt, path, keys) as model, Context(model, n_ctx=512, flash=flash) as ctx:
             assert ctx.prefill(native(prompt(2))) == 0
             got.append([ctx.logits(), *answer(ctx, ctx.positions()[1] + 1, 1)])
     for with_flash, without in zip(*got, strict=True):

@@ -103,7 +103,8 @@ def test_merging_is_said_by_a_bool_or_its_name(
     rt, random_gguf, value: bool | str, merge: bool, from_file: bool
 ) -> None:
     """Breaks if a file's bool, an override's, or `--override-kv st3.merge=str:true` is not understood."""
-    keys = {"st3.preset": "st3" if not merge else "fastv", "st3.merge": value, "st3.start": 2, "st3.rank": "distance"}
+    keys = {"st3.preset": "st3" if not merge else "fastv", "st3.merge": value, "st3.rank": "distance"}
+    keys |= {"st3.start": 2, "st3.budget": 0.5}
     path = random_gguf(SHAPE, metadata=keys if from_file else None)
     with Model(rt, path, None if from_file else keys) as model, Context(model, n_ctx=64) as ctx:
         assert (ctx.report()["merge"], ctx.report()["rank"]) == (merge, "distance")

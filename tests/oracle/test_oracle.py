@@ -246,7 +246,7 @@ def test_records_accumulate(decoder: llama.Decoder) -> None:
 
 def test_evict_only_sees_what_the_cuts_of_a_full_model_would(decoder: llama.Decoder) -> None:
     """Breaks if images wait after their question, a cut reads another layer, or cells of other stages leave."""
-    s = schedule.resolve(5, start=1, stride=2, keep=0.5, score="last-mean-sum", anneal="none")
+    s = schedule.resolve(5, start=1, stride=2, keep=0.5, score="last-mean-sum", rank="score", anneal="none")
     _, a, _, b, question = prompt()
     result = decoder.begin(s)
     decoder.picture(result, a)

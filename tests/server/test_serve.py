@@ -11,7 +11,7 @@ from serving import Server, Start, free_port, message, text
 
 def test_a_question_about_a_picture_is_answered(server: Server, scenes):
     # broken if the model, its template or ST3 were not there
-    answer = server.chat(message(scenes[0].questions[0][0], scenes[0].picture))
+    answer = server.chat(message(scenes[0].questions[0][0], scenes[0].picture), cache_prompt=False)
     assert text(answer) == scenes[0].questions[0][1]
     st3 = answer["st3"]
     assert st3["mode"] == "pruned-prefill", st3["reason"]
