@@ -11,8 +11,9 @@ SECOND = "How many shapes are there?"
 THIRD = "Is there a blue ring?"
 OFF = ST3Config(preset="off")
 # Cuts alone: what is asked again is then what was kept.
-PVTP = ST3Config(preset="pvtp")
-CONFIGS = {"off": OFF, "pvtp": PVTP, "st3": ST3Config()}
+# The budget is given: another one rounds the inputs of quantized weights otherwise, and bounds are of this one.
+PVTP = ST3Config(preset="pvtp", budget=0.3)
+CONFIGS = {"off": OFF, "pvtp": PVTP, "st3": ST3Config(budget=0.3)}
 
 
 def user(text, *pictures) -> dict:
