@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -112,6 +112,12 @@ def _load() -> tuple[Bindings, int]:
         native.ggml_backend_load_all_from_path(str(folder()).encode())
     bindings.lib.llama_backend_init()
     return bindings, os.getpid()
+
+
+def trim() -> None:
+    """Gives freed memory back to the system, where the C library keeps it (glibc)."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _has_gpu(bindings: Bindings) -> bool:

@@ -79,6 +79,7 @@ class Session:
         self._worker, self._on_stage = worker, on_stage
         bindings = _libs.load()
         self.lib = bindings.lib
+        worker.resources.callback(_libs.trim)
         self.belongs_to = {**belongs_to, "llama.cpp": f"{bindings.llama.__version__}, st3 {state.NATIVE_VERSION}"}
         self.llama = llama = TextModel(
             model,
