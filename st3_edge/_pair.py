@@ -46,6 +46,7 @@ _KINDS: dict[str, str] = {
 _PATCHES, _POSITIONS = "v.patch_embd.weight", "v.position_embd.weight"
 _F32, _F16, _BF16 = 0, 1, 30
 _NO_WEIGHTS = range(24, 29)  # I8 to F64: no op takes them for weights
+_ROPE_SCALING = ("none", "linear", "yarn", "longrope")  # upstream aborts on any other
 
 _MAX_TILES = 64  # of a picture; LLaVA-1.6 has up to 4, LLaVA-OneVision 36
 
@@ -88,6 +89,9 @@ def _check_text(model: str, header: _gguf.Header) -> None:
         found = header.metadata.get(f"{header.architecture}.{key}", 1)
         if not isinstance(found, (int, float)) or not least <= found <= most:
             raise ModelError(f"model {model!r} is damaged: its {key} is {found!r}")
+    found = header.metadata.get(f"{header.architecture}.rope.scaling.type", "linear")
+    if found not in _ROPE_SCALING:
+        raise ModelError(f"model {model!r} is damaged: its rope.scaling.type is {found!r}")
     for name, kind in header.types.items():
         # Norms and biases are added and multiplied, for which there are no ops of other types.
         if kind in _NO_WEIGHTS or (len(header.shapes[name]) == 1 and kind != _F32):
