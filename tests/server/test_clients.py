@@ -30,7 +30,7 @@ def test_it_answers_as_ask_does(start_server: Start, scenes, preset):
     wrong = []
     with Llava(*demo.model_paths(), ST3Config(preset=preset), n_threads=1) as llava:
         for picture, question in pairs:
-            ours = llava.ask(picture, question, max_tokens=32)
+            ours = llava.ask(picture, question, max_tokens=32, temperature=0)
             theirs = running.ask(question, picture)
             llava.reset()
             if ours.strip() != theirs.strip():
