@@ -141,14 +141,14 @@ def _answer(pair: tuple[str, str, list[str]]) -> str:
     return "answered"
 
 
-def run(rng: random.Random, seconds: float) -> Counter[str]:
-    """Tries pairs of files for so long; returns how many of what."""
+def run(rng: random.Random, seconds: float, most: int | None = None) -> Counter[str]:
+    """Tries pairs of files for so long, or `most` of them; returns how many of what."""
     _libs.load()
     tried: Counter[str] = Counter()
     end = time.perf_counter() + seconds
     files = [(path, read_header(path)) for path in demo.model_paths()]
     with tempfile.TemporaryDirectory() as folder:
-        while isolated.until(end):
+        while isolated.until(end) and (most is None or tried["inputs"] < most):
             batch = []
             for i in range(8):
                 pair = [str(path) for path, _ in files]
