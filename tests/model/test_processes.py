@@ -123,7 +123,7 @@ def test_spawned_processes_work(python):
 def test_nothing_of_the_process_is_changed(python):
     # broken if standard streams were replaced while a model loads, for good with two at once, or a setting stayed
     said = python("""
-        import locale, logging, signal, warnings
+        import locale, logging, signal, time, warnings
         def seen():
             streams = [(os.fstat(fd).st_dev, os.fstat(fd).st_ino) for fd in (0, 1, 2)] + [sys.stdout, sys.stderr]
             return streams
@@ -143,6 +143,7 @@ def test_nothing_of_the_process_is_changed(python):
         while any(thread.is_alive() for thread in threads):
             if seen() != streams:
                 others.append(seen())
+            time.sleep(0.001)
         print(len(others), settings() == before, [t.name for t in threading.enumerate()])
     """)
     assert said == "0 True ['MainThread']\n"
@@ -252,11 +253,11 @@ def test_loads_leave_no_memory_behind(python, tmp_path):
     said = python(f"""
         sys.path.append({str(SCRIPTS)!r})
         from pathlib import Path
-        from soak_interrupts import SPREAD, failing, flat
+        from soak_interrupts import failing, flat
         fails = failing(Path({str(tmp_path)!r}))
         for work in (lambda _: Llava.demo(n_threads=1).close(), lambda i: fails[i % len(fails)]()):
             found = flat(work, 24)
-            print("flat" if found["growth"] < SPREAD else found)
+            print("flat" if found["growth"] < 0.1 else found)  # one encoder each time would be 1.0
     """)
     assert said == "flat\nflat\n"
 
