@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from st3_edge.bench.shapes import Shape
 
 SEED = 20241220
 ON_DEVICE = bool(os.environ.get("ST3_TEST_DEVICE"))
+SANITIZED = hasattr(ctypes.CDLL(None), "__asan_init")  # scripts/sanitize.sh; assert() is on there
 can_abort = pytest.mark.skipif(ON_DEVICE, reason="only the CPU backend asks whether to stop within a graph")
 SHAPES = {
     "mha-32": Shape(6, 128, 4, 4, 192, n_vocab=320),

@@ -14,7 +14,7 @@ import cases
 import numpy as np
 import pytest
 from annealing import Conversation
-from cases import SEED
+from cases import SANITIZED, SEED
 from native_runtime import Context, Image, Model, lib_dir
 from oracle import llama as oracle
 from oracle.schedule import resolve
@@ -24,7 +24,6 @@ from st3_edge.bench.shapes import Shape
 SHAPE = cases.SHAPES["gqa-32"]
 KEYS = {"st3.preset": "pvtp", "st3.keep": 0.5, "st3.start": 1, "st3.stride": 2}
 N_PROMPT = 2 + 81 + 70
-SANITIZED = hasattr(C.CDLL(None), "__asan_init")
 
 
 @pytest.fixture(scope="module")

@@ -112,8 +112,9 @@ def test_positions_count_while_an_image_waits(model) -> None:
         assert give(ctx, [[1, 5], picture(), words(0, 3)], ask=False) == 0
         assert ctx.positions() == (0, 68) and ctx.report()["waiting"] == 69
         assert held(ctx) == [[]] * N_LAYER
-        with pytest.raises(NativeError):
-            ctx.logits()
+        if not cases.SANITIZED:  # upstream aborts where assert() is on
+            with pytest.raises(NativeError):
+                ctx.logits()
         assert ctx.decode([5], 3) == -1, "positions that are there"
         assert ctx.decode([5], 70) == -1, "a gap"
         assert ctx.decode([10**6], 69) == -1, "no token"
