@@ -25,7 +25,7 @@ from ggml_graph import Backend, InitParams  # noqa: E402
 from gguf import GGML_QUANT_SIZES  # noqa: E402
 from gguf import GGMLQuantizationType as Kind  # noqa: E402
 
-from st3_edge._machine import provenance  # noqa: E402
+from st3_edge.native.machine import provenance  # noqa: E402
 
 CPU, GPU = 0, 1
 COLD = 512 << 20  # bytes of keys in a graph, beyond any cache

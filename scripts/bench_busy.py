@@ -22,12 +22,13 @@ from typing import Any
 
 import native_runtime  # noqa: F401 - puts the package on the path
 
-from st3_edge import _machine, demo
-from st3_edge._files import cache_folder
-from st3_edge.bench.cache import random_text
-from st3_edge.bench.shapes import SHAPES, TYPES
-from st3_edge.bench.sides import Side
-from st3_edge.bench.worker import Job
+from st3_edge import demo
+from st3_edge.commands.bench.cache import random_text
+from st3_edge.commands.bench.shapes import SHAPES, TYPES
+from st3_edge.commands.bench.sides import Side
+from st3_edge.commands.bench.worker import Job
+from st3_edge.files.output import cache_folder
+from st3_edge.native import machine
 
 WHAT = {"prefill": "prefill, ms", "decode": "decode, ms a token"}
 
@@ -97,7 +98,7 @@ def main() -> None:
     parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2, 4])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--generate", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=_machine.usable_cpus())
+    parser.add_argument("--threads", type=int, default=machine.usable_cpus())
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     args = parser.parse_args()
     sides = []
@@ -124,11 +125,11 @@ def main() -> None:
     finally:
         for side in sides:
             side.close()
-    cpus = _machine.usable_cpus()
+    cpus = machine.usable_cpus()
     print("\n".join(table(rows, args.threads, cpus)))
     if args.json:
         setup = {"threads": args.threads, "cpus": cpus, "model": Path(job(args).model).name, "rows": rows}
-        args.json.write_text(json.dumps({**setup, **_machine.provenance()}, indent=1) + "\n")
+        args.json.write_text(json.dumps({**setup, **machine.provenance()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

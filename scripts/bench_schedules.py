@@ -31,10 +31,10 @@ import native_runtime
 import numpy as np
 from bench_kv_memory import prompt
 
-from st3_edge._files import cache_folder
-from st3_edge._machine import provenance
-from st3_edge.bench.cache import random_text
-from st3_edge.bench.shapes import SHAPES, TYPES
+from st3_edge.commands.bench.cache import random_text
+from st3_edge.commands.bench.shapes import SHAPES, TYPES
+from st3_edge.files.output import cache_folder
+from st3_edge.native.machine import provenance
 
 Keys = dict[str, native_runtime.Value]
 

@@ -38,8 +38,9 @@ from emulator import build  # noqa: E402
 from native_runtime import Context, Image, Model, Runtime, Vision  # noqa: E402
 from oracle.exact import write_exact  # noqa: E402
 
-from st3_edge import _doctor, demo  # noqa: E402
-from st3_edge._machine import provenance  # noqa: E402
+from st3_edge import demo  # noqa: E402
+from st3_edge.native import backends  # noqa: E402
+from st3_edge.native.machine import provenance  # noqa: E402
 
 NEAR_TIE = 1e-3
 HIDE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES")
@@ -81,7 +82,7 @@ def work(args: argparse.Namespace, where: str) -> None:
                     raise SystemExit(f"prefill failed: {rt.last_error()}")
                 n_cuts = len(ctx.report()["cuts"])
                 out.append({"kept": [k.tolist() for k in ctx.kept(n_cuts)], "token": int(np.argmax(ctx.logits()))})
-    devices = [d for d in _doctor.devices(rt.lib) if d["backend"] != "CPU"]
+    devices = [d for d in backends.devices(rt.lib) if d["backend"] != "CPU"]
     (args.work / f"{where}.json").write_text(json.dumps({"devices": devices, "pictures": out}))
 
 

@@ -19,7 +19,8 @@ from types import ModuleType, TracebackType
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from st3_edge import _libs
+from st3_edge.native import libraries
+from st3_edge.native.st3 import PieceStruct, native_overrides
 
 KV_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "BF16": 30}
 Value = str | int | float
@@ -31,7 +32,7 @@ class NativeError(RuntimeError):
 
 def lib_dir() -> Path | None:
     """The folder of the native libraries, as the package finds it; None where they are not built."""
-    folder = _libs.folder()
+    folder = libraries.folder()
     return folder if any(folder.glob("libllama.*")) else None
 
 
@@ -45,18 +46,6 @@ def load(folder: Path) -> ModuleType:
     if runs_on != folder.resolve():
         raise NativeError(f"llama_cpp was imported before, on {runs_on}")
     return llama_cpp
-
-
-class Piece(C.Structure):
-    """struct st3_piece."""
-
-    _fields_ = [
-        ("tokens", C.POINTER(C.c_int32)),
-        ("embd", C.POINTER(C.c_float)),
-        ("n", C.c_int32),
-        ("nx", C.c_int32),
-        ("ny", C.c_int32),
-    ]
 
 
 @dataclass(frozen=True)
@@ -90,7 +79,7 @@ class Runtime:
             f.st3_abi_version.restype = C.c_int32
             f.st3_last_error.restype = C.c_char_p
             f.st3_check_model.argtypes = [C.c_void_p]
-            f.st3_prefill.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.POINTER(Piece), C.c_size_t]
+            f.st3_prefill.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.POINTER(PieceStruct), C.c_size_t]
             f.st3_positions.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.POINTER(C.c_int32), C.c_int32]
             f.st3_weights.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.POINTER(C.c_float), C.c_int32]
             f.st3_kept.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.POINTER(C.c_int32), C.c_int32]
@@ -125,20 +114,7 @@ class Model:
         params = L.llama_model_default_params()
         params.n_gpu_layers = int(os.environ.get("ST3_GPU_LAYERS", "0"))
         params.use_extra_bufts = repack
-        items = list((overrides or {}).items())
-        self._overrides = (L.llama_model_kv_override * (len(items) + 1))()
-        for slot, (key, value) in zip(self._overrides, items, strict=False):
-            slot.key = key.encode()
-            if isinstance(value, str):
-                slot.tag, slot.value.val_str = L.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
-            elif isinstance(value, bool):
-                slot.tag, slot.value.val_bool = L.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
-            elif isinstance(value, int):
-                slot.tag, slot.value.val_i64 = L.LLAMA_KV_OVERRIDE_TYPE_INT, value
-            else:
-                slot.tag, slot.value.val_f64 = L.LLAMA_KV_OVERRIDE_TYPE_FLOAT, value
-        if items:
-            params.kv_overrides = self._overrides
+        self._overrides = params.kv_overrides = native_overrides(L, overrides or {})
         rt.log.clear()
         self.ptr = L.llama_model_load_from_file(str(path).encode(), params)
         if not self.ptr:
@@ -232,7 +208,7 @@ class Context:
 
     def prefill(self, pieces: Sequence[Sequence[int] | Image], p0: int = 0, seq: int = 0) -> int:
         """st3_prefill; returns its code."""
-        array, keep = (Piece * len(pieces))(), []
+        array, keep = (PieceStruct * len(pieces))(), []
         for slot, piece in zip(array, pieces, strict=True):
             if isinstance(piece, Image):
                 data = np.ascontiguousarray(piece.embd, np.float32)
@@ -425,7 +401,7 @@ class Vision:
         self.m, self.n_embd = mtmd, model.n_embd
         params = mtmd.mtmd_context_params_default()
         params.use_gpu, params.print_timings, params.warmup, params.n_threads = False, False, False, threads
-        if "st3_edge._log" not in sys.modules:
+        if "st3_edge.native.log" not in sys.modules:
             self._quiet = model.rt.llama.llama_log_callback(lambda level, text, data: None)
             mtmd.mtmd_log_set(self._quiet, None)
             mtmd.mtmd_helper_log_set(self._quiet, None)

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from oracle import schedule as reference  # noqa: E402
 
-from st3_edge.bench.figures import label  # noqa: E402
+from st3_edge.commands.bench.figures import label  # noqa: E402
 
 SHAPES = ROOT / "docs" / "results" / "shapes"  # one file a shape
 

@@ -32,7 +32,7 @@ from quality_answers import CHUNK, Job, Task
 from quality_grids import GRIDS, Config, Grid
 from quality_tables import Rows, markdown, table
 
-from st3_edge._machine import provenance
+from st3_edge.native.machine import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts" / "embedded_model"))

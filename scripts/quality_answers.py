@@ -16,7 +16,8 @@ from pathlib import Path
 import native_runtime
 import numpy as np
 
-from st3_edge import _native, divergence
+from st3_edge import divergence
+from st3_edge.native import st3
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts" / "embedded_model"))
@@ -63,10 +64,10 @@ class Reader:
         self.before = [L.llama_vocab_bos(self.model.vocab), *self.model.tokenize("USER: ")]
         self.eos = L.llama_vocab_eos(self.model.vocab)
 
-    def prompt(self, embd: np.ndarray, question: str) -> list[_native.Piece]:
+    def prompt(self, embd: np.ndarray, question: str) -> list[st3.Piece]:
         """The prompt of a question about one image, float32 [576, width]."""
         after = np.array(self.after(question))
-        return [_native.Text(np.array(self.before)), _native.Visual(embd, 24, 24), _native.Text(after)]
+        return [st3.Text(np.array(self.before)), st3.Visual(embd, 24, 24), st3.Text(after)]
 
     def after(self, question: str) -> list[int]:
         """What follows the image in a prompt."""
@@ -75,9 +76,9 @@ class Reader:
     def ask(self, embd: np.ndarray, question: str) -> None:
         """Read the prompt of a question about one image. Raises SystemExit where that fails."""
         self.ctx.clear()
-        code = _native.prefill(self.ctx.ptr, 0, self.prompt(embd, question))
+        code = st3.prefill(self.ctx.ptr, 0, self.prompt(embd, question))
         if code:
-            raise SystemExit(f"prefill failed ({code}): {_native.last_error()}")
+            raise SystemExit(f"prefill failed ({code}): {st3.last_error()}")
 
     def ask_more(self, question: str) -> None:
         """Read a question that follows the last answer: the picture stays as that left it."""
@@ -114,7 +115,7 @@ class Reader:
             yield question, *self.say(limit, given)
 
     def _decode(self, tokens: list[int]) -> None:
-        if self.ctx.decode(tokens, _native.n_positions(self.ctx.ptr)):
+        if self.ctx.decode(tokens, st3.n_positions(self.ctx.ptr)):
             raise SystemExit(f"decode failed: {''.join(self.ctx.rt.log)}")
 
     def held(self) -> float:

@@ -30,7 +30,7 @@ import questions  # noqa: E402
 import scenes  # noqa: E402
 
 from st3_edge import Llava, ST3Config  # noqa: E402
-from st3_edge._machine import provenance  # noqa: E402
+from st3_edge.native.machine import provenance  # noqa: E402
 
 FIRSTS = ("question", "description")
 MAX_TOKENS = {"question": 10, "description": 130}

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from st3_edge import demo  # noqa: E402
-from st3_edge.serve import command  # noqa: E402
+from st3_edge.commands.serve import command  # noqa: E402
 
 SHORT = (
     "basic",

@@ -14,6 +14,7 @@ Override = bool | int | float | str
 
 RANKS = ("score", "distance")
 CURVES = ("none", "linear", "cosine", "exponential")
+REVISIT = ("never", "turn")  # what a new question sees of earlier pictures; the first is the default
 PRESETS = ("off", "st3", "pvtp", "paper", "fastv", "pyramiddrop", "vtw", "random", "downsample")
 
 # Types of the KV cache that flash attention reads; a GGUF type id each (ggml.h).

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import _libs, _log, _native
 from .errors import St3Error
+from .native import libraries, log, st3
 
 Logits = npt.NDArray[np.float32]
 
@@ -59,13 +59,13 @@ def bootstrap_interval(values: Sequence[float], seed: int = 1) -> tuple[float, f
     return float(low), float(high)
 
 
-def greedy_answer(context: Any, pieces: Sequence[_native.Piece], n_tokens: int) -> tuple[list[int], Logits]:
+def greedy_answer(context: Any, pieces: Sequence[st3.Piece], n_tokens: int) -> tuple[list[int], Logits]:
     """The likeliest token, `n_tokens` times or until one ends the answer, which is then the last.
 
     Returns the token ids, at least one, and the logits float32 [tokens][n_vocab] that each was chosen by. Raises
     St3Error where llama.cpp fails.
     """
-    lib = _libs.load().lib
+    lib = libraries.load().lib
     vocab = _vocab(context)
     at = _prefill(context, pieces)
     answer, rows = [], [_logits(context, -1)]
@@ -77,47 +77,47 @@ def greedy_answer(context: Any, pieces: Sequence[_native.Piece], n_tokens: int) 
         at += 1
 
 
-def teacher_forced_logits(context: Any, pieces: Sequence[_native.Piece], answer: Sequence[int]) -> Logits:
+def teacher_forced_logits(context: Any, pieces: Sequence[st3.Piece], answer: Sequence[int]) -> Logits:
     """What the model says comes next while it is given an answer: float32 [len(answer)][n_vocab]; row i follows the
     prompt and answer[:i]. Raises St3Error where llama.cpp fails."""
     at = _prefill(context, pieces)
     rows = [_logits(context, -1)]
     given = list(answer[:-1])
     # Annealing counts batches of one token as steps; without it one batch gives the same, much sooner.
-    steps = [[token] for token in given] if _native.anneals(context) else [given] if given else []
+    steps = [[token] for token in given] if st3.anneals(context) else [given] if given else []
     for tokens in steps:
         rows += _decode(context, tokens, at)
         at += len(tokens)
     return np.stack(rows)
 
 
-def _prefill(context: Any, pieces: Sequence[_native.Piece]) -> int:
+def _prefill(context: Any, pieces: Sequence[st3.Piece]) -> int:
     """Prefills into the empty sequence; returns the position that follows."""
-    _log.forget()
-    _native.remove(context, 0)
-    code = _native.prefill(context, 0, pieces)
+    log.forget()
+    st3.remove(context, 0)
+    code = st3.prefill(context, 0, pieces)
     if code:
-        reason = _native.last_error()
-        raise St3Error(f"prefill failed ({code})" + (f": {reason}" if reason else _log.why()))
-    return _native.n_positions(context)
+        reason = st3.last_error()
+        raise St3Error(f"prefill failed ({code})" + (f": {reason}" if reason else log.why()))
+    return st3.n_positions(context)
 
 
 def _decode(context: Any, tokens: list[int], p0: int) -> list[Logits]:
-    _log.forget()
-    code = _native.decode(context, p0, tokens)
+    log.forget()
+    code = st3.decode(context, p0, tokens)
     if code:
-        raise St3Error(f"decoding failed ({code}){_log.why()}")
+        raise St3Error(f"decoding failed ({code}){log.why()}")
     return [_logits(context, i) for i in range(len(tokens))]
 
 
 def _vocab(context: Any) -> Any:
-    lib = _libs.load().lib
+    lib = libraries.load().lib
     return lib.llama_model_get_vocab(lib.llama_get_model(context))
 
 
 def _logits(context: Any, i: int) -> Logits:
     """A copy of the logits of output i of the last batch."""
-    lib = _libs.load().lib
+    lib = libraries.load().lib
     n_vocab = lib.llama_vocab_n_tokens(_vocab(context))
     row: Logits = np.ctypeslib.as_array(lib.llama_get_logits_ith(context, i), (n_vocab,)).copy()
     return row

@@ -18,7 +18,7 @@ class ModelError(St3Error):
 
 
 class ImageError(St3Error):
-    """A picture cannot be read, or is outside the bounds of `st3_edge.images`."""
+    """A picture cannot be read, or is outside the bounds of `st3_edge.prompts.images`."""
 
 
 class PromptError(St3Error):

@@ -12,20 +12,24 @@ from typing import Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
-from . import _libs, _native, _openai, demo, sampling, state
-from ._native import Visual
-from ._openai import Response
-from ._pair import check_pair
-from ._session import Answer, Session
-from ._text import TextStream
-from ._text_model import MAX_CTX, trained_n_ctx
-from ._worker import Worker
-from .chat import ChatTemplate, Message, read_messages
-from .config import KV_TYPES, ST3Config, check_whole
-from .conversation import REVISIT
+from . import demo
+from .config import KV_TYPES, REVISIT, ST3Config, check_whole
 from .errors import ConfigError, StateError
-from .images import ImageSource, load
+from .files.pair import check_pair
+from .native import libraries, st3
+from .native.st3 import Visual
+from .native.worker import Worker
+from .prompts import openai
+from .prompts.images import ImageSource, load
+from .prompts.messages import Message, read_messages
+from .prompts.openai import Response
+from .prompts.templates import ChatTemplate
 from .report import Report
+from .runtime import sampling, state
+from .runtime.generation import Answer
+from .runtime.session import Session
+from .runtime.text_model import MAX_CTX, trained_n_ctx
+from .runtime.text_stream import TextStream
 
 Path = str | os.PathLike[str]
 
@@ -106,7 +110,7 @@ class Llava:
             "schedule": json.dumps({**header.schedule, **overrides}, sort_keys=True),
             "KV cache type": f"{type_k}, {type_v}",
         }
-        _libs.check_present()
+        libraries.check_present()
         worker = self._worker = Worker(self)
         self._on_stage = on_stage = on_stage or (lambda _: None)
         own = header.metadata.get("tokenizer.chat_template")
@@ -169,10 +173,10 @@ class Llava:
         is not there, or there is no network and they are not in the cache.
         """
         inspect.signature(cls).bind("", "", config, **options)  # a mistyped option before the download
-        from . import _hub  # takes long to import
+        from .files import hub  # takes long to import
 
         where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        model, mmproj = (_hub.file(repo_id, name, **where) for name in (filename, mmproj_filename))
+        model, mmproj = (hub.file(repo_id, name, **where) for name in (filename, mmproj_filename))
         return cls(model, mmproj, config, **options)
 
     def ask(self, images: ImageSource | list[Any] | tuple[Any, ...], question: str, **options: Any) -> str:
@@ -228,23 +232,24 @@ class Llava:
         trace: bool = False,
         **others: Any,
     ) -> Response | Iterator[Response]:
-        """Answers messages in the OpenAI shape (see `st3_edge.chat.read_messages`), as llama-cpp-python does.
+        """Answers messages in the OpenAI shape (see `read_messages` of st3_edge.prompts.messages), as llama-cpp-python
+        does.
 
         Returns a chat.completion object, or with stream=True an iterator of chat.completion.chunk objects. The former,
         and of the latter the one with the finish_reason, also hold "st3": the call's report as `Report.to_dict()` gives
         it; `last_report` is the object. With stream_options={"include_usage": True} one more chunk tells the tokens.
         What the KV cache holds of these messages, from the calls before, is not computed again.
         max_tokens, or by its other name max_completion_tokens: None, or below 1: as many as the context holds. Sampling
-        options: see `st3_edge.sampling.Sampling`, whose defaults stand for None; penalties look at the answer's last 64
-        tokens. revisit: the class's, for this call. trace=True fills the report's trace. `others`: OpenAI's other
-        arguments, where they ask for nothing (None, n=1, tools=[], tool_choice="none", logprobs=False ...), or where no
-        answer depends on them (user, store, metadata, service_tier, parallel_tool_calls ...).
+        options: see `st3_edge.runtime.sampling.Sampling`, whose defaults stand for None; penalties look at the answer's
+        last 64 tokens. revisit: the class's, for this call. trace=True fills the report's trace. `others`: OpenAI's
+        other arguments, where they ask for nothing (None, n=1, tools=[], tool_choice="none", logprobs=False ...), or
+        where no answer depends on them (user, store, metadata, service_tier, parallel_tool_calls ...).
 
         Raises before any work PromptError, ImageError or ConfigError, this also for arguments that are not supported,
         and TypeError for those that there are not; St3Error where llama.cpp fails. The conversation so far can go on
         after each of them, and after an answer that was not read to its end.
         """
-        _openai.check_others(others)
+        openai.check_others(others)
         form = sampling.response_grammar(response_format)
         if form is not None and grammar is not None:
             raise ConfigError("grammar and response_format exclude each other: both are grammars")
@@ -262,9 +267,9 @@ class Llava:
             "logit_bias": logit_bias,
         }
         chosen = sampling.Sampling(**{name: value for name, value in options.items() if value is not None})
-        usage = _openai.includes_usage(stream, stream_options)
-        stops = _openai.stops_of(stop)
-        limit = _openai.limit_of(max_tokens, max_completion_tokens)
+        usage = openai.includes_usage(stream, stream_options)
+        stops = openai.stops_of(stop)
+        limit = openai.limit_of(max_tokens, max_completion_tokens)
         if revisit is not None:
             _check_revisit(revisit)
         prompt = self._template.render(read_messages(messages))
@@ -272,16 +277,16 @@ class Llava:
         pieces = self._generate(answer, revisit or self._revisit, trace)
         name = self.model_path if model is None else model
         if stream:
-            return _openai.chunks(name, answer.n_prompt, pieces, usage)
+            return openai.chunks(name, answer.n_prompt, pieces, usage)
         *_, (report, _) = pieces
-        return _openai.completion(name, answer.n_prompt, report)
+        return openai.completion(name, answer.n_prompt, report)
 
     def visual_tokens(self, image: ImageSource) -> npt.NDArray[np.float32]:
         """What the vision encoder gives the decoder for a picture: float32 [tokens][n_embd], row by row of patches."""
         pieces = self._worker.run(self._session.pieces, [load(image)], bos=False)
         return np.concatenate([piece.embd for piece in pieces if isinstance(piece, Visual)])
 
-    def pieces(self, messages: Sequence[Message]) -> list[_native.Piece]:
+    def pieces(self, messages: Sequence[Message]) -> list[st3.Piece]:
         """What the decoder reads for messages (as `create_chat_completion` takes them): text tokens, and the visual
         tokens of pictures, in order. Nothing is decoded."""
         prompt = self._template.render(read_messages(messages))

@@ -5,10 +5,37 @@ from pathlib import Path
 
 import pytest
 
+from st3_edge import St3Error, demo
+from st3_edge.commands.serve import command as serve
+from st3_edge.native import libraries
+
+# What the tests of a folder need; each raises St3Error where it is missing. CI has all of it.
+NEEDS = {
+    "model": (demo.model_paths, libraries.check_present),
+    "server": (demo.model_paths, lambda: serve.find("llama-server")),
+}
+
 
 def pytest_configure() -> None:
     """Lets Ctrl-C reach tests and the programs they start: a shell's background jobs ignore it, and pass that on."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests of a folder where what they need was not built (ST3_TOOLS=OFF, sanitizers)."""
+    for folder, checks in NEEDS.items():
+        try:
+            for check in checks:
+                check()
+        except St3Error as e:
+            for item in items:
+                if Path(__file__).parent / folder in item.path.parents:
+                    item.add_marker(pytest.mark.skip(reason=str(e)))
+
+
+@pytest.fixture(scope="session")
+def scenes() -> list[demo.Scene]:
+    return demo.scenes()
 
 
 @pytest.fixture(scope="session")

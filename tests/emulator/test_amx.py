@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from st3_edge import _libs, _machine
+from st3_edge.native import libraries, machine
 
 HERE = Path(__file__).resolve().parent
-FLAGS = set(_machine.cpuinfo("flags").split())
+FLAGS = set(machine.cpuinfo("flags").split())
 NOT_CONFIGURED = 86  # amx_emulator.cpp
 
 pytestmark = pytest.mark.skipif(
@@ -50,9 +50,9 @@ def program(upstream: Path, out: Path, level: str) -> Path:
     sources = upstream / "ggml" / "src"
     include = [f"-I{folder}" for folder in (sources, sources.parent / "include", sources / "ggml-cpu")]
     amx = ["-march=native", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]  # -march=native of a CPU with AMX
-    libraries = [f"-L{_libs.folder()}", "-lggml-cpu", "-lggml-base", f"-Wl,-rpath,{_libs.folder()}"]
+    flags = [f"-L{libraries.folder()}", "-lggml-cpu", "-lggml-base", f"-Wl,-rpath,{libraries.folder()}"]
     command = [*compiler(), "-std=gnu++17", level, "-DNDEBUG", "-w", *amx, *include, HERE / "amx_products.cpp"]
-    subprocess.run([*command, *libraries, "-o", out], check=True)
+    subprocess.run([*command, *flags, "-o", out], check=True)
     return out
 
 

@@ -9,9 +9,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from st3_edge import Llava, St3Error, _libs, demo
-from st3_edge._gguf import Header, aligned, read_header
-from st3_edge._gguf_copy import _text
+from st3_edge import Llava, St3Error, demo
+from st3_edge.files.gguf import Header, aligned, read_header
+from st3_edge.files.gguf_copy import _text
+from st3_edge.native import libraries
 
 from . import isolated
 
@@ -143,7 +144,7 @@ def _answer(pair: tuple[str, str, list[str]]) -> str:
 
 def run(rng: random.Random, seconds: float, most: int | None = None) -> Counter[str]:
     """Tries pairs of files for so long, or `most` of them; returns how many of what."""
-    _libs.load()
+    libraries.load()
     tried: Counter[str] = Counter()
     end = time.perf_counter() + seconds
     files = [(path, read_header(path)) for path in demo.model_paths()]

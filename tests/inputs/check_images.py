@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, features
 
 from st3_edge import ImageError
-from st3_edge.images import RGB, load
+from st3_edge.prompts.images import RGB, load
 
 from . import isolated
 

@@ -11,9 +11,10 @@ from typing import Any
 
 from PIL import Image
 
-from st3_edge import ConfigError, ImageError, PromptError, _openai
-from st3_edge.chat import read_messages
-from st3_edge.images import RGB
+from st3_edge import ConfigError, ImageError, PromptError
+from st3_edge.prompts import openai
+from st3_edge.prompts.images import RGB
+from st3_edge.prompts.messages import read_messages
 
 from . import isolated
 
@@ -125,9 +126,9 @@ def _keys(messages: list[dict[str, Any]]) -> None:
 def _argument(rng: random.Random) -> None:
     name = rng.choice(_ARGUMENTS)
     value = rng.choice((None, 1, 0, True, False, [], "none", "auto", {}, {"a": "b"}, 5.0, "x"))
-    known = {*_openai._NEUTRAL, *_openai._FOR_SERVERS}
+    known = {*openai._NEUTRAL, *openai._FOR_SERVERS}
     try:
-        _openai.check_others({name: value})
+        openai.check_others({name: value})
     except TypeError as e:
         assert name not in known, (name, value)
         assert repr(name) in str(e)

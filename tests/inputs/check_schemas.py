@@ -13,9 +13,10 @@ from typing import Any
 
 import jsonschema
 
-from st3_edge import ConfigError, _libs, demo
-from st3_edge.grammar.schema import to_gbnf
-from st3_edge.sampling import Sampling
+from st3_edge import ConfigError, demo
+from st3_edge.native import libraries
+from st3_edge.prompts.grammar.schema import to_gbnf
+from st3_edge.runtime.sampling import Sampling
 
 from . import isolated, schemas
 from .words import Words
@@ -60,13 +61,13 @@ def one(rng: random.Random, tried: Counter[str]) -> str | None:
 
 @functools.cache
 def _vocabulary() -> Any:
-    bindings = _libs.load()
+    bindings = libraries.load()
     return bindings.llama.Llama(str(demo.model_paths()[0]), vocab_only=True, verbose=False)
 
 
 def _sample(grammar: str) -> int:
     """Samples by a grammar from noise, some tokens long."""
-    lib, llama = _libs.load().lib, _vocabulary()
+    lib, llama = libraries.load().lib, _vocabulary()
     n = llama.n_vocab()
     rng = random.Random(grammar)
     chain = Sampling(grammar=grammar, temperature=1.0, seed=1).chain(llama._model, n)

@@ -14,25 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from st3_edge import Llava, ST3Config, _libs, demo
-from st3_edge.errors import St3Error
+from st3_edge import Llava, ST3Config, demo
 
 ROOT = Path(__file__).parents[2]
 # One thread: where a machine is busy, several wait for each other longer than they compute on so small a model.
 THREADS = 1
 LONGEST = 120.0
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips this folder's tests where libraries or model are not there; CI has both."""
-    try:
-        demo.model_paths()
-        missing = None if _libs.path_of("llama").is_file() else f"no libraries in {_libs.folder()}"
-    except St3Error as e:
-        missing = str(e)
-    for item in items:
-        if missing and Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.skip(reason=missing))
 
 
 @pytest.fixture(scope="session")
@@ -49,11 +36,6 @@ def load(files: tuple[str, str]) -> Callable[..., Llava]:
 def llava(load: Callable[..., Llava]) -> Iterator[Llava]:
     with load() as made:
         yield made
-
-
-@pytest.fixture(scope="session")
-def scenes() -> list[demo.Scene]:
-    return demo.scenes()
 
 
 @pytest.fixture(scope="session")

@@ -75,9 +75,9 @@ def test_stock_is_another_library(command):
 
 def test_our_own_libraries_are_not_stock(command):
     # broken if a person compared ST3 with itself by mistake
-    from st3_edge import _libs
+    from st3_edge.native import libraries
 
-    done = command(*QUICK, "--stock", str(_libs.folder()))
+    done = command(*QUICK, "--stock", str(libraries.folder()))
     assert done.returncode == 1 and "is not stock llama.cpp" in done.stderr and done.stdout == ""
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from st3_edge import _libs
+from st3_edge.native import libraries
 
 QUESTION = "What color is the star?"
 KEYS = [
@@ -156,7 +156,7 @@ def test_doctor_finds_everything(command):
     done = command("doctor", "--json")
     assert done.returncode == 0, done.stdout
     found = json.loads(done.stdout)
-    assert found["problems"] == [] and found["abi"] == _libs.ABI_VERSION
+    assert found["problems"] == [] and found["abi"] == libraries.ABI_VERSION
     assert all("f16" in d["kernel_for"] for d in found["devices"] if d["backend"] == "CPU") and found["devices"]
     assert found["demo_model"].keys() == {"model", "mmproj", "pictures"}
     assert "all is well" in command("doctor").stdout

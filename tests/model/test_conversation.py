@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from st3_edge import ConfigError, Llava, PromptError, ST3Config, St3Error, _native
+from st3_edge import ConfigError, Llava, PromptError, ST3Config, St3Error
+from st3_edge.native import st3
 
 FIRST = "What color is the star?"
 SECOND = "How many shapes are there?"
@@ -36,7 +37,7 @@ def ask(llava: Llava, messages, **options) -> dict:
 
 def agrees(llava: Llava) -> None:
     """The record is what the native cache holds."""
-    assert _native.n_positions(llava._session.llama.ctx) == llava._session.conversation.n_positions
+    assert st3.n_positions(llava._session.llama.ctx) == llava._session.conversation.n_positions
 
 
 def logits(llava: Llava, messages, **options) -> np.ndarray:
@@ -55,7 +56,7 @@ def nmse(got: np.ndarray, expected: np.ndarray) -> float:
 @pytest.fixture
 def encoded(monkeypatch) -> list:
     """The images that the vision encoder has seen since the test began."""
-    from st3_edge.vision import Tokenized
+    from st3_edge.runtime.vision import Tokenized
 
     seen = []
     real = Tokenized.encode
@@ -78,7 +79,7 @@ def pvtp(load) -> Llava:
 @pytest.fixture(autouse=True)
 def begin_anew(off, pvtp) -> None:
     """Nothing is left of the test before: neither a conversation, nor pictures, nor compute buffers' contents."""
-    from st3_edge.conversation import Embeddings
+    from st3_edge.runtime.conversation import Embeddings
 
     for made in (off, pvtp):
         made.reset()
@@ -279,10 +280,10 @@ def test_after_any_failure_the_conversation_goes_on(pvtp, picture, scenes, monke
     pvtp._session.embeddings.__init__(2**28)
     play()
     target, name = {
-        "prefill": (_native, "prefill"),
+        "prefill": (st3, "prefill"),
         "decode": (pvtp._session.lib, "llama_decode"),
         "encode": (pvtp._session.vision, "encode"),
-        "remove": (_native, "remove"),
+        "remove": (st3, "remove"),
     }[call]
     monkeypatch.setattr(target, name, failing(getattr(target, name), when))
     with pytest.raises((KeyboardInterrupt, St3Error)):

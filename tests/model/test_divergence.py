@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from st3_edge import Llava, ST3Config, _native, divergence
-from st3_edge._text_model import TextModel
+from st3_edge import Llava, ST3Config, divergence
+from st3_edge.native import st3
+from st3_edge.runtime.text_model import TextModel
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -33,7 +34,7 @@ def context(files: tuple[str, str]) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture(scope="module")
-def pieces(llava: Llava, picture: str) -> list[_native.Piece]:
+def pieces(llava: Llava, picture: str) -> list[st3.Piece]:
     content = [{"type": "image", "image": picture}, {"type": "text", "text": "Describe the image."}]
     return llava.pieces([{"role": "user", "content": content}])
 
@@ -78,7 +79,7 @@ def test_one_batch_gives_what_single_steps_give(context, full, pieces, monkeypat
     # broken if the whole answer were seen at each position, or the pruned cache were not the same for both
     pruned = context(preset="pvtp", budget=0.3)
     batch = divergence.teacher_forced_logits(pruned, pieces, full[0])
-    monkeypatch.setattr(_native, "anneals", lambda _: True)
+    monkeypatch.setattr(st3, "anneals", lambda _: True)
     steps = divergence.teacher_forced_logits(pruned, pieces, full[0])
     assert divergence.kl_divergence(steps, batch).max() < 1e-5
     assert divergence.kl_divergence(full[1], batch).max() > 1e-3, "budget 0.3 is not the full model"
@@ -88,7 +89,7 @@ def test_annealing_goes_on_while_the_answer_is_given(context, full, pieces) -> N
     # broken if the answer came as one batch, which does not move annealing's clock
     annealing = context(preset="st3", keep=1.0, anneal_tokens=N - 1, anneal_floor=0.25)
     divergence.teacher_forced_logits(annealing, pieces, full[0])
-    assert set(_native.report(annealing)["held"]) == {144}
+    assert set(st3.report(annealing)["held"]) == {144}
 
 
 def test_less_is_farther_away(context, full, pieces) -> None:

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from st3_edge import Llava, _gguf
-from st3_edge.images import RGB, load
-from st3_edge.inspect import figure
-from st3_edge.inspect.patches import views
+from st3_edge import Llava
+from st3_edge.commands.inspect import figure
+from st3_edge.commands.inspect.patches import views
+from st3_edge.files import gguf
+from st3_edge.prompts.images import RGB, load
 
 SEED = 11
 CAPTION = "Describe the image."
@@ -36,7 +37,7 @@ def tiled(rewritten_mmproj) -> str:
 
 def test_a_view_is_what_the_encoder_sees(llava, files):
     # broken by another size, padding, colour or rounding than upstream's: the visual tokens would be others
-    header = _gguf.read_header(files[1], "mmproj")
+    header = gguf.read_header(files[1], "mmproj")
     rng = np.random.default_rng(SEED)
     for _ in range(12):
         picture = noise(*(int(n) for n in rng.integers(8, 700, 2)), rng)
@@ -46,7 +47,7 @@ def test_a_view_is_what_the_encoder_sees(llava, files):
 
 def test_tiles_are_what_the_encoder_of_tiles_sees(llava, files, tiled):
     # broken if tiles were cut elsewhere, in another order, or from another of the file's resolutions
-    header = _gguf.read_header(tiled, "mmproj")
+    header = gguf.read_header(tiled, "mmproj")
     rng = np.random.default_rng(SEED)
     shapes = set()
     with Llava(files[0], tiled, n_threads=1) as of_tiles:
@@ -122,7 +123,7 @@ def test_both_files_show_the_patches_that_the_report_says_were_kept(command, tmp
     assert done.stdout == got["answer"] + "\n"
     kept = [np.isin(np.arange(GRID**2), k).reshape(GRID, GRID) for k in [range(GRID**2), *got["kept"]]]
 
-    (view,) = views(load(picture), _gguf.read_header(files[1], "mmproj"))
+    (view,) = views(load(picture), gguf.read_header(files[1], "mmproj"))
     cell = figure._PANEL // GRID
     plain = Image.fromarray(view.pixels).resize((GRID * cell,) * 2, Image.Resampling.LANCZOS)
     plain = np.asarray(plain)
@@ -144,7 +145,7 @@ def test_both_files_show_the_patches_that_the_report_says_were_kept(command, tmp
 
 def test_several_pictures_and_one_that_is_given_as_data_have_a_row_each(command, tmp_path, scenes):
     # broken if the second picture's patches were taken for the first one's
-    from st3_edge import images
+    from st3_edge.prompts import images
 
     sources = [str(scenes[0].picture), images.data_url(str(scenes[1].picture))]
     done = run(command, *sources, CAPTION, "-o", str(tmp_path / "out.html"), "--preset", "pvtp")

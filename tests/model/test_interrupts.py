@@ -50,13 +50,13 @@ def test_interrupts_at_random_moments(tmp_path, ignored):
 @pytest.mark.parametrize("stage", ["encode", "prefill"])
 def test_the_work_ends_and_does_not_only_end_its_caller(load, scenes, monkeypatch, stage):
     # broken if native code ran to its end first: a large model reads a prompt for minutes
-    from st3_edge import _native
-    from st3_edge.vision import Vision
+    from st3_edge.native import st3
+    from st3_edge.runtime.vision import Vision
 
     pictures = [str(scene.picture) for scene in scenes]
     codes, begun = [], threading.Event()
     with load(n_ctx=8192, n_ubatch=8192) as llava:
-        owner, name = {"encode": (Vision, "encode"), "prefill": (_native, "prefill")}[stage]
+        owner, name = {"encode": (Vision, "encode"), "prefill": (st3, "prefill")}[stage]
         real = getattr(owner, name)
 
         def watched(*a):

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from st3_edge import Llava, _libs
-from st3_edge.sampling import Sampling
+from st3_edge import Llava
+from st3_edge.native import libraries
+from st3_edge.runtime.sampling import Sampling
 
 SEED = 20241220
 CAPTION = "Describe the image."
@@ -38,7 +39,7 @@ def sample(logits: list[float], said: Iterable[int] = (), **options) -> tuple[di
 
 def left(chain: Any, logits: list[float], said: Iterable[int]) -> tuple[dict[int, float], int]:
     """What `sample` returns, of a chain."""
-    lib = _libs.load().lib
+    lib = libraries.load().lib
     for token in said:
         lib.llama_sampler_accept(chain.sampler, token)
     data = (lib.llama_token_data * len(logits))(*(lib.llama_token_data(i, x, 0.0) for i, x in enumerate(logits)))
@@ -66,7 +67,7 @@ def test_unlikely_tokens_are_left_out(options: dict, tokens: set[int]) -> None:
 
 def test_the_defaults_are_llama_cpp_pythons() -> None:
     # broken if a call without options sampled otherwise than the same call there
-    theirs = inspect.signature(_libs.load().llama.Llama.create_chat_completion).parameters
+    theirs = inspect.signature(libraries.load().llama.Llama.create_chat_completion).parameters
     ours = inspect.signature(Llava.create_chat_completion).parameters
     for option in fields(Sampling):
         if option.name != "logit_bias":
@@ -78,7 +79,7 @@ def test_the_chain_is_llama_cpp_pythons() -> None:
     # broken if our chain had its samplers in another order, or left more or less than theirs
     rng = np.random.default_rng(SEED)
     print("seed", SEED)
-    llama = _libs.load().llama.Llama
+    llama = libraries.load().llama.Llama
     stand_in = SimpleNamespace(_n_vocab=50, last_n_tokens_size=64, _seed=SEED)
     for _ in range(200):
         logits, said = rng.normal(0, 2, 50).tolist(), rng.integers(0, 50, 90).tolist()

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from st3_edge import ModelError, _pair
-from st3_edge._gguf import read_header
-from st3_edge._pair import check_pair
+from st3_edge import ModelError
+from st3_edge.files import pair
+from st3_edge.files.gguf import read_header
+from st3_edge.files.pair import check_pair
 
 
 def changed(path: str, key: str, value: int, target: Path) -> str:
@@ -92,7 +93,7 @@ def test_tensors_of_another_shape_are_refused(files, name, change, says):
     header = read_header(files[1])
     other = replace(header, shapes={**header.shapes, name: change(header.shapes[name])})
     with pytest.raises(ModelError, match=says):
-        _pair._Llava("x", other).check()
+        pair._Llava("x", other).check()
 
 
 def test_values_of_another_type_are_refused(files, tmp_path):
@@ -117,7 +118,7 @@ def test_text_tensors_that_no_op_takes_are_refused(files, name, kind):
     # broken if the graph were computed with them: ggml aborts
     header = read_header(files[0])
     with pytest.raises(ModelError, match=name):
-        _pair._check_text("x", replace(header, types={**header.types, name: kind}))
+        pair._check_text("x", replace(header, types={**header.types, name: kind}))
 
 
 def test_yis_projector_is_taken(files):
@@ -127,4 +128,4 @@ def test_yis_projector_is_taken(files):
     named = {name.replace("mm.2.", "mm.3."): shape for name, shape in header.shapes.items()} | wide
     tensors, types = dict.fromkeys(named, 1), {name: 0 if len(shape) == 1 else 8 for name, shape in named.items()}
     yi = replace(header, shapes=named, tensors=tensors, types={**types, "v.patch_embd.weight": 1})
-    assert _pair._Llava("x", yi).check() == 192
+    assert pair._Llava("x", yi).check() == 192

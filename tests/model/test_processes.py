@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from st3_edge import ModelError, St3Error, _libs
+from st3_edge import ModelError, St3Error
+from st3_edge.native import libraries
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 HEAD = """
@@ -90,10 +91,10 @@ def test_a_child_that_was_forked_in_the_middle_of_work_says_so(python):
 def test_a_forked_child_with_a_gpu_is_told(python):
     # broken by whatever a driver does that another process has set up
     said = python("""
-        from st3_edge import _libs
+        from st3_edge.native import libraries
         Llava.demo(n_threads=1).close()
-        assert not _libs._has_gpu(_libs.load())
-        _libs._has_gpu = lambda _: True
+        assert not libraries._has_gpu(libraries.load())
+        libraries._has_gpu = lambda _: True
         Llava.demo(n_threads=1).close()
         if os.fork() == 0:
             try:
@@ -170,7 +171,7 @@ def test_verbose_is_of_one_llava(python):
 
 def test_what_another_part_of_the_program_logs_goes_where_it_went(load, files):
     # broken if the log callback of another user of llama.cpp were replaced, or got our lines
-    lib = _libs.load().lib
+    lib = libraries.load().lib
     heard = []
     callback = lib.llama_log_callback(lambda level, text, _: heard.append((threading.current_thread().name, text)))
     before = lib.llama_log_callback(), ctypes.c_void_p()
@@ -194,7 +195,7 @@ def test_what_another_part_of_the_program_logs_goes_where_it_went(load, files):
 
 
 STEPS = [
-    "_libs.load",
+    "libraries.load",
     "llama_model_load_from_file",
     "llama_init_from_model",
     "mtmd_init_from_file",
@@ -207,16 +208,18 @@ STEPS += ["control_forms", "ChatTemplate", "read_header", "fingerprint", "Conver
 @pytest.mark.parametrize("step", STEPS)
 def test_what_a_failed_constructor_had_opened_is_closed(load, monkeypatch, step, how):
     # broken by a leak of a model, a context or an encoder, each time
-    from st3_edge import _pair, _session, llava, state
+    from st3_edge import llava
+    from st3_edge.files import pair
+    from st3_edge.runtime import session, state
 
-    bindings = _libs.load()
+    bindings = libraries.load()
     owners = {
-        "_libs.load": (_libs, "load"),
-        "control_forms": (_session.Session, "control_forms"),
+        "libraries.load": (libraries, "load"),
+        "control_forms": (session.Session, "control_forms"),
         "ChatTemplate": (llava, "ChatTemplate"),
-        "read_header": (_pair._gguf, "read_header"),
+        "read_header": (pair.gguf, "read_header"),
         "fingerprint": (state, "fingerprint"),
-        "Conversation": (_session, "Conversation"),
+        "Conversation": (session, "Conversation"),
     }
     owner, name = owners.get(step, (bindings.mtmd if step.startswith("mtmd") else bindings.lib, step))
     if how == "fails" and step in owners:

@@ -7,7 +7,8 @@ import struct
 import numpy as np
 import pytest
 
-from st3_edge import Llava, ST3Config, StateError, _native
+from st3_edge import Llava, ST3Config, StateError
+from st3_edge.native import st3
 
 FIRST = "Describe the image."
 SECOND = "What color is the star?"
@@ -55,7 +56,7 @@ def kept(llava, picture, tmp_path):
 @pytest.mark.parametrize("revisit", ["never", "turn"])
 def test_another_process_goes_on_with_a_kept_conversation(llava, load, kept, monkeypatch, revisit):
     # broken if cells, their order, annealed tokens or the record were lost, or the picture had to be encoded again
-    from st3_edge.vision import Tokenized
+    from st3_edge.runtime.vision import Tokenized
 
     with load(llava.config) as other:
         ask(other, [{"role": "user", "content": "Hi"}])
@@ -87,7 +88,7 @@ def test_nothing_can_be_kept_too(llava, picture, tmp_path):
     llava.save_state(tmp_path / "empty")
     ask(llava, first(picture))
     assert llava.load_state(tmp_path / "empty") is None
-    assert _native.n_positions(llava._session.llama.ctx) == llava._session.conversation.n_positions == 0
+    assert st3.n_positions(llava._session.llama.ctx) == llava._session.conversation.n_positions == 0
     assert ask(llava, first(picture))["reused"] == 0
 
 
@@ -95,7 +96,7 @@ def test_bad_files_change_nothing(llava, kept):
     # broken if anything were touched before the whole file had been checked. Cut at every byte of the fixed header, at
     # 100 places of the other one and 300 anywhere;
     # 2,000 bits flipped one by one (200 of stock's larger file); fixed seed
-    from st3_edge.state import _FIXED
+    from st3_edge.runtime.state import _FIXED
 
     messages = llava.load_state(kept)
     expected = logits(llava, messages)
@@ -121,13 +122,13 @@ def test_bad_files_change_nothing(llava, kept):
             with pytest.raises(StateError):
                 llava.load_state(bad)
     assert llava._session.conversation.record == record
-    assert _native.n_positions(llava._session.llama.ctx) == record.n_positions
+    assert st3.n_positions(llava._session.llama.ctx) == record.n_positions
     assert np.array_equal(logits(llava, messages), expected)
 
 
 def test_what_llama_cpp_refuses_changes_nothing(llava, kept):
     # broken if the conversation were given up for a file with a right checksum and a bad state in it
-    from st3_edge.state import _FIXED
+    from st3_edge.runtime.state import _FIXED
 
     messages = llava.load_state(kept)
     expected = logits(llava, messages)
@@ -151,7 +152,7 @@ def test_what_llama_cpp_refuses_changes_nothing(llava, kept):
         else:  # a bit that llama.cpp does not look at, such as the number of the sequence that it was saved from
             llava.load_state(kept)
         assert llava._session.conversation.record == record
-        assert _native.n_positions(llava._session.llama.ctx) == record.n_positions
+        assert st3.n_positions(llava._session.llama.ctx) == record.n_positions
     assert refused
     assert np.array_equal(logits(llava, messages), expected)
 
@@ -211,7 +212,7 @@ def test_a_stream_can_be_kept_in_its_middle(llava, load, picture, tmp_path):
     assert rest
     with load(llava.config) as other:
         other.load_state(tmp_path / "middle")
-        assert 576 < _native.n_positions(other._session.llama.ctx) == other._session.conversation.n_positions
+        assert 576 < st3.n_positions(other._session.llama.ctx) == other._session.conversation.n_positions
         assert other._session.conversation.n_positions < llava._session.conversation.n_positions
 
 
@@ -220,7 +221,7 @@ def test_an_interrupted_load_changes_nothing(llava, kept, monkeypatch):
     messages = llava.load_state(kept)
     expected = logits(llava, messages)
     llava.load_state(kept)
-    record, real, calls = llava._session.conversation.record, _native.set_state, []
+    record, real, calls = llava._session.conversation.record, st3.set_state, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -229,7 +230,7 @@ def test_an_interrupted_load_changes_nothing(llava, kept, monkeypatch):
             raise KeyboardInterrupt
         return True
 
-    monkeypatch.setattr(_native, "set_state", interrupted)
+    monkeypatch.setattr(st3, "set_state", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llava.load_state(kept)
     assert llava._session.conversation.record == record

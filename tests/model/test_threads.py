@@ -44,7 +44,7 @@ def test_close_waits_for_a_picture_that_is_being_scaled(load, picture, monkeypat
 
 def test_samplers_and_tokens_are_native_work(load, picture, monkeypatch):
     # broken if the vocabulary were read where another thread could free it at the same time
-    from st3_edge.sampling import Sampling
+    from st3_edge.runtime.sampling import Sampling
 
     with load() as llava:
         threads = set()

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from st3_edge import ST3Config, St3Error
-from st3_edge.tune.evaluate import Work
-from st3_edge.tune.subject import Prompt, Subject
+from st3_edge.commands.tune.evaluate import Work
+from st3_edge.commands.tune.subject import Prompt, Subject
 
 gguf = pytest.importorskip("gguf")
 

@@ -11,7 +11,7 @@ import pytest
 from oracle import schedule
 from oracle.llama import Image, Piece
 
-from st3_edge.bench.shapes import Shape
+from st3_edge.commands.bench.shapes import Shape
 
 SEED = 20241220
 ON_DEVICE = bool(os.environ.get("ST3_TEST_DEVICE"))

@@ -19,7 +19,7 @@ import native_runtime  # noqa: E402
 from cases import ON_DEVICE, SEED  # noqa: E402
 from emulator import build  # noqa: E402
 
-from st3_edge.bench import random_model  # noqa: E402
+from st3_edge.commands.bench import random_model  # noqa: E402
 
 TALLY: dict[str, int] = {}
 

@@ -13,7 +13,7 @@ from native_runtime import Context, Model
 from oracle import llama as oracle
 from oracle import schedule
 
-from st3_edge import _libs
+from st3_edge.native import libraries
 
 N_CASES = 84
 SHAPE = cases.SHAPES["gqa-32"]
@@ -385,6 +385,6 @@ def test_positions_of_nowhere(rt, ctx) -> None:
     assert rt.lib.st3_positions(None, 0, 0, None, 0) == -1
     assert rt.lib.st3_positions(ctx.ptr, 0, 0, None, 5) == -1
     assert rt.lib.st3_positions(ctx.ptr, 0, 0, None, 0) == N_PROMPT
-    assert rt.lib.st3_abi_version() == _libs.ABI_VERSION
+    assert rt.lib.st3_abi_version() == libraries.ABI_VERSION
     assert not rt.lib.st3_device_has_kernel(None, 1, 128)
     assert rt.last_error() == "st3: no device"

@@ -19,7 +19,7 @@ from native_runtime import Context, Image, Model
 from occupancy import NoRoom, Occupancy
 from oracle import schedule
 
-from st3_edge.bench.shapes import Shape
+from st3_edge.commands.bench.shapes import Shape
 
 SHAPE = Shape(5, 128, 2, 1, 64, n_vocab=272)
 N_OPERATIONS = int(os.environ.get("ST3_TEST_INTERLEAVINGS", "250"))  # of each case; 900: more than 12,000 in all

@@ -19,7 +19,7 @@ from native_runtime import Context, Image, Model, lib_dir
 from oracle import llama as oracle
 from oracle.schedule import resolve
 
-from st3_edge.bench.shapes import Shape
+from st3_edge.commands.bench.shapes import Shape
 
 SHAPE = cases.SHAPES["gqa-32"]
 KEYS = {"st3.preset": "pvtp", "st3.keep": 0.5, "st3.start": 1, "st3.stride": 2}

@@ -6,7 +6,7 @@ import pytest
 from native_runtime import Context, Model, NativeError
 from oracle import schedule
 
-from st3_edge.bench.shapes import Shape
+from st3_edge.commands.bench.shapes import Shape
 
 RANGES = {
     "st3.start": (99, "[1, 8]"),

@@ -9,8 +9,8 @@ import pytest
 from cases import SEED
 from native_runtime import Model, Vision
 
-from st3_edge.bench import random_model
-from st3_edge.bench.shapes import CLIP_L_336, SHAPES, Shape, Tower
+from st3_edge.commands.bench import random_model
+from st3_edge.commands.bench.shapes import CLIP_L_336, SHAPES, Shape, Tower
 
 TEXT = Shape(2, 256, 4, 2, 512, n_vocab=272)
 TOWER = Tower(n_layer=2, n_embd=64, n_head=2, n_ff=128, image_size=56, patch_size=14)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from native_runtime import Context, Image, Model, NativeError
 from oracle import schedule
 
-from st3_edge.bench.shapes import Shape
+from st3_edge.commands.bench.shapes import Shape
 
 LAYERS = (1, 2, 3, 5, 8, 12, 16, 32)
 

@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from st3_edge import _machine, demo
-from st3_edge.bench import figures, prepare
-from st3_edge.bench.figures import Work
-from st3_edge.bench.sides import measure
-from st3_edge.bench.worker import Job
+from st3_edge import demo
+from st3_edge.commands.bench import figures, prepare
+from st3_edge.commands.bench.figures import Work
+from st3_edge.commands.bench.sides import measure
+from st3_edge.commands.bench.worker import Job
 from st3_edge.errors import LibraryError, ModelError
+from st3_edge.native import machine
 
 ROOT = Path(__file__).parents[2]
 COUNTS = [576, 339, 200, 118, 70, 41, 24, 14]  # 32 layers, budget 0.3
@@ -172,7 +173,7 @@ def job() -> Job:
 def test_memory_is_looked_at_before_anything_is_loaded(monkeypatch, job):
     # broken if two copies of the weights were started where one fits, or any where none does
     def free(n: int | None) -> None:
-        monkeypatch.setattr(_machine, "available_memory", lambda: n)
+        monkeypatch.setattr(machine, "available_memory", lambda: n)
 
     free(10**12)
     assert prepare.fit_together(job)
@@ -244,7 +245,7 @@ def test_what_cannot_be_measured_is_told_in_one_line(libraries, arguments, says,
 def test_without_stock_pruning_off_is_compared_with(tmp_path, monkeypatch):
     # broken if a person who installed the package alone got an error, or was not told what is compared
     monkeypatch.delenv("ST3_STOCK_LIB_DIR", raising=False)
-    monkeypatch.setattr(prepare, "__file__", str(tmp_path / "st3_edge" / "bench" / "prepare.py"))
+    monkeypatch.setattr(prepare, "__file__", str(tmp_path / "st3_edge" / "commands" / "bench" / "prepare.py"))
     folder, remark = prepare.find_stock(None, None)
     assert folder is None and remark is not None and "ST3_STOCK=ON" in remark
     assert prepare.find_stock("off", None) == (None, None)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from st3_edge import ImageError, PromptError
-from st3_edge.chat import ChatTemplate, Turn, read_messages
-from st3_edge.images import RGB
+from st3_edge.prompts.images import RGB
+from st3_edge.prompts.messages import Turn, read_messages
+from st3_edge.prompts.templates import ChatTemplate
 
 RED = RGB(2, 2, b"\xff\x00\x00" * 4)
 BLUE = RGB(2, 2, b"\x00\x00\xff" * 4)

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from st3_edge import ContextError, PromptError, StateError, images
-from st3_edge._chat import Chat
-from st3_edge.state import MAGIC
+from st3_edge import ContextError, PromptError, StateError
+from st3_edge.commands.chat.command import Chat
+from st3_edge.prompts import images
+from st3_edge.runtime.state import MAGIC
 
 
 class Console:

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from st3_edge._native import Visual
-from st3_edge.conversation import (
-    REVISIT,
+from st3_edge.config import REVISIT
+from st3_edge.native.st3 import Visual
+from st3_edge.runtime.conversation import (
     Conversation,
     Embeddings,
     Image,

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from st3_edge import ModelError, OutputError, _gguf_copy
-from st3_edge._gguf import read_header
+from st3_edge import ModelError, OutputError
+from st3_edge.files import gguf_copy
+from st3_edge.files.gguf import read_header
 
 gguf = pytest.importorskip("gguf")
 
@@ -57,7 +58,7 @@ def fields(reader) -> dict:
 def test_only_what_is_asked_for_changes(tmp_path, target, alignment):
     # broken if a value of some kind were read and written again otherwise, or tensors moved against their offsets
     source = write(tmp_path / "model.gguf", alignment, preset="st3", seed=5)
-    _gguf_copy.copy(source, target, CHANGES, force=False)
+    gguf_copy.copy(source, target, CHANGES, force=False)
     old, new = gguf.GGUFReader(source), gguf.GGUFReader(target)
     before, after = fields(old), fields(new)
     del before["st3.preset"]
@@ -74,9 +75,9 @@ def test_only_what_is_asked_for_changes(tmp_path, target, alignment):
 def test_a_change_back_gives_the_same_values(tmp_path, source, target):
     # broken if something grew or was left over with every copy
     again = tmp_path / "again.gguf"
-    _gguf_copy.copy(source, target, CHANGES, force=False)
-    _gguf_copy.copy(target, again, {"st3.preset": "a much longer name"}, force=False)
-    _gguf_copy.copy(again, target, CHANGES, force=True)
+    gguf_copy.copy(source, target, CHANGES, force=False)
+    gguf_copy.copy(target, again, {"st3.preset": "a much longer name"}, force=False)
+    gguf_copy.copy(again, target, CHANGES, force=True)
     assert fields(gguf.GGUFReader(target)) == {
         **fields(gguf.GGUFReader(source)),
         **{k: v for k, v in fields(gguf.GGUFReader(target)).items() if k in CHANGES},
@@ -92,14 +93,14 @@ def test_what_must_stay_is_never_written_over(source, target, tmp_path):
     (tmp_path / "hard.gguf").hardlink_to(source)
     for name in (source, str(source), link, tmp_path / "hard.gguf"):
         with pytest.raises(OutputError, match="one of the files to read"):
-            _gguf_copy.copy(source, name, CHANGES, force=True)
+            gguf_copy.copy(source, name, CHANGES, force=True)
     target.touch()
     with pytest.raises(OutputError, match="--force"):
-        _gguf_copy.copy(source, target, CHANGES, force=False)
+        gguf_copy.copy(source, target, CHANGES, force=False)
     with pytest.raises(OutputError, match="not a file"):
-        _gguf_copy.copy(source, tmp_path, CHANGES, force=True)
+        gguf_copy.copy(source, tmp_path, CHANGES, force=True)
     with pytest.raises(OutputError, match="no folder"):
-        _gguf_copy.copy(source, tmp_path / "none" / "x.gguf", CHANGES, force=False)
+        gguf_copy.copy(source, tmp_path / "none" / "x.gguf", CHANGES, force=False)
     assert source.read_bytes() == before and target.stat().st_size == 0
 
 
@@ -107,7 +108,7 @@ def test_a_disk_that_is_too_full_is_told_before_the_work(source, target, monkeyp
     # broken if it were found out by writing gigabytes
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40, 1000))
     with pytest.raises(OutputError, match="are free"):
-        _gguf_copy.check(source, target, force=False)
+        gguf_copy.check(source, target, force=False)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -120,7 +121,7 @@ def test_a_copy_that_is_cut_off_leaves_what_was_there(source, target, tmp_path, 
 
     monkeypatch.setattr(shutil, "copyfileobj", cut)
     with pytest.raises((OutputError, KeyboardInterrupt)):
-        _gguf_copy.copy(source, target, CHANGES, force=True)
+        gguf_copy.copy(source, target, CHANGES, force=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.gguf", "new.gguf"] and target.stat().st_size == 0
 
 
@@ -132,7 +133,7 @@ def test_one_of_several_files_is_refused(tmp_path, target):
     writer.write_kv_data_to_file()
     writer.close()
     with pytest.raises(ModelError, match="one of 3 files"):
-        _gguf_copy.copy(tmp_path / "part.gguf", target, CHANGES, force=False)
+        gguf_copy.copy(tmp_path / "part.gguf", target, CHANGES, force=False)
 
 
 def test_a_key_that_is_there_twice_is_refused(source, target):
@@ -141,7 +142,7 @@ def test_a_key_that_is_there_twice_is_refused(source, target):
     assert data.count(b"one.INT32") == 2
     source.write_bytes(data)
     with pytest.raises(ModelError, match="twice"):
-        _gguf_copy.check(source, target, force=False)
+        gguf_copy.check(source, target, force=False)
 
 
 def test_an_older_version_stays_one(source, target):
@@ -149,6 +150,6 @@ def test_an_older_version_stays_one(source, target):
     data = bytearray(source.read_bytes())
     struct.pack_into("<I", data, 4, 2)
     source.write_bytes(data)
-    _gguf_copy.copy(source, target, CHANGES, force=False)
+    gguf_copy.copy(source, target, CHANGES, force=False)
     assert struct.unpack_from("<I", target.read_bytes(), 4) == (2,)
     assert read_header(target).schedule["st3.start"] == 3

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from st3_edge import ModelError
-from st3_edge._gguf import read_header
+from st3_edge.files.gguf import read_header
 
 gguf = pytest.importorskip("gguf")
 np = pytest.importorskip("numpy")
@@ -66,7 +66,7 @@ def test_the_bytes_needed_are_those_of_the_last_tensor(tmp_path, whole):
 
 def test_the_type_table_is_that_of_the_format():
     # broken if an entry were mistyped
-    from st3_edge._gguf import _BLOCKS
+    from st3_edge.files.gguf import _BLOCKS
 
     theirs = {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
     assert {kind: theirs[kind] for kind in _BLOCKS} == _BLOCKS

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from st3_edge import ConfigError
-from st3_edge.grammar import gbnf, numbers, pattern
-from st3_edge.grammar.schema import to_gbnf
+from st3_edge.prompts.grammar import gbnf, numbers, pattern
+from st3_edge.prompts.grammar.schema import to_gbnf
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from inputs.words import Words

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from st3_edge import Llava, ModelError, _hub
+from st3_edge import Llava, ModelError
+from st3_edge.files import hub
 
-hub = pytest.importorskip("huggingface_hub")
+huggingface_hub = pytest.importorskip("huggingface_hub")
 
 SPLIT = [f"m-q8-{i:05}-of-00003.gguf" for i in (1, 2, 3)]
 
@@ -42,15 +43,15 @@ def repository(tmp_path, monkeypatch):
                 raise ConnectionError("there is no network")
             return f"/new/{name}"
 
-        monkeypatch.setattr(hub.HfApi, "model_info", model_info)
-        monkeypatch.setattr(hub, "hf_hub_download", download)
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
         return asked
 
     return make
 
 
 def get(tmp_path, name, local_files_only=False):
-    return _hub.file("a/b", name, revision=None, cache_dir=tmp_path, local_files_only=local_files_only)
+    return hub.file("a/b", name, revision=None, cache_dir=tmp_path, local_files_only=local_files_only)
 
 
 def test_what_the_cache_holds_is_asked_of_nobody(repository, tmp_path):
@@ -108,12 +109,12 @@ def test_without_a_network_nothing_is_tried_again(repository, tmp_path):
 
 def test_a_pair_in_the_cache_is_asked_of_nobody(repository, monkeypatch, tmp_path):
     # broken if a server that ran yesterday did not start on a train
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     asked = repository(None, ["m-Q4_K_M.gguf", "mmproj-m-f16.gguf"])
-    if _hub._cached("a/b", {"revision": None, "cache_dir": None}) == []:
-        monkeypatch.setattr(_hub, "_cached", lambda *_: ["m-Q4_K_M.gguf", "mmproj-m-f16.gguf"])
-        monkeypatch.setattr(hub, "try_to_load_from_cache", lambda repo, name, **_: f"/old/{name}")
-    model, mmproj = _hub.pair("a/b")
+    if hub._cached("a/b", {"revision": None, "cache_dir": None}) == []:
+        monkeypatch.setattr(hub, "_cached", lambda *_: ["m-Q4_K_M.gguf", "mmproj-m-f16.gguf"])
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, name, **_: f"/old/{name}")
+    model, mmproj = hub.pair("a/b")
     assert model.endswith("/m-Q4_K_M.gguf")
     assert mmproj.endswith("/mmproj-m-f16.gguf")
     assert asked == []

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, PngImagePlugin, features
 
 from st3_edge import ImageError
-from st3_edge.images import MAX_BYTES, RGB, data_url, load, load_base64
+from st3_edge.prompts.images import MAX_BYTES, RGB, data_url, load, load_base64
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
@@ -374,7 +374,8 @@ def test_without_its_library_a_heic_picture_says_what_to_do(monkeypatch):
 def test_a_picture_from_a_pipe():
     # broken if standard input, or a shell's <(...), could not be a picture
     data = encoded(noise())
-    code = "import sys; from st3_edge import images; sys.stdout.buffer.write(images.load_argument(sys.argv[1]).data)"
+    code = "import sys; from st3_edge.prompts import images; "
+    code += "sys.stdout.buffer.write(images.load_argument(sys.argv[1]).data)"
     for word in ("-", "/dev/stdin"):
         program = [sys.executable, "-c", code, word]
         assert (

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from st3_edge import ModelError
+from st3_edge.commands.inspect import figure, output, page
+from st3_edge.commands.inspect.patches import views
+from st3_edge.commands.inspect.seen import see
 from st3_edge.errors import OutputError, one_line
-from st3_edge.images import RGB
-from st3_edge.inspect import figure, output, page
-from st3_edge.inspect.patches import views
-from st3_edge.inspect.seen import see
+from st3_edge.prompts.images import RGB
 from st3_edge.report import Milliseconds, Report, Trace
 
 SEED = 3

@@ -2,7 +2,8 @@
 
 import pytest
 
-from st3_edge import ConfigError, _openai
+from st3_edge import ConfigError
+from st3_edge.prompts import openai
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ from st3_edge import ConfigError, _openai
 def test_what_is_not_supported_is_named(others, named):
     # broken if an argument were ignored: the answer would not be what was asked for
     with pytest.raises(ConfigError, match=f"does not support {named}"):
-        _openai.check_others(others)
+        openai.check_others(others)
 
 
 @pytest.mark.parametrize("name", ["max_token", "temprature", "extra"])
@@ -30,15 +31,15 @@ def test_a_name_that_is_none_is_pythons_own_error(name):
     # broken if a mistyped keyword ended in another exception than any function's, or passed for its None
     for value in (3, None):
         with pytest.raises(TypeError, match=rf"ask\(\) got an unexpected keyword argument '{name}'"):
-            _openai.check_others({name: value}, "ask")
+            openai.check_others({name: value}, "ask")
 
 
 def test_what_asks_for_nothing_is_accepted():
     # broken if OpenAI's own client could not be used as it is
-    _openai.check_others(dict.fromkeys(("n", "tools", "tool_choice", "logprobs", "top_logprobs", "audio")))
-    _openai.check_others({"n": 1, "tools": [], "tool_choice": "none", "functions": [], "logprobs": False})
-    _openai.check_others({"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "flex"})
-    _openai.check_others({"parallel_tool_calls": False, "prompt_cache_key": "x", "modalities": ["text"]})
+    openai.check_others(dict.fromkeys(("n", "tools", "tool_choice", "logprobs", "top_logprobs", "audio")))
+    openai.check_others({"n": 1, "tools": [], "tool_choice": "none", "functions": [], "logprobs": False})
+    openai.check_others({"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "flex"})
+    openai.check_others({"parallel_tool_calls": False, "prompt_cache_key": "x", "modalities": ["text"]})
 
 
 @pytest.mark.parametrize(
@@ -47,21 +48,21 @@ def test_what_asks_for_nothing_is_accepted():
 )
 def test_the_limit_has_two_names(max_tokens, max_completion_tokens, limit):
     # broken if one of them were ignored
-    assert _openai.limit_of(max_tokens, max_completion_tokens) == limit
+    assert openai.limit_of(max_tokens, max_completion_tokens) == limit
 
 
 @pytest.mark.parametrize("given", [("5", None), (2.5, None), (True, None), (None, "5"), (5, 6), ([], None)])
 def test_limits_that_are_none_are_refused(given):
     # broken by a TypeError from deep inside, or by 2.5 tokens
     with pytest.raises(ConfigError):
-        _openai.limit_of(*given)
+        openai.limit_of(*given)
 
 
 @pytest.mark.parametrize("stop", [5, [1], {"a": 1}, object()])
 def test_stops_that_are_none_are_refused(stop):
     # broken by a TypeError about iterating
     with pytest.raises(ConfigError, match="stop"):
-        _openai.stops_of(stop)
+        openai.stops_of(stop)
 
 
 @pytest.mark.parametrize(
@@ -70,4 +71,4 @@ def test_stops_that_are_none_are_refused(stop):
 def test_stream_options_that_do_nothing_are_refused(stream, options):
     # broken if a client waited for a chunk that never comes
     with pytest.raises(ConfigError, match="stream_options"):
-        _openai.includes_usage(stream, options)
+        openai.includes_usage(stream, options)

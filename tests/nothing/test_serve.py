@@ -4,12 +4,14 @@ import argparse
 
 import pytest
 
-from st3_edge import _hub, _options, demo
-from st3_edge._pair import check_pair
-from st3_edge.chat import VICUNA
+from st3_edge import demo
+from st3_edge.commands import options as shared_options
+from st3_edge.commands.serve import command, options
 from st3_edge.config import ST3Config
 from st3_edge.errors import ModelError
-from st3_edge.serve import command, options
+from st3_edge.files import hub
+from st3_edge.files.pair import check_pair
+from st3_edge.prompts.templates import VICUNA
 
 
 def parse(*words):
@@ -40,7 +42,7 @@ def test_what_serving_needs_is_set_unless_it_is_said():
     header = check_pair(model, mmproj)
     for words, absent in (([], ()), (["-b", "64", "--cors-origins", "*"], ("--batch-size", "localhost"))):
         arguments = parse("--budget", "0.4", *words)
-        made = command.flags(arguments, _options.config(arguments.ours), header, model, mmproj)
+        made = command.flags(arguments, shared_options.config(arguments.ours), header, model, mmproj)
         assert made[:2] == ["--host", "127.0.0.1"]
         assert made[made.index("--override-kv") + 1] == "st3.preset=str:st3,st3.budget=float:0.4"
         assert made[made.index("--model") + 1] == model
@@ -66,9 +68,9 @@ def repository(monkeypatch):
     loaded = []
 
     def serve(names):
-        monkeypatch.setattr(_hub, "_cached", lambda *_: [])
-        monkeypatch.setattr(_hub, "_listed", lambda *_: list(names))
-        monkeypatch.setattr(_hub, "_get", lambda repo, name, *_: loaded.append(name) or f"/cache/{repo}/{name}")
+        monkeypatch.setattr(hub, "_cached", lambda *_: [])
+        monkeypatch.setattr(hub, "_listed", lambda *_: list(names))
+        monkeypatch.setattr(hub, "_get", lambda repo, name, *_: loaded.append(name) or f"/cache/{repo}/{name}")
         return loaded
 
     return serve
@@ -81,14 +83,14 @@ def repository(monkeypatch):
 def test_a_pair_of_a_repository(repository, name, model):
     # broken if the halves were swapped, or another quantization came
     repository(FILES)
-    assert _hub.pair(name) == (f"/cache/a/b/{model}", "/cache/a/b/mmproj-f16.gguf")
+    assert hub.pair(name) == (f"/cache/a/b/{model}", "/cache/a/b/mmproj-f16.gguf")
 
 
 def test_every_part_of_a_split_model_is_loaded(repository):
     # broken if llama.cpp missed the second file
     parts = [f"m-{i:05}-of-00003.gguf" for i in (1, 2, 3)]
     loaded = repository([*parts, "mmproj.gguf"])
-    assert _hub.pair("a/b")[0].endswith(parts[0])
+    assert hub.pair("a/b")[0].endswith(parts[0])
     assert loaded == [*parts, "mmproj.gguf"]
 
 
@@ -105,4 +107,4 @@ def test_a_repository_that_lacks_a_half(repository, names, name, part):
     # broken by a traceback, or a server that starts without its pictures
     repository(names)
     with pytest.raises(ModelError, match=part):
-        _hub.pair(name)
+        hub.pair(name)

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from st3_edge import ModelError, StateError, state
-from st3_edge._native import Visual
-from st3_edge.conversation import Image, Record, Span, n_positions
+from st3_edge import ModelError, StateError
+from st3_edge.native.st3 import Visual
+from st3_edge.runtime import state
+from st3_edge.runtime.conversation import Image, Record, Span, n_positions
 
 MODEL = {"model": "a", "schedule": "b"}
 SHAPE = {"n_vocab": 100, "n_embd": 3}

@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from st3_edge._text import TextStream
+from st3_edge.runtime.text_stream import TextStream
 
 # Few letters, so that stop strings overlap the text and each other.
 LETTERS = st.text(alphabet="abé猫", max_size=24)

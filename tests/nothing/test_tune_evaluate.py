@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from st3_edge import St3Error
-from st3_edge.tune.evaluate import Evaluator, Measured, Work
-from st3_edge.tune.search import Candidate
+from st3_edge.commands.tune.evaluate import Evaluator, Measured, Work
+from st3_edge.commands.tune.search import Candidate
 
 CANDIDATES = [Candidate(1, 2, 0.3), Candidate(2, 2, 0.5), Candidate(4, 1, 0.62)]
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from st3_edge import ImageError, PromptError
-from st3_edge.tune import prompts
+from st3_edge.commands.tune import prompts
 
 NAMES = ["a.png", "b.jpg", "my cat.png"]
 WORDS = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1).map(str.strip).filter(bool)

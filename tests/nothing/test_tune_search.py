@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from st3_edge.tune import search
-from st3_edge.tune.search import STEPS, Candidate, Shape
+from st3_edge.commands.tune import search
+from st3_edge.commands.tune.search import STEPS, Candidate, Shape
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from st3_edge import _doctor
+from st3_edge.commands import doctor
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("demo", "ask", "inspect", "chat", "bench", "tune", "doctor")
@@ -70,8 +70,8 @@ def test_bindings_that_were_imported_first_are_refused(tmp_path):
         "lib = types.SimpleNamespace(_name='/usr/lib/libllama.so')\n"
         "sys.modules['llama_cpp'] = types.ModuleType('llama_cpp')\n"
         "sys.modules['llama_cpp.llama_cpp'] = types.SimpleNamespace(_lib=lib)\n"
-        "from st3_edge import LibraryError, _libs\n"
-        "try: _libs.load()\n"
+        "from st3_edge import LibraryError; from st3_edge.native import libraries\n"
+        "try: libraries.load()\n"
         "except LibraryError as e: print(e)"
     )
     done = python("-c", source, lib_dir=tmp_path)
@@ -109,7 +109,7 @@ def test_doctor_survives_a_crash_and_names_it(tmp_path, name, monkeypatch):
 )
 def test_doctor_says_which_stage_crashed(stage, code, says):
     # broken if a person could not see whether loading or computing fails, or with which words
-    assert says in _doctor._crash(stage, code, "hello\nGGML_ASSERT\n\n")
+    assert says in doctor._crash(stage, code, "hello\nGGML_ASSERT\n\n")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from st3_edge import St3Error
-from st3_edge._worker import Worker
+from st3_edge.native.worker import Worker
 
 
 class Owner:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from oracle import attention, llama, rounding, schedule
-from st3_edge.bench import random_model
+from st3_edge.commands.bench import random_model
 
 
 def test_budget_of_the_design() -> None:

@@ -13,22 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from serving import ROOT, Server, Start, free_port
 
-from st3_edge import demo
-from st3_edge.errors import St3Error
-from st3_edge.serve import command as serve
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips this folder where the build left the programs out (ST3_TOOLS=OFF, sanitizers)."""
-    try:
-        demo.model_paths()
-        serve.find("llama-server")
-        missing = None
-    except St3Error as e:
-        missing = str(e)
-    for item in items:
-        if missing and Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.skip(reason=missing))
+from st3_edge.commands.serve import command as serve
 
 
 @pytest.fixture(scope="session")
@@ -56,8 +41,3 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 def server(start_server: Start) -> Server:
     """`st3-edge serve` with the embedded model, four slots."""
     return start_server("-np", "4", "-c", "8192")
-
-
-@pytest.fixture(scope="session")
-def scenes() -> list[demo.Scene]:
-    return demo.scenes()

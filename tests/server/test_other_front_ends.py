@@ -8,8 +8,9 @@ import sys
 import pytest
 from serving import Server, Start, message, text
 
-from st3_edge import _libs, demo
-from st3_edge.serve import command
+from st3_edge import demo
+from st3_edge.commands.serve import command
+from st3_edge.native import libraries
 
 SCRIPT = """
 import base64, ctypes, json, sys
@@ -35,7 +36,7 @@ print(json.dumps({"answer": answer["choices"][0]["message"]["content"], "st3": j
 @pytest.mark.parametrize(("overrides", "mode"), [({"st3.preset": "st3"}, "pruned-prefill"), ({}, "off")])
 def test_an_unchanged_llama_cpp_python_script(scenes, overrides, mode):
     # broken if pruning in the compute needed anything but the override, and a batch that holds the prompt
-    folder = str(_libs.folder())
+    folder = str(libraries.folder())
     env = {**os.environ, "LLAMA_CPP_LIB_PATH": folder, "MTMD_CPP_LIB": folder}
     question = scenes[0].questions[0][0]
     words = [*map(str, demo.model_paths()), str(scenes[0].picture), question, json.dumps(overrides)]

@@ -1,0 +1,74 @@
+"""`st3-edge ask`: one question."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from . import loading, options
+from .console import Console, run
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the subcommand."""
+    parser = commands.add_parser(
+        "ask",
+        help="ask about one picture or several",
+        usage="st3-edge ask IMAGE... QUESTION [options]",
+        description="Asks a question about one picture or several. The answer goes to standard output, word by word; "
+        "all else to standard error.",
+        epilog="Example: st3-edge ask photo.jpg 'What is on the table?' --model llava.gguf --mmproj mmproj.gguf",
+    )
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="IMAGE... QUESTION",
+        help="picture files (PNG, JPEG, WebP, GIF, BMP, TIFF, PPM, AVIF, HEIC), - for standard input, or data: URLs, "
+        "and last the question",
+    )
+    answer = options.add_shared(parser)
+    answer.add_argument("--json", action="store_true", help="print one JSON object with the answer and what ST3 did")
+    answer.add_argument(
+        "--trace",
+        action="store_true",
+        help="with --json: also prompt tokens, first logits, the visual tokens kept, and when they left",
+    )
+
+
+def main(console: Console, arguments: argparse.Namespace) -> int:
+    """Asks and prints; returns the exit code."""
+    return run(console, lambda: _ask(console, arguments))
+
+
+def _ask(console: Console, arguments: argparse.Namespace) -> int:
+    from ..prompts import images
+
+    *pictures, question = arguments.inputs
+    config = options.config(arguments)
+
+    # Check pictures before the slow model load.
+    content = [{"type": "image", "image": images.load_argument(picture)} for picture in pictures]
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+    with loading.load(console, arguments, config) as llava:
+        chunks: Any = llava.create_chat_completion(
+            messages,
+            stream=True,
+            trace=arguments.trace,
+            **options.answer(arguments),
+        )
+        for chunk in chunks:
+            piece = chunk["choices"][0]["delta"].get("content", "")
+            if piece and not arguments.json:
+                console.say(piece, end="")
+        report = llava.last_report
+        assert report is not None
+    if arguments.json:
+        console.say(json.dumps(report.to_dict()))
+        return 0
+    console.say()
+    if note := options.cut(report, options.answer(arguments), llava.n_ctx):
+        console.note(note)
+    console.note(report.summary())
+    loading.tell_which(console, arguments)
+    return 0

@@ -1,0 +1,146 @@
+"""From the command line to what both sides are to do: files, libraries, and whether memory holds them."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ... import demo
+from ...config import Override, check_whole
+from ...errors import ConfigError, LibraryError, ModelError, PromptError
+from ...files import gguf
+from ...files.output import cache_folder
+from ...files.pair import check_pair
+from ...native import libraries, machine
+from ...prompts import images
+from .. import options
+from .cache import Tell, random_text, random_vision
+from .options import QUESTION, TEXT
+from .shapes import CLIP_L_336, SHAPES, TYPES
+from .worker import Job
+
+_GRAPHS = 2**29  # bytes that graphs and outputs of a context take, about
+
+
+def find_stock(against: str | None, given: str | None) -> tuple[Path | None, str | None]:
+    """The folder of the stock llama.cpp that is compared with, None: our own libraries with pruning off; and a remark
+    where nobody asked for that. Raises LibraryError where there is none and `against` or `given` asks for it."""
+    if against == "off":
+        return None, None
+    asked = given or os.environ.get("ST3_STOCK_LIB_DIR")
+    checkout = Path(__file__).resolve().parents[3] / "build" / "stock" / "lib"
+    folder = Path(asked or checkout).resolve()
+    missing = [name for name in ("llama", "mtmd") if not (folder / libraries.path_of(name).name).is_file()]
+    if not missing:
+        return folder, None
+    library = folder / libraries.path_of(missing[0]).name
+    how = "build it in a checkout (cmake -S . -B build/stock -G Ninja -DST3_STOCK=ON && cmake --build build/stock)"
+    if asked or against:
+        raise LibraryError(
+            f"no stock llama.cpp: {library} is missing; {how} and name its folder with --stock, or compare with "
+            "pruning off: --against off"
+        )
+    return None, f"no stock llama.cpp here, so ST3 is compared with pruning off. For stock, {how}"
+
+
+def make_jobs(arguments: argparse.Namespace, tell: Tell, note: Callable[[str], None]) -> tuple[Job, Job]:
+    """Stock's and ST³'s; random weights are written where they are missing. Sets `arguments.against` to what is
+    compared with, and gives `note` a remark where that was not asked for. Raises St3Error's kinds."""
+    config = options.config(arguments)
+    check_whole("--threads", arguments.threads, 1, 1024, optional=True)
+    check_whole("--n-gpu-layers", arguments.n_gpu_layers, -1, 2**16)
+    libraries.check_present()
+    stock, remark = find_stock(arguments.against, arguments.stock)
+    arguments.against = "stock" if stock else "off"
+    if arguments.shape:
+        if arguments.model or arguments.image or arguments.question is not None:
+            raise ConfigError("--shape is in place of --model, --mmproj, --image and --question")
+        shape = SHAPES[arguments.shape]
+        visual, text, question = arguments.visual or shape.n_visual, arguments.text or TEXT, None
+        folder = arguments.cache or cache_folder()
+        model, mmproj, pictures = str(random_text(arguments.shape, arguments.type or TYPES[0], folder, tell)), None, []
+        if visual % CLIP_L_336.n_visual == 0:  # any other number is of no vision encoder
+            mmproj = str(random_vision(shape.n_embd, folder, tell))
+            shipped = itertools.cycle(str(scene.picture) for scene in demo.scenes())
+            pictures = list(itertools.islice(shipped, visual // CLIP_L_336.n_visual))
+    else:
+        for name in ("visual", "text", "type", "cache"):
+            if getattr(arguments, name):
+                raise ConfigError(f"--{name} is for random weights (--shape): of a model, file and picture decide")
+        if arguments.question is not None and not arguments.question.strip():
+            raise PromptError("the question is empty")
+        model, mmproj = (arguments.model, arguments.mmproj) if arguments.model else map(str, demo.model_paths())
+        pictures = arguments.image or [str(demo.scenes()[0].picture)]
+        visual, text, question = 0, 0, arguments.question or QUESTION
+        check_pair(model, mmproj)
+    for picture in pictures:
+        images.load(picture)  # a bad one is told before a large model is loaded
+    if remark:
+        note(remark)
+    keys = config.overrides(gguf.read_header(model).schedule)
+    # Our own libraries would take the schedule that the file carries; stock's know of none.
+    no_keys: dict[str, Override] = {} if stock else {"st3.preset": "off"}
+
+    def job(st3: bool) -> Job:
+        return Job(
+            st3=st3,
+            stock=None if st3 or stock is None else str(stock),
+            keys=keys if st3 else no_keys,
+            model=model,
+            mmproj=mmproj,
+            pictures=pictures,
+            question=question,
+            visual=visual,
+            text=text,
+            generate=arguments.generate,
+            n_ctx=arguments.n_ctx,
+            n_ubatch=arguments.n_ubatch,
+            n_threads=arguments.threads,
+            n_gpu_layers=arguments.n_gpu_layers,
+            kv_type=arguments.ctk,
+            repack=arguments.repack,
+        )
+
+    return job(False), job(True)
+
+
+def fit_together(job: Job) -> bool:
+    """Whether memory holds both sides at once; raises ModelError where it does not hold even one.
+
+    An estimate. Of repacked weights each side has its own copy; others are the file's pages, which both share.
+    """
+    available = machine.available_memory()
+    if available is None or job.n_gpu_layers:
+        return True
+    weights = Path(job.model).stat().st_size
+    n_ctx = job.n_ctx or job.visual + job.text + CLIP_L_336.n_visual * len(job.pictures) + job.generate
+    side = _GRAPHS + _kv_bytes(gguf.read_header(job.model), n_ctx) + (weights if job.repack else 0)
+    side += Path(job.mmproj).stat().st_size if job.mmproj else 0
+    shared = 0 if job.repack else weights
+    if shared + side > available:
+        raise ModelError(
+            f"about {(shared + side) / 1e9:.1f} GB of memory are needed and {available / 1e9:.1f} GB are free: "
+            "take a smaller model, or end other programs"
+        )
+    return shared + 2 * side <= available
+
+
+def bytes_per_token(model: str) -> int:
+    """Bytes of weights that a decoded token reads: all but the table of embeddings, unless it is the output as well."""
+    tensors = gguf.read_header(model).tensors
+    table = tensors.get("token_embd.weight", 0) if "output.weight" in tensors else 0
+    return sum(tensors.values()) - table
+
+
+def _kv_bytes(header: gguf.Header, n_ctx: int) -> int:
+    """Bytes of an F16 KV cache; 0 where the file does not tell."""
+
+    def size(key: str) -> int:
+        return int(header.metadata.get(f"{header.architecture}.{key}", 0))
+
+    heads = size("attention.head_count")
+    width = size("embedding_length") * size("attention.head_count_kv") // heads if heads else 0
+    return 4 * n_ctx * size("block_count") * width

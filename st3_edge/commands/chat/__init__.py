@@ -1,0 +1,1 @@
+"""`st3-edge chat`: a conversation in the terminal."""

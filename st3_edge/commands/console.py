@@ -1,0 +1,155 @@
+"""The command line's side of a terminal: what goes where, progress, and a way out that Ctrl-C always finds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TextIO, TypeVar
+
+from ..errors import OutputError, one_line
+
+_TICK_S = 0.2
+_SHOW_AFTER_S = 1.0
+_BAR_WIDTH = 20
+INTERRUPTED = 130
+
+T = TypeVar("T")
+
+
+def _own(stream: TextIO | None, descriptor: int) -> TextIO:
+    """A stream of our own to a standard descriptor, where a character that it has not becomes "?"."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        return os.fdopen(os.dup(descriptor), "w", encoding=encoding, errors="replace")
+    except OSError:  # closed by whoever started us
+        return open(os.devnull, "w", encoding=encoding)  # noqa: PTH123
+
+
+class Console:
+    """`out` carries results, `err` all else: nobody can be told that it cannot be written. Safe to use from the working
+    thread and the main one."""
+
+    def __init__(self) -> None:
+        self.out, self.err = _own(sys.stdout, 1), _own(sys.stderr, 2)
+        self._stage: tuple[str, float] | None = None
+        self._share: float | None = None
+        self._shown = False
+        self._lock = threading.Lock()
+
+    @property
+    def bar(self) -> str:
+        """What bars are drawn with."""
+        return "█" if "utf" in self.out.encoding.lower() else "#"
+
+    def say(self, text: str = "", end: str = "\n") -> None:
+        """Writes to standard output, at once. Raises OutputError, or BrokenPipeError where its reader has left."""
+        with self._lock:
+            self._clear()
+            try:
+                self.out.write(text + end)
+                self.out.flush()
+            except BrokenPipeError:
+                raise
+            except OSError as e:
+                raise OutputError(f"standard output cannot be written: {one_line(e.strerror or e)}") from e
+
+    def note(self, text: str, end: str = "\n") -> None:
+        """Writes to standard error, at once."""
+        with self._lock:
+            self._clear()
+            self._tell(text + end)
+
+    def stage(self, name: str | None, share: float | None = None) -> None:
+        """What is being waited for from now on; None: nothing. It is told where the wait is longer than a second, with
+        a bar where the share of it that is done, 0 to 1, is known."""
+        with self._lock:
+            self._share = share
+            if self._stage is None or self._stage[0] != name:
+                self._clear()
+                self._stage = None if name is None else (name, time.monotonic())
+
+    def tick(self) -> None:
+        """Called now and then: tells of the wait."""
+        with self._lock:
+            if self._stage is None:
+                return
+            name, since = self._stage
+            waited = time.monotonic() - since
+            if waited < _SHOW_AFTER_S:
+                return
+            if self.err.isatty():
+                bar = "" if self._share is None else f" {self.bar * round(_BAR_WIDTH * self._share):.<{_BAR_WIDTH}}"
+                self._tell(f"\r\x1b[K{name}{bar} ... {waited:.0f} s")
+            elif not self._shown:
+                self._tell(f"{name} ...\n")
+            self._shown = True
+
+    @contextlib.contextmanager
+    def ticking(self) -> Iterator[None]:
+        """While what is inside runs, in the main thread, so that Ctrl-C ends it."""
+        ended = threading.Event()
+
+        def tick() -> None:
+            while not ended.wait(_TICK_S):
+                self.tick()
+
+        threading.Thread(target=tick, daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+            self.stage(None)
+
+    def _clear(self) -> None:
+        if self._shown and self.err.isatty():
+            self._tell("\r\x1b[K")
+        self._shown = False
+
+    def _tell(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self.err.write(text)
+            self.err.flush()
+
+
+def run(console: Console, work: Callable[[], T], stop: Callable[[], None] | None = None) -> T:
+    """Runs `work` in a thread and returns its result; its exceptions are raised here.
+
+    While native code computes, Python's main thread would not see Ctrl-C: so the computing is done beside it. On
+    Ctrl-C the process ends at once, with exit code 130; with `stop` the first one calls it, for `work` to end soon.
+    """
+    result: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
+
+    def target() -> None:
+        try:
+            result.put(work())
+        except BaseException as e:
+            result.put(e)
+
+    thread = threading.Thread(target=target, daemon=True)
+    begun = False
+    while True:
+        try:
+            if not begun:
+                begun = True  # before it: Ctrl-C can come while start() waits for the thread
+                thread.start()
+            try:
+                outcome = result.get(timeout=_TICK_S)
+                break
+            except queue.Empty:
+                console.tick()
+        except KeyboardInterrupt:
+            if stop is None:
+                console.note("\nst3-edge: interrupted")
+                # No clean-up: the working thread may be inside native code, which cannot be stopped.
+                os._exit(INTERRUPTED)
+            stop()
+            stop = None
+    console.stage(None)
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome

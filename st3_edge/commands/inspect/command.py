@@ -1,0 +1,60 @@
+"""What `st3-edge inspect` does."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ...files import gguf
+from ...files.output import check_output
+from ...prompts import images
+from .. import loading, options
+from ..console import Console, run
+from . import figure, output, page
+from .seen import see
+
+
+def main(console: Console, arguments: argparse.Namespace) -> int:
+    """Asks, streams the answer to standard output, writes the files; returns the exit code."""
+    return run(console, lambda: _inspect(console, arguments))
+
+
+def _inspect(console: Console, arguments: argparse.Namespace) -> int:
+    config = options.config(arguments)
+    *sources, question = arguments.inputs
+    # Check what is written and read before the slow model load.
+    targets = output.targets(arguments.output, sources)
+    words = [word for word in (*sources, arguments.model, arguments.mmproj) if word]
+    inputs = [word for word in words if word != "-" and word[:5].lower() != "data:"]
+    for target in targets:
+        check_output(target, inputs, force=arguments.force)
+    pictures = [images.load_argument(source) for source in sources]
+
+    content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
+    with loading.load(console, arguments, config) as llava:
+        chunks: Any = llava.create_chat_completion(
+            [{"role": "user", "content": content}],
+            stream=True,
+            trace=True,
+            **options.answer(arguments),
+        )
+        for chunk in chunks:
+            console.say(chunk["choices"][0]["delta"].get("content", ""), end="")
+        console.say()
+        report = llava.last_report
+        assert report is not None
+        header = gguf.read_header(llava.mmproj_path, "mmproj")
+        seen = see(question, sources, pictures, report, llava.model_path, header)
+    if note := options.cut(report, options.answer(arguments), llava.n_ctx):
+        console.note(note)
+    console.note(report.summary())
+    if seen.unknown:
+        console.note(f"The patches are not shown: {seen.unknown}.")
+
+    console.stage("drawing")
+    for target in targets:
+        data = figure.png(seen) if target.suffix.lower() == ".png" else page.html(seen).encode(errors="replace")
+        output.write(target, data, inputs, force=arguments.force)
+        console.note(f"Written: {target}")
+    loading.tell_which(console, arguments)
+    return 0

@@ -1,0 +1,42 @@
+"""How the command line reads its words, and what it says of those that it does not know."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable
+from typing import NoReturn
+
+from ..errors import one_line
+
+_USAGE = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, with a suggestion where a word is close to one that there is."""
+
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse would print the whole usage before it."""
+        self.exit(_USAGE, f"st3-edge: error: {one_line(message)} ({self.prog} -h shows how)\n")
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        """Suggests a choice where argparse lists them all."""
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            hint = suggestion(str(value), choices) or f", choose from {', '.join(choices)}"
+            raise argparse.ArgumentError(action, f"there is no {value!r}{hint}")
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """ ", did you mean ...?" where one of the known words is close; else ""."""
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def of_command(parser: argparse.ArgumentParser, command: str | None) -> argparse.ArgumentParser:
+    """The command's own parser; without a command the program's."""
+    for action in parser._actions:
+        if command and isinstance(action, argparse._SubParsersAction):
+            found: argparse.ArgumentParser = action.choices[command]
+            return found
+    return parser

@@ -1,0 +1,135 @@
+"""What `st3-edge serve` does: checks the files, and becomes llama-server."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import socket
+import stat
+from pathlib import Path
+from typing import NoReturn
+
+from ... import demo
+from ...config import Override, ST3Config
+from ...errors import ConfigError, LibraryError, ModelError
+from ...files import gguf
+from ...files.pair import check_pair
+from ...native import libraries
+from ...prompts.templates import VICUNA
+from .. import options
+from ..console import Console
+from .options import Arguments
+
+# A prompt is pruned between the layers where it fits one logical batch: this holds a picture of LLaVA-1.6.
+_BATCH = 4096
+
+
+def main(console: Console, arguments: Arguments) -> NoReturn:
+    """Replaces this process by llama-server: signals and the exit code are its own. Raises St3Error before that."""
+    program = find("llama-server")
+    ours = arguments.ours
+    config = options.config(ours)
+    header = None
+    model = mmproj = None
+    if not arguments.routes:
+        model, mmproj = _files(ours)
+        header = check_pair(model, mmproj)
+    elif ours.model or ours.hf:
+        raise ConfigError("name one model, or several for llama-server to route to, not both")
+    port = _port(ours.host, ours.port)
+    command = [str(program), *flags(arguments, config, header, model, mmproj), "--port", str(port), *arguments.theirs]
+    if not ours.host.endswith(".sock"):
+        console.note(hints(ours, port))
+    if header and not (ours.model or ours.hf):
+        console.note("(no --model: the small demo model answers, which knows drawn shapes only)")
+    os.execv(program, command)
+
+
+def find(program: str) -> Path:
+    """The path of one of llama.cpp's programs. Raises LibraryError where this installation has none."""
+    path = libraries.folder().parent / "bin" / program
+    if not path.is_file() or not path.stat().st_mode & stat.S_IXUSR:
+        raise LibraryError(f"{path} is missing: build the package without ST3_TOOLS=OFF")
+    libraries.check_present()
+    return path
+
+
+def flags(
+    arguments: Arguments, config: ST3Config, header: gguf.Header | None, model: str | None, mmproj: str | None
+) -> list[str]:
+    """llama-server's options, less the port: the model, its schedule, and what serving needs where nothing was said of
+    it. header: of the text model; None: llama-server is a router."""
+    given = [
+        "--host",
+        arguments.ours.host,
+        "--override-kv",
+        override(config.overrides(header.schedule if header else None)),
+    ]
+    if model and mmproj:
+        given += ["--model", model, "--mmproj", mmproj]
+    if not arguments.has("-b", "--batch-size"):
+        given += ["--batch-size", str(_BATCH)]
+    if not arguments.has("--cors-origins"):
+        given += ["--cors-origins", "localhost"]
+    template = header is not None and "tokenizer.chat_template" in header.metadata
+    if header and not template and not arguments.has("--chat-template", "--chat-template-file", "--no-jinja"):
+        given += ["--chat-template", VICUNA]
+    return given
+
+
+def override(values: dict[str, Override]) -> str:
+    """Metadata as --override-kv takes it."""
+
+    def typed(value: Override) -> str:
+        if isinstance(value, bool):
+            return f"bool:{str(value).lower()}"
+        return f"{ {int: 'int', float: 'float', str: 'str'}[type(value)] }:{value}"
+
+    return ",".join(f"{key}={typed(value)}" for key, value in values.items())
+
+
+def hints(ours: argparse.Namespace, port: int) -> str:
+    """Where the server will be, and how clients find it."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(ours.host, f"[{ours.host}]" if ":" in ours.host else ours.host)
+    url = f"http://{host}:{port}"
+    again = ["st3-edge", "serve"]
+    for name in ("model", "mmproj", "hf"):
+        value = getattr(ours, name)
+        again += [f"--{name}", str(value)] if value else []
+    return (
+        f"{url}/      the web page, once the model is loaded\n"
+        f"{url}/st3   which patches of a picture ST3 keeps\n"
+        f"  openai      OpenAI(base_url='{url}/v1', api_key='none')\n"
+        f"  Open WebUI  OPENAI_API_BASE_URL={url}/v1\n"
+        f"  llama-swap  cmd: {shlex.join(again)} --port ${{PORT}}\n"
+    )
+
+
+def _files(ours: argparse.Namespace) -> tuple[str, str]:
+    if ours.hf and ours.model:
+        raise ModelError("--hf and --model exclude each other: both name the model")
+    if ours.hf:
+        from ...files import hub  # takes long to import
+
+        return hub.pair(ours.hf)
+    if ours.model:
+        return ours.model, ours.mmproj
+    model, mmproj = demo.model_paths()
+    return str(model), str(mmproj)
+
+
+def _port(host: str, port: int) -> int:
+    """`port`, or a free one for 0. Raises ConfigError where it cannot be listened on."""
+    if host.endswith(".sock"):
+        return port
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"--port must be from 0 to 65535, not {port}")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+    except OSError as e:
+        raise ConfigError(f"nobody can listen on {host} port {port}: {e.strerror or e} (--port chooses another)") from e

@@ -1,0 +1,82 @@
+"""What of a `st3-edge serve` command line is ours, and what llama-server's."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .. import options
+
+DESCRIPTION = "Serves a LLaVA with ST3 on: llama-server of this package, with its web page and its APIs."
+EPILOG = (
+    "Every other option goes to llama-server as it is (-c, -np, -ngl, --api-key, ...; `llama-server --help` in the "
+    "package's bin folder lists them). "
+    "Example: st3-edge serve --model llava.gguf --mmproj mmproj.gguf --budget 0.5 -c 8192"
+)
+
+# llama-server's options that say which models it serves: there is none for us to choose then.
+_ROUTER = ("--models-dir", "--models-preset", "--model-url", "-mu", "--docker-repo", "-dr")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """ours: the options of `parser`; theirs: llama-server's, in order."""
+
+    ours: argparse.Namespace
+    theirs: list[str]
+
+    def has(self, *names: str) -> bool:
+        """Whether llama-server gets one of these options."""
+        return any(word.partition("=")[0] in names for word in self.theirs)
+
+    @property
+    def routes(self) -> bool:
+        """Whether llama-server's own options say which models there are."""
+        return self.has(*_ROUTER)
+
+
+def parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """The parser of our options."""
+    made = kind(
+        prog="st3-edge serve",
+        usage="st3-edge serve [--model M.gguf --mmproj P.gguf | --hf OWNER/REPO[:QUANT]] [options]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        allow_abbrev=False,
+    )
+    model = made.add_argument_group("model (default: the small one that comes with the package)")
+    model.add_argument("--model", "-m", metavar="M.gguf", help="the text model of a LLaVA, in GGUF")
+    model.add_argument("--mmproj", "-mm", metavar="P.gguf", help="the vision half of the same LLaVA, in GGUF")
+    model.add_argument(
+        "--hf",
+        "-hf",
+        "--hf-repo",
+        metavar="OWNER/REPO[:QUANT]",
+        help="both from a Hugging Face repository, downloaded once (default QUANT: Q4_K_M, or what there is)",
+    )
+    where = made.add_argument_group("address")
+    where.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on (default 127.0.0.1)")
+    where.add_argument("--port", type=int, default=8080, metavar="N", help="port; 0: a free one (default 8080)")
+    st3 = options.add_schedule(made, budget=False)  # less --keep, which is llama-server's too
+    st3.add_argument(
+        "--budget", type=float, metavar="B", help="mean share of visual tokens kept over the layers, above 0 to 1"
+    )
+    return made
+
+
+def parse(kind: type[argparse.ArgumentParser], words: Sequence[str]) -> Arguments:
+    """Splits a command line. Leaves by itself for --help, and for bad values of our own options."""
+    known = parser(kind)
+    ours, theirs = list[str](), list[str]()
+    names = {name: action for action in known._actions for name in action.option_strings}
+    rest = iter(words)
+    for word in rest:
+        action = names.get(word.partition("=")[0])
+        if action is None:
+            theirs.append(word)
+            continue
+        ours.append(word)
+        if "=" not in word and action.nargs != 0:
+            ours += [value for value in (next(rest, None),) if value is not None]
+    return Arguments(known.parse_args(ours), theirs)

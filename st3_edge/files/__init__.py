@@ -1,0 +1,1 @@
+"""Model files: GGUF headers and copies, which two belong together, and where they come from."""

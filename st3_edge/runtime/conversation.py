@@ -1,0 +1,192 @@
+"""What the KV cache holds of a conversation, how much of it a new prompt can use, and the pictures seen lately.
+
+A prompt, and what the cache holds, is a list of units: text tokens by id, images by the content of their pixels.
+Nothing here needs a library.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from ..native.st3 import Piece, Text, Visual
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image in a prompt: the digest of its pixels (`RGB.digest`), which of the picture's chunks it is (0 for
+    LLaVA-1.5, whose pictures are one), and how many positions it takes."""
+
+    digest: str
+    part: int
+    n: int
+
+
+Unit = int | Image
+
+
+@dataclass(frozen=True)
+class Span:
+    """Units [first, end) of a prefill that dropped visual tokens; `first` is its first image. What was kept was chosen
+    by the text up to `end`, so a prompt that differs before it cannot use these images."""
+
+    first: int
+    end: int
+
+
+def n_positions(units: Sequence[Unit]) -> int:
+    """The positions of a sequence that units take."""
+    return sum(unit.n if isinstance(unit, Image) else 1 for unit in units)
+
+
+def pieces_of(units: Sequence[Unit], visual: Mapping[Image, Visual]) -> list[Piece]:
+    """Units as `st3.prefill` takes them: runs of text, and images between."""
+    pieces: list[Piece] = []
+    text: list[int] = []
+    for unit in (*units, None):
+        if isinstance(unit, int):
+            text.append(unit)
+            continue
+        if text:
+            pieces.append(Text(np.array(text, np.int32)))
+            text = []
+        if unit is not None:
+            pieces.append(visual[unit])
+    return pieces
+
+
+def common_prefix(held: Sequence[Unit], wanted: Sequence[Unit]) -> int:
+    """How many units both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(held, wanted, strict=False)) if a != b), min(len(held), len(wanted)))
+
+
+def reusable(
+    held: Sequence[Unit], wanted: Sequence[Unit], spans: Sequence[Span], *, revisit: str, anneals: bool
+) -> int:
+    """How many units of `wanted` need no prefill; less than all of them, because the last one gives the logits.
+
+    revisit   "never": images stay as the first question that saw them left them; "turn": where `wanted` asks something
+              new, it is asked of the whole pictures, so nothing from the first image on is used
+    anneals   whether visual tokens leave while an answer grows: for one that is asked for again, they must come back
+    """
+    common = common_prefix(held, wanted)
+    usable = min(common, len(wanted) - 1)
+    for span in spans:
+        asked_again = span.end == len(wanted)
+        if span.end > common or (anneals if asked_again else revisit == "turn"):
+            usable = min(usable, span.first)
+    return usable
+
+
+class Record(NamedTuple):
+    """One value, so that an interrupt finds all of it old or all of it new."""
+
+    units: tuple[Unit, ...] = ()
+    spans: tuple[Span, ...] = ()
+    n_positions: int = 0
+
+
+class Conversation:
+    """What sequence 0 holds, on record.
+
+    `remove(p0)` frees the sequence's positions from p0 on; it returns False where the memory can forget whole
+    sequences only. Whatever is interrupted, the sequence never holds less than the record says, and what it holds
+    beyond is removed before it is used again.
+    """
+
+    def __init__(self, remove: Callable[[int], bool]) -> None:
+        self.record = Record()
+        self._remove = remove
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        return self.record.units
+
+    @property
+    def n_positions(self) -> int:
+        return self.record.n_positions
+
+    @property
+    def n_visual(self) -> int:
+        """Visual tokens given, over all images held."""
+        return sum(unit.n for unit in self.units if isinstance(unit, Image))
+
+    @property
+    def visual_positions(self) -> list[int]:
+        """The position of each visual token given, over all images held."""
+        out: list[int] = []
+        at = 0
+        for unit in self.units:
+            n = unit.n if isinstance(unit, Image) else 1
+            if isinstance(unit, Image):
+                out += range(at, at + n)
+            at += n
+        return out
+
+    def cut(self, n: int) -> int:
+        """Keeps the first `n` units, and of the sequence what the record says. Returns how many are left: `n`, or 0
+        where the memory cannot forget a part."""
+        units = self.units[:n]
+        self.record = Record(units, tuple(s for s in self.record.spans if s.end <= n), n_positions(units))
+        if not self._remove(self.n_positions):
+            self.record = Record()
+            self._remove(0)
+        return len(self.units)
+
+    @contextmanager
+    def adding(self, units: Sequence[Unit], pruned: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Around the native call that adds `units` to the sequence: if it fails, nothing of them stays.
+
+        `pruned`: asked afterwards whether visual tokens are dropped.
+        """
+        held = self.record
+        begin = len(held.units)
+        try:
+            yield
+            first = next((begin + i for i, unit in enumerate(units) if isinstance(unit, Image)), None)
+            spans = held.spans
+            if first is not None and pruned():
+                spans += (Span(first, begin + len(units)),)
+            self.record = Record((*held.units, *units), spans, held.n_positions + n_positions(units))
+        except BaseException:
+            self.cut(begin)
+            raise
+
+    def replace(self, record: Record, load: Callable[[], bool]) -> bool:
+        """Makes the sequence what `record` says, by `load`. Where that fails (False, or an exception) it is empty."""
+        self.cut(0)
+        try:
+            loaded = load()
+            if loaded:
+                self.record = record
+        finally:
+            if self.record is not record:
+                self.cut(0)
+        return loaded
+
+
+class Embeddings:
+    """Visual tokens by image. Those used longest ago are forgotten when all take more than `max_bytes`."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._held: OrderedDict[Image, Visual] = OrderedDict()
+
+    def get(self, image: Image) -> Visual | None:
+        visual = self._held.get(image)
+        if visual is not None:
+            self._held.move_to_end(image)
+        return visual
+
+    def put(self, image: Image, visual: Visual) -> None:
+        self._held[image] = visual
+        self._held.move_to_end(image)
+        n_bytes = sum(v.embd.nbytes for v in self._held.values())
+        while n_bytes > self._max_bytes:
+            _, oldest = self._held.popitem(last=False)
+            n_bytes -= oldest.embd.nbytes

@@ -1,0 +1,154 @@
+"""How the next token is chosen: llama.cpp's own samplers, in the order that llama-cpp-python chains them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config import check_whole
+from ..errors import ConfigError
+from ..native import libraries, log
+from ..prompts.grammar import gbnf, schema
+
+_RANDOM_SEED = 2**32 - 1  # LLAMA_DEFAULT_SEED: a new one each time
+_PENALTY_WINDOW = 64
+_MAX_BIAS = 1e9
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling options, with the meaning that llama-cpp-python gives them. temperature 0 takes the likeliest token.
+
+    seed: None, or a negative number, for another one each time. grammar: GBNF text or a
+    llama_cpp.LlamaGrammar. logit_bias: token id -> added to its logit, -1e9 to 1e9; -inf bans the token, as -1e9 does.
+    Raises ConfigError for values out of range.
+    """
+
+    temperature: float = 0.2
+    top_p: float = 0.95
+    top_k: int = 40
+    min_p: float = 0.05
+    typical_p: float = 1.0
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+    grammar: Any = None
+    logit_bias: Mapping[Any, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "typical_p", "repeat_penalty"):
+            self._number(name, low=0.0)
+        for name in ("frequency_penalty", "presence_penalty"):
+            self._number(name)
+        self._number("top_k")
+        check_seed(self.seed)
+        if self.repeat_penalty == 0:
+            raise ConfigError("repeat_penalty must be greater than 0")
+
+    def _number(self, name: str, low: float = -math.inf) -> None:
+        value = getattr(self, name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or value < low:
+            at_least = f" of at least {low:g}" if low > -math.inf else ""
+            raise ConfigError(f"{name} must be a finite number{at_least}, not {value!r}")
+
+    def chain(self, model: Any, n_vocab: int) -> Any:
+        """A `llama_cpp._internals.LlamaSampler`. `model`: the LlamaModel that the grammar's tokens are of."""
+        bindings = libraries.load()
+        chain = bindings.internals.LlamaSampler()
+        if self.logit_bias:
+            chain.add_logit_bias(n_vocab, _biases(self.logit_bias, n_vocab))
+        chain.add_penalties(
+            n_vocab=n_vocab,
+            penalty_last_n=_PENALTY_WINDOW,
+            penalty_repeat=self.repeat_penalty,
+            penalty_freq=self.frequency_penalty,
+            penalty_present=self.presence_penalty,
+        )
+        if self.grammar is not None:
+            self._add_grammar(chain, model)
+        if self.temperature == 0:
+            chain.add_greedy()
+        else:
+            chain.add_top_k(int(self.top_k))
+            chain.add_typical(self.typical_p)
+            chain.add_top_p(self.top_p)
+            chain.add_min_p(self.min_p)
+            chain.add_temp(self.temperature)
+            # Whatever seed is asked for, it is never the one that stands for a new one each time.
+            chain.add_dist(_RANDOM_SEED if self.seed is None or self.seed < 0 else self.seed % _RANDOM_SEED)
+        return chain
+
+    def _add_grammar(self, chain: Any, model: Any) -> None:
+        lib = libraries.load().lib
+        text, root = getattr(self.grammar, "_grammar", self.grammar), getattr(self.grammar, "_root", "root")
+        if not isinstance(text, str) or not text.strip():
+            raise ConfigError("a grammar is GBNF text or a llama_cpp.LlamaGrammar, and not empty")
+        gbnf.check(text, root)
+        log.forget()
+        # Not LlamaSampler.add_grammar: it would put a null sampler into the chain, which crashes later.
+        sampler = lib.llama_sampler_init_grammar(model.vocab, text.encode(), root.encode())
+        if not sampler:
+            raise ConfigError(f"the grammar is not valid GBNF{log.why()}")
+        lib.llama_sampler_chain_add(chain.sampler, sampler)
+
+
+def _biases(given: Mapping[Any, float], n_vocab: int) -> dict[int, float]:
+    try:
+        biases = {int(token): float(bias) for token, bias in given.items()}
+    except (TypeError, ValueError, AttributeError) as e:
+        raise ConfigError("logit_bias maps token ids to numbers") from e
+    if not all(0 <= token < n_vocab for token in biases):
+        raise ConfigError(f"logit_bias names a token id outside 0 to {n_vocab - 1}")
+    # Infinite ones would become NaN on their way through the samplers.
+    biases = {token: -_MAX_BIAS if bias == -math.inf else bias for token, bias in biases.items()}
+    if not all(abs(bias) <= _MAX_BIAS for bias in biases.values()):
+        raise ConfigError(f"logit_bias must be from {-_MAX_BIAS:g} to {_MAX_BIAS:g}, or -inf")
+    return biases
+
+
+def check_seed(seed: Any) -> None:
+    """Raises ConfigError where `seed` is neither None nor a whole number of 64 bits."""
+    check_whole("seed", seed, -(2**63), 2**63 - 1, optional=True)
+
+
+# The kinds of an OpenAI response_format, and what else each may hold.
+_FORMATS: dict[str, frozenset[str]] = {
+    "text": frozenset(),
+    "json_object": frozenset({"schema"}),
+    "json_schema": frozenset({"json_schema"}),
+}
+_OF_SCHEMA = frozenset({"name", "description", "strict", "schema"})
+
+
+def response_grammar(response_format: Mapping[str, Any] | None) -> str | None:
+    """The grammar (GBNF) of an OpenAI response_format: {"type": "text"}, {"type": "json_object"} with or without
+    "schema", or {"type": "json_schema", "json_schema": {"schema": ...}}, beside which name, description and strict may
+    stand: a schema is always followed. Raises ConfigError for another, or a schema that cannot become a grammar."""
+    if response_format is None:
+        return None
+    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
+    if not isinstance(kind, str) or kind not in _FORMATS:
+        raise ConfigError(
+            'response_format is {"type": "text"}, {"type": "json_object"} or '
+            '{"type": "json_schema", "json_schema": {"schema": ...}}'
+        )
+    _check_keys(response_format, _FORMATS[kind] | {"type"}, "response_format")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return schema.to_gbnf(response_format.get("schema", {"type": "object"}))
+    of_schema = response_format.get("json_schema")
+    if not isinstance(of_schema, Mapping) or "schema" not in of_schema:
+        raise ConfigError('response_format lacks "json_schema": {"schema": ...}')
+    _check_keys(of_schema, _OF_SCHEMA, "response_format's json_schema")
+    return schema.to_gbnf(of_schema["schema"])
+
+
+def _check_keys(given: Mapping[Any, Any], known: frozenset[str], what: str) -> None:
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"{what} does not support {key!r}")

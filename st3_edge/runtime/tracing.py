@@ -1,0 +1,53 @@
+"""What a report's trace holds: which visual tokens were kept, what stands for the others, and when they left."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..native import libraries, st3
+from ..report import Report, Schedule, Trace
+from .conversation import Conversation, Image, Unit
+from .text_model import TextModel
+
+_TOP_LOGITS = 10
+
+
+def begin(llama: TextModel, conversation: Conversation, wanted: Sequence[Unit], schedule: Schedule) -> Trace:
+    """The trace of a prompt, `wanted`, that was just prefilled."""
+    context, cuts = llama.ctx, range(len(schedule.cuts))
+    images = [unit.n for unit in conversation.units if isinstance(unit, Image)]
+    kept = [st3.kept(context, i) for i in cuts]
+    owners = [st3.owners(context, i) for i in cuts] if schedule.merge and any(kept) else []
+    return Trace(
+        prompt_tokens=[-1 if isinstance(unit, Image) else unit for unit in wanted],
+        first_logits_top=_top_logits(llama),
+        kept=kept,
+        owners=owners,
+        weights=[[n[k] for k in ids] for n, ids in zip(map(Counter, owners), kept, strict=False)],
+        pieces=[],
+        images=images,
+        left=[[-1] * sum(images) for _ in range(len(cuts) + 1)],
+    )
+
+
+def note_left(report: Report, context: Any, conversation: Conversation) -> None:
+    """Notes in a report's trace which visual tokens left their stage since it was last called."""
+    assert report.trace
+    positions = conversation.visual_positions
+    for layer, of_stage in zip((0, *(cut + 1 for cut in report.schedule.cuts)), report.trace.left, strict=True):
+        held = st3.positions(context, layer)
+        if len(held):
+            gone = ~np.isin(positions, held) & (np.array(of_stage) < 0)
+            for i in np.flatnonzero(gone):
+                of_stage[i] = report.n_generated
+
+
+def _top_logits(llama: TextModel) -> list[list[float]]:
+    row = libraries.load().lib.llama_get_logits_ith(llama.ctx, -1)
+    logits = np.ctypeslib.as_array(row, (llama.n_vocab,))
+    top = np.argsort(-logits, kind="stable")[:_TOP_LOGITS]
+    return [[int(i), float(logits[i])] for i in top]
