@@ -44,11 +44,11 @@
 extern "C" {
 #endif
 
-#define ST3_ABI_VERSION 6
+#define ST3_ABI_VERSION 7
 
-// A run of consecutive prompt positions: text, or one image.
-// Exactly one of tokens and embd is set. For an image, embd is F32 [n][n_embd], and nx * ny == n gives its patch grid,
-// row by row (nx == ny == 0: unknown, the tokens count as one row).
+// A run of prompt tokens: text, or one image.
+// Exactly one of tokens and embd is set. For an image, embd is F32 [n][llama_model_n_embd_inp], and nx * ny == n gives its patch
+// grid, row by row (nx == ny == 0: unknown, the tokens count as one row).
 struct st3_piece {
     const llama_token * tokens;
     const float *       embd;
@@ -89,9 +89,10 @@ LLAMA_API double st3_prefill_flops(const struct llama_model * model, int32_t n_r
 // that another question chooses other tokens, and the same one gives the same answer. For that its embeddings are kept.
 LLAMA_API void st3_announce_image(struct llama_context * ctx, int32_t n, int32_t nx, int32_t ny);
 
-// Prefills pieces into sequence seq_id from position p0 on, where the sequence ends (0 if it is empty); logits of the last
-// position are then llama_get_logits_ith(-1). The last piece must be text. Embeddings are for models with one position a
-// token and inputs as wide as the rest (no M-RoPE, no deepstack).
+// Prefills pieces into sequence seq_id from position p0 on, where the sequence ends (0 if it is empty; with M-RoPE at or after
+// its end); logits of the last
+// position are then llama_get_logits_ith(-1). The last piece must be text. A piece takes n positions, but with M-RoPE an image of
+// a known grid max(nx, ny), as mtmd counts them: its tokens share position p and are told apart by (p, p + y, p + x).
 // The same as announcing images and giving all pieces to llama_decode, in batches of n_batch; but the embeddings are not kept.
 // Returns 0, a positive or negative llama_decode() code, or -100 for unusable arguments or a prompt that does not fit the
 // context (nothing decoded, st3_last_error() set). When decoding fails, none of the pieces' positions stay in the cache.
@@ -111,7 +112,13 @@ st3_kept(const struct llama_context * ctx, llama_seq_id seq_id, int32_t i_cut, i
 LLAMA_API int32_t
 st3_owners(const struct llama_context * ctx, llama_seq_id seq_id, int32_t i_cut, int32_t * out, int32_t cap);
 
-// Positions of sequence seq_id, text and visual, that layer il holds now, ascending. Writes at most cap of them to out, and
+// Visual tokens of sequence seq_id that layer il holds now, as indices over all images of the sequence in order, ascending.
+// Writes at most cap of them to out, and returns how many there are; -1 for bad arguments.
+LLAMA_API int32_t
+st3_visual(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t * out, int32_t cap);
+
+// Positions of sequence seq_id, text and visual, that layer il holds now, ascending; with M-RoPE the tokens of an image have the
+// same one, and are in order. Writes at most cap of them to out, and
 // returns how many there are; -1 for bad arguments.
 LLAMA_API int32_t
 st3_positions(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, llama_pos * out, int32_t cap);

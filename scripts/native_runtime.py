@@ -82,6 +82,7 @@ class Runtime:
             f.st3_prefill.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.POINTER(PieceStruct), C.c_size_t]
             f.st3_positions.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.POINTER(C.c_int32), C.c_int32]
             f.st3_weights.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.POINTER(C.c_float), C.c_int32]
+            f.st3_visual.argtypes = f.st3_positions.argtypes
             f.st3_kept.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.POINTER(C.c_int32), C.c_int32]
             f.st3_owners.argtypes = f.st3_kept.argtypes
             f.st3_report.argtypes = [C.c_void_p, C.c_int32, C.c_char_p, C.c_size_t]
@@ -120,6 +121,8 @@ class Model:
         if not self.ptr:
             raise NativeError(f"cannot load {path.name}: {''.join(rt.log)}")
         self.n_embd = L.llama_model_n_embd(self.ptr)
+        self.n_embd_inp = L.llama_model_n_embd_inp(self.ptr)  # wider with deepstack
+        self.mrope = L.llama_model_rope_type(self.ptr) in (8, 40)  # LLAMA_ROPE_TYPE_MROPE, _IMROPE
         self.n_layer = L.llama_model_n_layer(self.ptr)
         self.vocab = L.llama_model_get_vocab(self.ptr)
         self.n_vocab = L.llama_vocab_n_tokens(self.vocab)
@@ -226,7 +229,7 @@ class Context:
         L = self.rt.llama
         embd = isinstance(rows, np.ndarray)
         n = len(rows)
-        batch = L.llama_batch_init(n, self.model.n_embd if embd else 0, 1)
+        batch = L.llama_batch_init(n, self.model.n_embd_inp if embd else 0, 1)
         try:
             batch.n_tokens = n
             if embd:

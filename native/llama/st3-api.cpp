@@ -52,7 +52,6 @@ uint32_t n_rows(const st3_piece * pieces, size_t n_pieces) {
 }
 
 void check_pieces(const llama_context * ctx, const st3_piece * pieces, size_t n_pieces) {
-    const auto &  hparams = ctx->get_model().hparams;
     const int32_t n_vocab = ctx->get_model().vocab.n_tokens();
 
     require(pieces && n_pieces > 0, "the prompt is empty");
@@ -60,8 +59,6 @@ void check_pieces(const llama_context * ctx, const st3_piece * pieces, size_t n_
         const auto & p = pieces[i];
         require(p.n > 0 && !p.tokens != !p.embd, "a piece needs a positive length and either tokens or embeddings");
         if (p.embd) {
-            require(hparams.n_pos_per_embd() == 1 && hparams.n_embd_inp() == hparams.n_embd,
-                    "images of models with several positions a token (M-RoPE) or wider inputs are not supported");
             require(p.nx >= 0 && p.ny >= 0 && ((p.nx == 0 && p.ny == 0) || int64_t(p.nx) * p.ny == p.n),
                     format("an image of %d tokens is no grid of %d x %d", p.n, p.nx, p.ny));
         } else {
@@ -74,16 +71,36 @@ void check_pieces(const llama_context * ctx, const st3_piece * pieces, size_t n_
     require(pieces[n_pieces - 1].tokens, "the last piece must be text");
 }
 
-// One batch of one sequence: tokens, or embeddings F32 [n][n_embd].
+// The positions of row i of a piece that begins at p0: of an image with M-RoPE as mtmd counts them.
+st3_pos pos_of(const llama_context * ctx, const st3_piece & piece, llama_pos p0, int32_t i) {
+    const auto    n_pos = ctx->get_model().hparams.n_pos_per_embd();
+    const int32_t nx    = piece.nx > 0 ? piece.nx : piece.n;
+
+    return piece.tokens || n_pos == 1 ? st3_text_pos(p0 + i, n_pos) : st3_pos{ p0, p0 + i / nx, p0 + i % nx, 0 };
+}
+
+// How many positions a piece takes.
+int32_t n_positions(const llama_context * ctx, const st3_piece & piece) {
+    const bool grid = piece.embd && ctx->get_model().hparams.n_pos_per_embd() > 1 && piece.nx > 0;
+    return grid ? std::max(piece.nx, piece.ny) : piece.n;
+}
+
+// Rows [i, i + n) of a piece that begins at p0, as one batch of one sequence.
 int32_t
-decode(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_token * tokens, float * embd, int32_t n,
+decode(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, const st3_piece & piece, int32_t i, int32_t n,
        bool last) {
-    std::vector<llama_pos>      pos(n);
+    const auto & hparams = ctx->get_model().hparams;
+    auto *       tokens  = piece.tokens ? const_cast<llama_token *>(piece.tokens) + i : nullptr;
+    auto *       embd    = piece.embd ? const_cast<float *>(piece.embd) + int64_t(i) * hparams.n_embd_inp() : nullptr;
+
+    std::vector<llama_pos>      pos;  // [section][n]
     std::vector<int32_t>        n_seq_id(n, 1);
     std::vector<llama_seq_id *> seq_ids(n, &seq_id);
     std::vector<int8_t>         output(n, 0);
-    for (int32_t i = 0; i < n; ++i) {
-        pos[i] = p0 + i;
+    for (uint32_t section = 0; section < hparams.n_pos_per_embd(); ++section) {
+        for (int32_t j = i; j < i + n; ++j) {
+            pos.push_back(pos_of(ctx, piece, p0, j)[section]);
+        }
     }
     output[n - 1] = last;
 
@@ -103,7 +120,6 @@ int32_t decode_pieces(
         llama_context * ctx, st3_memory * mem, llama_seq_id seq_id, llama_pos p0, const st3_piece * pieces,
         size_t n_pieces) {
     const int32_t n_batch = (int32_t) ctx->get_cparams().n_batch;
-    const int64_t n_embd  = ctx->get_model().hparams.n_embd;
 
     for (size_t i = 0; i < n_pieces; ++i) {
         const auto & p = pieces[i];
@@ -111,14 +127,11 @@ int32_t decode_pieces(
         for (int32_t j = 0; j < p.n; j += n_batch) {
             const int32_t n    = std::min(n_batch, p.n - j);
             const bool    last = i + 1 == n_pieces && j + n == p.n;
-            const int32_t res =
-                    decode(ctx, seq_id, p0, p.tokens ? const_cast<llama_token *>(p.tokens) + j : nullptr,
-                           p.embd ? const_cast<float *>(p.embd) + j * n_embd : nullptr, n, last);
-            if (res != 0) {
+            if (const int32_t res = decode(ctx, seq_id, p0, p, j, n, last)) {
                 return res;
             }
-            p0 += n;
         }
+        p0 += n_positions(ctx, p);
     }
     return 0;
 }
@@ -129,8 +142,9 @@ void check_room(const llama_context * ctx, const st3_memory * mem, llama_seq_id 
     const uint32_t  n_ctx = ctx->get_cparams().n_ctx_seq;
     const uint32_t  used  = mem ? mem->n_used(seq_id) + (waits ? waits->n_rows() : 0) : (uint32_t) p0;
     const llama_pos end   = ctx->get_memory()->seq_pos_max(seq_id) + 1;
+    const bool      jump  = ctx->get_model().hparams.n_pos_per_embd() > 1;  // after an image
 
-    require(p0 == end, format("the sequence goes on at position %d, not at %d", end, p0));
+    require(p0 == end || (jump && p0 > end), format("the sequence goes on at position %d, not at %d", end, p0));
     require(n <= n_ctx && used <= n_ctx - n,
             format("the prompt of %u positions does not fit: %u of %u KV cells (n_ctx) are in use", n, used, n_ctx));
 }
@@ -239,11 +253,15 @@ int32_t st3_owners(const llama_context * ctx, llama_seq_id seq_id, int32_t i_cut
     return of_cut(ctx, seq_id, &st3_account::owners, "no visual tokens were merged", i_cut, out, cap);
 }
 
-// Calls fn(number, position, cell) for what a layer holds of a sequence, in order of position; returns how many that is.
-template <typename F> static int32_t each_cell(const llama_context * ctx, llama_seq_id seq_id, int32_t il, F && fn) {
+static void check_layer(const llama_context * ctx, llama_seq_id seq_id, int32_t il) {
     require(ctx && ctx->get_memory(), "no context with a KV cache");
     require(seq_id >= 0 && (uint32_t) seq_id < ctx->n_seq_max(), format("there is no sequence %d", seq_id));
     require(il >= 0 && (uint32_t) il < ctx->get_model().hparams.n_layer(), format("there is no layer %d", il));
+}
+
+// Calls fn(number, position, cell) for what a layer holds of a sequence, by place; returns how many that is.
+template <typename F> static int32_t each_cell(const llama_context * ctx, llama_seq_id seq_id, int32_t il, F && fn) {
+    check_layer(ctx, seq_id, il);
 
     const auto * mem   = pruned_memory(ctx);
     const auto * stock = dynamic_cast<const llama_kv_cache *>(ctx->get_memory());
@@ -252,8 +270,8 @@ template <typename F> static int32_t each_cell(const llama_context * ctx, llama_
     const llama_kv_cache & kv = mem ? mem->stage(mem->schedule.stage(il)) : *stock;
 
     int32_t n = 0;
-    for (const auto & [pos, cell] : kv.get_cells(seq_id).seq_pos_get(seq_id)) {
-        fn(n++, pos, cell);
+    for (const auto & [place, cell] : st3_by_place(kv.get_cells(seq_id), seq_id, 0, INT32_MAX)) {
+        fn(n++, place.pos, cell);
     }
     return n;
 }
@@ -266,6 +284,27 @@ int32_t st3_positions(const llama_context * ctx, llama_seq_id seq_id, int32_t il
                 out[i] = pos;
             }
         });
+    });
+}
+
+int32_t st3_visual(const llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t * out, int32_t cap) {
+    return guarded(-1, [&] {
+        require(out || cap <= 0, "no room for the result");
+        check_layer(ctx, seq_id, il);
+
+        int32_t n     = 0;
+        int32_t first = 0;  // index of the image's first token
+        if (const auto * mem = pruned_memory(ctx)) {
+            for (const auto & image : mem->images.of(seq_id)) {
+                for (const uint32_t id : mem->held(seq_id, image, mem->schedule.stage(il)).ids) {
+                    if (n++ < cap) {
+                        out[n - 1] = first + (int32_t) id;
+                    }
+                }
+                first += (int32_t) image.places.size();
+            }
+        }
+        return n;
     });
 }
 

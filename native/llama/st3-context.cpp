@@ -121,7 +121,7 @@ void st3_memory::take_account(const llama_ubatch & ubatch, const st3_work & work
         const auto pairs = [](double n_rows, double n_before) { return n_rows * n_before + n_rows * (n_rows + 1) / 2; };
 
         a.n_rows += n;
-        a.pairs_full += pairs(n, seq_pos_max(seq_id) + 1 - n);
+        a.pairs_full += pairs(n, (double) n_given(seq_id) - n);
         for (uint32_t s = 0; s < n_stage(); ++s) {
             const uint32_t n_rows = plan ? plan->n_rows(s) : n;
             const auto     n_held = (uint32_t) stages[s]->get_cells(seq_id).seq_pos_get(seq_id).size();

@@ -5,6 +5,8 @@
 #include "llama-model.h"
 #include "st3-memory.h"
 
+#include <algorithm>
+
 void st3_merge_overrides(
         const std::unordered_map<std::string, llama_model_kv_override> & overrides,
         std::unordered_map<std::string, std::string> &                   meta) {
@@ -22,8 +24,9 @@ void st3_merge_overrides(
 }
 
 std::string st3_unsupported(const llama_model & model, const llama_memory_params * params) {
-    if (model.arch != LLM_ARCH_LLAMA) {
-        return format("architecture %s is not supported yet (llama is)", model.arch_name().c_str());
+    const auto cut_in = { LLM_ARCH_LLAMA, LLM_ARCH_QWEN2VL, LLM_ARCH_QWEN3VL, LLM_ARCH_QWEN3VLMOE };
+    if (std::count(cut_in.begin(), cut_in.end(), model.arch) == 0) {
+        return format("architecture %s is not supported yet", model.arch_name().c_str());
     }
     if (model.hparams.is_swa_any()) {
         return "models with sliding-window attention are not supported yet";

@@ -55,8 +55,8 @@ ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& i
     struct part_t {
         ggml_tensor * stay    = nullptr;  // I32 [n_keep] those that do, counted from the image's first
         ggml_tensor * owner   = nullptr;  // I32 [n]
-        ggml_tensor * rows    = nullptr;  // F32 [n_embd, n_keep] those that do
-        ggml_tensor * weights = nullptr;  // F32 [n_keep]
+        ggml_tensor * before  = nullptr;  // F32 [1, n] weights that were
+        ggml_tensor * weights = nullptr;  // F32 [n_keep] and are
     };
     std::vector<part_t> parts(n_image);
 
@@ -90,24 +90,27 @@ ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& i
             part.stay = top_k_in_order(ctx, rank, n_keep);
 
             if (schedule.merge) {
-                part.owner = owners_of(ctx, direction, part.stay);
-
-                const auto sum = [&](ggml_tensor * t) { return sum_by_owner(ctx, dev, t, part.owner, n_keep); };
-
-                ggml_tensor * w = as_column(ctx, part.weights ? part.weights : filled(ctx, n, 1.0f));
-                ggml_tensor * W = sum(w);
-                part.rows       = ggml_div(ctx, sum(part.weights ? ggml_mul(ctx, rows, w) : rows), W);
-                part.weights    = as_vector(ctx, W);
-            } else {
-                part.rows = ggml_get_rows(ctx, rows, part.stay);
+                part.owner         = owners_of(ctx, direction, part.stay);
+                part.before        = part.weights ? as_column(ctx, part.weights) : nullptr;
+                ggml_tensor * ones = part.before ? part.before : as_column(ctx, filled(ctx, n, 1.0f));
+                part.weights       = as_vector(ctx, sum_by_owner(ctx, dev, ones, part.owner, n_keep));
             }
         }
         first += n;
         first_orig += plan->spans[i].n;
     }
 
-    // The rows of t that stay; text_rows: t has the text's rows too, else the visual tokens' alone.
-    const auto gather = [&](ggml_tensor * t, bool text_rows) {
+    // What stays of an image's rows F32 [m, n]: of what is seen of the tokens, weighted means of those that each stands for.
+    const auto merged = [&](const part_t & part, ggml_tensor * rows) {
+        if (!part.owner) {
+            return ggml_get_rows(ctx, rows, part.stay);
+        }
+        ggml_tensor * sum = part.before ? ggml_mul(ctx, rows, part.before) : rows;
+        return ggml_div(ctx, sum_by_owner(ctx, dev, sum, part.owner, part.stay->ne[0]), as_column(ctx, part.weights));
+    };
+
+    // The rows of t that stay. text_rows: t has the text's rows too, else the visual tokens' alone; seen: they are merged.
+    const auto gather = [&](ggml_tensor * t, bool text_rows, bool seen = false) {
         ggml_tensor * res = nullptr;
 
         const auto append = [&](ggml_tensor * part) { res = res ? ggml_concat(ctx, res, part, 1) : part; };
@@ -123,7 +126,7 @@ ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& i
             }
             if (n_keep > 0) {
                 ggml_tensor * rows = view_rows(ctx, t, begin, n);
-                append(!parts[i].stay ? rows : t == cur ? parts[i].rows : ggml_get_rows(ctx, rows, parts[i].stay));
+                append(!parts[i].stay ? rows : seen ? merged(parts[i], rows) : ggml_get_rows(ctx, rows, parts[i].stay));
             }
             row = begin + n;
         }
@@ -177,8 +180,21 @@ ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& i
         inp->add_weights(ctx, stage + 1);
     }
 
-    inp_pos    = as_vector(ctx, gather(as_column(ctx, inp_pos), true));
-    cur        = gather(cur, true);
+    const int64_t n_pos = g.hparams.n_pos_per_embd();
+    if (n_pos > 1) {
+        ggml_tensor * pos = ggml_reshape_2d(ctx, inp_pos, g.n_tokens, n_pos);
+        pos               = gather(ggml_cont(ctx, ggml_transpose(ctx, pos)), true);
+        inp_pos           = as_vector(ctx, ggml_cont(ctx, ggml_transpose(ctx, pos)));
+    } else {
+        inp_pos = as_vector(ctx, gather(as_column(ctx, inp_pos), true));
+    }
+    if (g.hparams.n_deepstack_layers > 0) {
+        // what the layers to come add to the rows lies behind the rows' own input
+        ggml_tensor * in  = g.res->t_inp_embd;
+        in                = gather(ggml_view_2d(ctx, in, g.hparams.n_embd_inp(), g.n_tokens, in->nb[1], 0), true, true);
+        g.res->t_inp_embd = ggml_view_2d(ctx, in, g.hparams.n_embd, in->ne[1], in->nb[1], 0);
+    }
+    cur        = gather(cur, true, true);
     g.n_tokens = cur->ne[1];
     g.cb(cur, "st3_cut", il);
     return cur;

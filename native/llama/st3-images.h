@@ -1,7 +1,7 @@
-// st3-images.h - the images that sequences hold, by the positions of their tokens: bookkeeping, no tensors.
+// st3-images.h - the images that sequences hold, by the places of their tokens: bookkeeping, no tensors.
 #pragma once
 
-#include "llama.h"
+#include "st3-place.h"
 
 #include <cstdint>
 #include <map>
@@ -13,7 +13,7 @@ struct st3_image {
     uint32_t ny     = 0;
     uint32_t number = 0;  // tells the images of a sequence apart
 
-    std::vector<llama_pos> pos;  // [n] position of each token, -1 once it was taken out of the sequence
+    std::vector<st3_place> places;  // [n] of each token
 
     bool pruned  = false;  // has been through its cuts; until then it waits for its question
     bool evicted = false;  // was cut down after the compute, not in it
@@ -24,6 +24,9 @@ struct st3_image {
     std::vector<uint32_t>           n0;       // [stage] tokens held after prefill
     std::vector<std::vector<float>> weights;  // [stage][n] tokens that each stands for, 0: none; empty: itself alone
     std::vector<std::vector<float>> scores;   // [stage][n] sum of records
+
+    // Tokens that were not taken out of the sequence.
+    uint32_t n_there() const;
 };
 
 class st3_images {
@@ -31,8 +34,8 @@ class st3_images {
     std::vector<st3_image> &       of(llama_seq_id seq_id) { return seqs[seq_id]; }
     const std::vector<st3_image> & of(llama_seq_id seq_id) const;
 
-    // Adds tokens at positions [p0, p0 + n): to the sequence's last image where `more` says so, else as a new one.
-    st3_image & add(llama_seq_id seq_id, llama_pos p0, uint32_t n, bool more);
+    // Adds tokens: to the sequence's last image where `more` says so, else as a new one.
+    st3_image & add(llama_seq_id seq_id, const std::vector<st3_place> & places, bool more);
 
     // As the functions of llama_memory_i: positions in [p0, p1).
     void rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1);

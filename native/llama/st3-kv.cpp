@@ -58,20 +58,6 @@ uint32_t st3_kv::n_used_max() const {
     return res;
 }
 
-int32_t st3_kv::find(llama_seq_id seq_id, llama_pos pos) const {
-    const auto & held = get_cells(seq_id).seq_pos_get(seq_id);
-    const auto   it   = held.lower_bound({ pos, 0 });
-
-    return it != held.end() && it->first == pos ? (int32_t) it->second : -1;
-}
-
-void st3_kv::remove(llama_seq_id seq_id, llama_pos pos) {
-    const int32_t cell = find(seq_id, pos);
-    if (cell >= 0) {
-        v_cells[get_stream(seq_id)].seq_rm(cell, seq_id);
-    }
-}
-
 // Rows [src_row, src_row + n) of src to those from dst_row on of dst: matrices of one type and row length, on one device.
 static void copy_rows(ggml_tensor * src, uint32_t src_row, ggml_tensor * dst, uint32_t dst_row, uint32_t n) {
     ggml_context_ptr ctx{ ggml_init({ 2 * ggml_tensor_overhead(), nullptr, true }) };

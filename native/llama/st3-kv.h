@@ -29,11 +29,8 @@ class st3_kv : public llama_kv_cache {
     // Used cells of the fullest stream.
     uint32_t n_used_max() const;
 
-    // The cell of a position of a sequence, -1 if there is none.
-    int32_t find(llama_seq_id seq_id, llama_pos pos) const;
-
-    // Takes a position out of a sequence; its cell is free once no sequence has it.
-    void remove(llama_seq_id seq_id, llama_pos pos);
+    // Takes a cell out of a sequence that has it; it is free once no sequence has it.
+    void remove(llama_seq_id seq_id, uint32_t cell) { v_cells[get_stream(seq_id)].seq_rm(cell, seq_id); }
 
     // Lets the next tokens take the first free cells.
     void rewind() { std::fill(v_heads.begin(), v_heads.end(), 0); }

@@ -10,15 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <iterator>
 #include <utility>
-
-// Of `all` those that are not in `some`; both ascending.
-static std::vector<uint32_t> without(const std::vector<uint32_t> & all, const std::vector<uint32_t> & some) {
-    std::vector<uint32_t> res;
-    std::set_difference(all.begin(), all.end(), some.begin(), some.end(), std::back_inserter(res));
-    return res;
-}
 
 // Frees what is due at the start of a generated token's decode, so that the token can take a freed cell.
 void st3_memory::anneal(llama_seq_id seq_id) {
@@ -27,11 +19,11 @@ void st3_memory::anneal(llama_seq_id seq_id) {
             continue;
         }
         for (uint32_t s = 0; s < n_stage(); ++s) {
-            const uint32_t n_keep =
-                    schedule.target((uint32_t) image.pos.size(), image.n0[s], image.n_steps + schedule.anneal_interval);
+            const uint32_t n_keep = schedule.target(
+                    (uint32_t) image.places.size(), image.n0[s], image.n_steps + schedule.anneal_interval);
 
-            const auto ids = held(seq_id, image, s).ids;
-            if (ids.size() <= n_keep) {
+            const auto there = held(seq_id, image, s);
+            if (there.ids.size() <= n_keep) {
                 continue;
             }
             absorb();
@@ -42,14 +34,16 @@ void st3_memory::anneal(llama_seq_id seq_id) {
                     rank[i] += image.scores[s][i] / image.n_records;
                 }
             }
-            drop(seq_id, image, s, without(ids, st3_highest(ids, rank, n_keep)));
+            drop(seq_id, s, there, st3_highest(there.ids, rank, n_keep));
         }
     }
 }
 
-void st3_memory::drop(llama_seq_id seq_id, const st3_image & image, uint32_t stage, const std::vector<uint32_t> & ids) {
-    for (const uint32_t i : ids) {
-        stages[stage]->remove(seq_id, image.pos[i]);
+void st3_memory::drop(llama_seq_id seq_id, uint32_t stage, const held_t & there, const std::vector<uint32_t> & kept) {
+    for (size_t i = 0; i < there.ids.size(); ++i) {
+        if (!std::binary_search(kept.begin(), kept.end(), there.ids[i])) {
+            stages[stage]->remove(seq_id, there.cells[i]);
+        }
     }
 }
 
@@ -89,12 +83,12 @@ void st3_memory::evict(llama_seq_id seq_id) {
         if (image.pruned) {
             continue;
         }
-        const auto n_keep = schedule.counts((uint32_t) image.pos.size());
+        const auto n_keep = schedule.counts((uint32_t) image.places.size());
 
         auto ids = held(seq_id, image, 0).ids;
         image.n0 = { (uint32_t) ids.size() };
 
-        st3_owners stand_in((uint32_t) image.pos.size(), { ids.begin(), ids.end() });
+        st3_owners stand_in((uint32_t) image.places.size(), { ids.begin(), ids.end() });
         if (schedule.merge) {
             image.weights = { stand_in.weights() };
         }
@@ -112,7 +106,7 @@ void st3_memory::evict(llama_seq_id seq_id) {
                 stand_in.cut({ ids.begin(), ids.end() }, nearest(seq_id, s, before, was, ids));
                 image.weights.push_back(stand_in.weights());
             }
-            drop(seq_id, image, s, without(before.ids, ids));
+            drop(seq_id, s, before, ids);
             image.n0.push_back((uint32_t) ids.size());
         }
         image.pruned  = true;

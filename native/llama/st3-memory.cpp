@@ -75,35 +75,49 @@ const st3_account * st3_memory::account(llama_seq_id seq_id) const {
     return it == accounts.end() ? nullptr : &it->second;
 }
 
-// What a stage holds of an image.
 st3_memory::held_t st3_memory::held(llama_seq_id seq_id, const st3_image & image, uint32_t stage) const {
-    const auto & cells = stages[stage]->get_cells(seq_id).seq_pos_get(seq_id);
+    llama_pos p0 = std::numeric_limits<llama_pos>::max(), p1 = -1;
+    for (const auto & place : image.places) {
+        if (place.pos >= 0) {
+            p0 = std::min(p0, place.pos);
+            p1 = std::max(p1, place.pos);
+        }
+    }
+    const auto cells = st3_by_place(stages[stage]->get_cells(seq_id), seq_id, p0, p1);
 
     held_t    res;
-    auto      it   = cells.begin();
-    llama_pos last = -1;
-    for (uint32_t i = 0; i < image.pos.size(); ++i) {
-        const llama_pos pos = image.pos[i];
-        if (pos < 0) {
+    auto      it = cells.begin();
+    st3_place last;
+    for (uint32_t i = 0; i < image.places.size(); ++i) {
+        const auto & place = image.places[i];
+        if (place.pos < 0) {
             continue;
         }
-        if (pos != last + 1) {  // neighbours are as a rule a step away, anything else is looked for
-            it = cells.lower_bound({ pos, 0 });
+        if (place < last) {  // they ascend as a rule
+            it = cells.begin();
         }
-        while (it != cells.end() && it->first < pos) {
+        while (it != cells.end() && it->place < place) {
             ++it;
         }
-        if (it != cells.end() && it->first == pos) {
+        if (it != cells.end() && it->place == place) {
             res.ids.push_back(i);
-            res.cells.push_back(it->second);
+            res.cells.push_back(it->cell);
         }
-        last = pos;
+        last = place;
     }
     return res;
 }
 
 uint32_t st3_memory::n_held(llama_seq_id seq_id, const st3_image & image, uint32_t stage) const {
     return (uint32_t) held(seq_id, image, stage).ids.size();
+}
+
+uint32_t st3_memory::n_given(llama_seq_id seq_id) const {
+    auto res = (uint32_t) stages[0]->get_cells(seq_id).seq_pos_get(seq_id).size();
+    for (const auto & image : images.of(seq_id)) {
+        res += image.n_there() - n_held(seq_id, image, 0);
+    }
+    return res;
 }
 
 //
@@ -281,6 +295,14 @@ void st3_memory::finish(
     }
 }
 
+static std::vector<st3_place> places_of(const llama_ubatch & ubatch, uint32_t row, uint32_t n) {
+    std::vector<st3_place> res;
+    for (uint32_t i = row; i < row + n; ++i) {
+        res.push_back(st3_place::of(ubatch, i));
+    }
+    return res;
+}
+
 // Embeddings that are announced as an image, as many as are still to come.
 void st3_memory::add_images(const llama_ubatch & ubatch) {
     auto & announced = waits.announced;
@@ -296,15 +318,15 @@ void st3_memory::add_images(const llama_ubatch & ubatch) {
         if (first == ubatch.seq_id + ubatch.n_tokens) {
             continue;  // it shares another's rows
         }
-        const auto & list            = images.of(seq_id);
-        const bool   more            = !announced.begins() && !list.empty() && !list.back().pruned;
-        auto &       image           = images.add(seq_id, ubatch.pos[first - ubatch.seq_id], n, more);
-        std::tie(image.nx, image.ny) = announced.grid((uint32_t) image.pos.size());
+        const auto & list  = images.of(seq_id);
+        const bool   more  = !announced.begins() && !list.empty() && !list.back().pruned;
+        auto &       image = images.add(seq_id, places_of(ubatch, (uint32_t) (first - ubatch.seq_id), n), more);
+        std::tie(image.nx, image.ny) = announced.grid(image.places);
     }
     announced.left -= n;
 }
 
-// Writes the positions of the tokens that survived into the cells that hold them, and remembers the images.
+// Writes the places of the tokens that survived into the cells that hold them, and remembers the images.
 void st3_memory::commit(const st3_plan & plan, const std::vector<llama_kv_cache::slot_info> & slots, st3_work & work) {
     synchronize();
 
@@ -314,7 +336,7 @@ void st3_memory::commit(const st3_plan & plan, const std::vector<llama_kv_cache:
     const auto   i_new  = (uint32_t) list.size();
 
     for (size_t i = 0; i < plan.spans.size(); ++i) {
-        auto & image = images.add(seq_id, first.pos[plan.spans[i].row], plan.spans[i].n, false);
+        auto & image = images.add(seq_id, places_of(first, plan.spans[i].row, plan.spans[i].n), false);
         image.nx     = plan.spans[i].nx;
         image.ny     = plan.spans[i].ny;
         image.number = plan.number + (uint32_t) i;
@@ -362,16 +384,17 @@ void st3_memory::commit(const st3_plan & plan, const std::vector<llama_kv_cache:
                 list[i_new + i].weights.push_back(stand_in[i].weights());
             }
 
-            const llama_pos p0  = first.pos[plan.spans[i].row];
-            const uint32_t  row = plan.row(s, i);
+            const auto &   places = list[i_new + i].places;
+            const uint32_t row    = plan.row(s, i);
 
-            // all of them leave before any returns: a stand-in position may be another token's real one
+            // all of them leave before any returns: a stand-in place may be another token's real one
             for (size_t j = 0; j < ids.size(); ++j) {
                 cells.rm(slots[s].idxs[0][row + j]);
             }
             for (size_t j = 0; j < ids.size(); ++j) {
                 const uint32_t cell = slots[s].idxs[0][row + j];
-                cells.pos_set(cell, p0 + ids[j]);
+                cells.pos_set(cell, places[ids[j]].pos);
+                cells.ext_set(cell, { places[ids[j]].x, places[ids[j]].y });
                 cells.seq_add(cell, seq_id);
                 tokens.push_back({ i_new + (uint32_t) i, (uint32_t) ids[j] });
                 if (s > 0) {

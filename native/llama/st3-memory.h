@@ -109,7 +109,16 @@ class st3_memory : public llama_memory_i {
     // Weight of the norm before a layer's attention, F32 [n_embd].
     ggml_tensor * attn_norm(int32_t il) const;
 
-    // Visual tokens that a stage holds of an image now.
+    // Tokens that were computed for a sequence, whether they left or not.
+    uint32_t n_given(llama_seq_id seq_id) const;
+
+    struct held_t {
+        std::vector<uint32_t> ids;    // of an image's tokens, ascending
+        std::vector<uint32_t> cells;  // theirs
+    };
+
+    // What a stage holds of an image now, and how many tokens that is.
+    held_t   held(llama_seq_id seq_id, const st3_image & image, uint32_t stage) const;
     uint32_t n_held(llama_seq_id seq_id, const st3_image & image, uint32_t stage) const;
 
     // After a ubatch was computed. out: the scores of its records, F32 (st3_graph_input); null if there is none.
@@ -180,15 +189,10 @@ class st3_memory : public llama_memory_i {
     void absorb();
     void evict(llama_seq_id seq_id);
     void anneal(llama_seq_id seq_id);
-    void drop(llama_seq_id seq_id, const st3_image & image, uint32_t stage, const std::vector<uint32_t> & ids);
     void synchronize() const;
 
-    struct held_t {
-        std::vector<uint32_t> ids;    // of an image's tokens, ascending
-        std::vector<uint32_t> cells;  // theirs
-    };
-
-    held_t held(llama_seq_id seq_id, const st3_image & image, uint32_t stage) const;
+    // Frees the cells of those that are not among `kept`, ascending.
+    void drop(llama_seq_id seq_id, uint32_t stage, const held_t & there, const std::vector<uint32_t> & kept);
 
     std::vector<int32_t>
     nearest(llama_seq_id seq_id, uint32_t stage, const held_t & there, const std::vector<uint32_t> & ids,

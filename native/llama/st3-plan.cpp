@@ -25,10 +25,12 @@ uint32_t st3_plan::last_row(uint32_t row) const {
 }
 
 // The rows of a one-sequence ubatch that remain when image i keeps counts[i] tokens. Which tokens these are is not known
-// yet: cells and mask depend on their number and order only, so the first positions of each image stand in.
+// yet: cells and mask depend on their number and order only, so the first places of each image stand in.
 static llama_ubatch
 shorten(const llama_ubatch & src, const std::vector<st3_span> & spans, const std::vector<uint32_t> & counts) {
     auto data = std::make_shared<llama_ubatch::data_t>();
+
+    std::vector<uint32_t> rows;
 
     data->seq_id_data = { src.seq_id[0][0] };
     data->seq_id_unq  = { src.seq_id_unq, src.seq_id_unq + src.n_seqs_unq };
@@ -42,11 +44,16 @@ shorten(const llama_ubatch & src, const std::vector<st3_span> & spans, const std
         if (i_span < spans.size() && i >= spans[i_span].row + counts[i_span]) {
             continue;
         }
-        data->pos.push_back(src.pos[i]);
+        rows.push_back(i);
         data->output.push_back(src.output[i]);
     }
+    for (uint32_t section = 0; section < src.n_pos; ++section) {
+        for (const uint32_t i : rows) {
+            data->pos.push_back(src.pos[section * src.n_tokens + i]);
+        }
+    }
 
-    const uint32_t n = (uint32_t) data->pos.size();
+    const uint32_t n = (uint32_t) rows.size();
     data->n_seq_id.assign(n, 1);
     data->seq_id.assign(n, data->seq_id_data.data());
 

@@ -5,9 +5,13 @@
 #include <set>
 #include <tuple>
 
-std::pair<uint32_t, uint32_t> st3_announced::grid(uint32_t n_came) const {
+std::pair<uint32_t, uint32_t> st3_announced::grid(const std::vector<st3_place> & came) const {
+    const auto n_came = (uint32_t) came.size();
     if (nx > 0 && nx * ny == n_came) {
         return { nx, ny };
+    }
+    if (const auto grid = st3_grid_of(came); grid.first > 0) {
+        return grid;
     }
     const uint32_t side = (uint32_t) std::lround(std::sqrt((double) n_came));
     return side * side == n_came && nx == 0 ? std::pair(side, side) : std::pair(n_came, 1u);
@@ -17,17 +21,28 @@ std::pair<uint32_t, uint32_t> st3_announced::grid(uint32_t n_came) const {
 // st3_prompt
 //
 
-void st3_prompt::add_image(const st3_announced & image, const float * rows, uint32_t n, uint32_t n_embd) {
+uint32_t st3_prompt::n_before(llama_pos p) const {
+    const auto it = std::find_if(pos.begin(), pos.end(), [p](const st3_pos & at) { return at[0] >= p; });
+    return (uint32_t) (it - pos.begin());
+}
+
+void st3_prompt::add_image(
+        const st3_announced & image, const float * rows, const std::vector<st3_pos> & at, uint32_t n_embd) {
     if (image.begins()) {
         images.push_back({ n_rows(), 0, 0, 0 });
         keep = keep && image.keep;
     }
-    auto & span = images.back();
-    span.n += n;
-    std::tie(span.nx, span.ny) = image.grid(span.n);
+    tokens.insert(tokens.end(), at.size(), LLAMA_TOKEN_NULL);
+    pos.insert(pos.end(), at.begin(), at.end());
+    embd.insert(embd.end(), rows, rows + at.size() * n_embd);
 
-    tokens.insert(tokens.end(), n, LLAMA_TOKEN_NULL);
-    embd.insert(embd.end(), rows, rows + (size_t) n * n_embd);
+    auto & span = images.back();
+    span.n += (uint32_t) at.size();
+    std::vector<st3_place> places;
+    for (uint32_t i = span.row; i < n_rows(); ++i) {
+        places.push_back(st3_place::of(pos[i]));
+    }
+    std::tie(span.nx, span.ny) = image.grid(places);
 }
 
 st3_prompt st3_prompt::part(uint32_t begin, uint32_t end) const {
@@ -36,8 +51,8 @@ st3_prompt st3_prompt::part(uint32_t begin, uint32_t end) const {
     const size_t n_embd   = embd.empty() ? 0 : embd.size() / std::count(tokens.begin(), tokens.end(), LLAMA_TOKEN_NULL);
 
     st3_prompt res;
-    res.p0   = p0 + (llama_pos) begin;
     res.keep = keep;
+    res.pos.assign(pos.begin() + begin, pos.begin() + end);
     res.tokens.assign(tokens.begin() + begin, tokens.begin() + end);
     res.embd.assign(embd.begin() + n_before * n_embd, embd.begin() + (n_before + n_image) * n_embd);
     for (const auto & span : images) {
@@ -57,7 +72,7 @@ st3_prompt st3_prompt::part(uint32_t begin, uint32_t end) const {
 
 bool st3_waits::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
     const auto * prompt = of(seq_id);
-    return !prompt || p1 >= prompt->end() || p1 < prompt->p0 || p0 >= p1;
+    return !prompt || p1 >= prompt->end() || p1 < prompt->p0() || p0 >= p1;
 }
 
 llama_pos st3_waits::rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos seq_end) {
@@ -72,20 +87,20 @@ llama_pos st3_waits::rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_p
         return p0;
     }
     if (const auto * prompt = of(seq_id); prompt && p0 < prompt->end()) {
-        auto rest = prompt->part(0, (uint32_t) std::max(0, p0 - prompt->p0));
+        auto rest = prompt->part(0, prompt->n_before(p0));
         waiting.erase(seq_id);
         if (rest.n_rows() > 0) {
             waiting[seq_id] = std::move(rest);
         }
     }
-    while (!list.empty() && list.back()->p0 >= p0) {
+    while (!list.empty() && list.back()->p0() >= p0) {
         list.pop_back();
     }
     if (!list.empty() && list.back()->end() > p0) {
-        auto rest = list.back()->part(0, (uint32_t) (p0 - list.back()->p0));
+        auto rest = list.back()->part(0, list.back()->n_before(p0));
         list.pop_back();
         if (!rest.images.empty()) {
-            p0              = rest.p0;
+            p0              = rest.p0();
             waiting[seq_id] = std::move(rest);
         }
     }

@@ -1,7 +1,7 @@
 // st3-prompt.h - rows of prompts that wait to be computed, or may have to be computed again: data, no tensors.
 #pragma once
 
-#include "llama.h"
+#include "st3-place.h"
 
 #include <cstdint>
 #include <map>
@@ -27,29 +27,36 @@ struct st3_announced {
 
     bool begins() const { return left == n; }
 
-    // The patch grid of n tokens that came of the image.
-    std::pair<uint32_t, uint32_t> grid(uint32_t n_came) const;
+    // The patch grid of the tokens that came of the image, at these places.
+    std::pair<uint32_t, uint32_t> grid(const std::vector<st3_place> & came) const;
 };
 
-// Rows of one sequence, at consecutive positions, as they were given to llama_decode.
+// Rows of one sequence, as they were given to llama_decode.
 struct st3_prompt {
-    llama_pos                p0 = 0;
+    std::vector<st3_pos>     pos;          // [row] ascending; with M-RoPE the tokens of an image share [0]
     std::vector<llama_token> tokens;       // [row] LLAMA_TOKEN_NULL: an embedding
-    std::vector<float>       embd;         // [embeddings][n_embd]
+    std::vector<float>       embd;         // [embeddings][n_embd_inp]
     std::vector<st3_span>    images;       // in order
     bool                     keep = true;  // so that it can be read again when a part of its question is taken back
 
     uint32_t  n_rows() const { return (uint32_t) tokens.size(); }
-    llama_pos end() const { return p0 + (llama_pos) tokens.size(); }
+    llama_pos p0() const { return pos.front()[0]; }
+    llama_pos end() const { return pos.back()[0] + 1; }
+
+    // Rows before position p.
+    uint32_t n_before(llama_pos p) const;
 
     // Rows before the first image; all if there is none.
     uint32_t n_lead() const { return images.empty() ? n_rows() : images[0].row; }
 
     bool ends_in_image() const { return !images.empty() && images.back().row + images.back().n == n_rows(); }
 
-    void add_token(llama_token token) { tokens.push_back(token); }
-    // n tokens of an image, embd F32 [n][n_embd].
-    void add_image(const st3_announced & image, const float * embd, uint32_t n, uint32_t n_embd);
+    void add_token(llama_token token, const st3_pos & at) {
+        tokens.push_back(token);
+        pos.push_back(at);
+    }
+    // Tokens of an image, embd F32 [at.size()][n_embd].
+    void add_image(const st3_announced & image, const float * embd, const std::vector<st3_pos> & at, uint32_t n_embd);
 
     // Rows [begin, end).
     st3_prompt part(uint32_t begin, uint32_t end) const;

@@ -46,10 +46,6 @@ size_t cells_used(const llama_kv_cache & kv) {
     return res;
 }
 
-size_t image_positions(const st3_image & image) {
-    return std::count_if(image.pos.begin(), image.pos.end(), [](llama_pos p) { return p >= 0; });
-}
-
 size_t cell_bytes(const llama_kv_cache & kv, const llama_hparams & hparams, int32_t il) {
     return ggml_row_size(kv.type_k(), hparams.n_embd_k_gqa(il)) + ggml_row_size(kv.type_v(), hparams.n_embd_v_gqa(il));
 }
@@ -69,7 +65,7 @@ kv_bytes count_kv_bytes(const llama_context & ctx) {
         size_t n_full = cells_used(first);
         for (llama_seq_id id = 0; pruned && id < (llama_seq_id) pruned->n_seq_max; ++id) {
             for (const auto & image : pruned->images.of(id)) {
-                n_full += image_positions(image) - pruned->n_held(id, image, 0);
+                n_full += image.n_there() - pruned->n_held(id, image, 0);
             }
         }
         for (int32_t il = 0; il < (int32_t) hparams.n_layer(); ++il) {
@@ -122,7 +118,7 @@ fate_t look_at_images(const st3_memory & mem, llama_seq_id seq_id) {
     bool pruned  = false;
     bool evicted = false;
     for (const auto & image : mem.images.of(seq_id)) {
-        const auto n = (uint32_t) image.pos.size();
+        const auto n = (uint32_t) image.places.size();
         res.given += n;
         res.images.push_back(format("{\"n\": %u, \"nx\": %u, \"ny\": %u}", n, image.nx, image.ny));
         pruned |= image.pruned;

@@ -53,7 +53,7 @@ st3_record st3_memory::make_record(const llama_ubatch & ubatch, llama_seq_id seq
             for (uint32_t s = 0; s < n_stage(); ++s) {
                 share.held.push_back(held(seq_id, list[i], s));
                 more |= !waiting && share.held[s].ids.size() > schedule.target(
-                                                                       (uint32_t) list[i].pos.size(), list[i].n0[s],
+                                                                       (uint32_t) list[i].places.size(), list[i].n0[s],
                                                                        std::numeric_limits<uint64_t>::max());
             }
             if (more) {
@@ -159,7 +159,7 @@ void st3_memory::absorb() {
 
                         auto & image = images.of(record.seq_id)[i_image];
                         if (image.scores.empty()) {
-                            image.scores.assign(n_stage(), std::vector<float>(image.pos.size()));
+                            image.scores.assign(n_stage(), std::vector<float>(image.places.size()));
                         }
                         image.scores[s][index] += std::isfinite(data[i]) ? data[i] : 0.0f;  // NaN has no rank
                     }

@@ -127,7 +127,7 @@ llama_pos st3_memory::seq_pos_min(llama_seq_id seq_id) const {
         res               = res < 0 || (p >= 0 && p < res) ? p : res;
     }
     const auto * prompt = waits.of(seq_id);
-    return prompt && (res < 0 || prompt->p0 < res) ? prompt->p0 : res;
+    return prompt && (res < 0 || prompt->p0() < res) ? prompt->p0() : res;
 }
 
 llama_pos st3_memory::seq_pos_max(llama_seq_id seq_id) const {

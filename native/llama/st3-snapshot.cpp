@@ -4,8 +4,10 @@
 //     shape   u32 n_layer, n_stage, type_k, type_v; i32 cuts[n_stage - 1]; u32 n_embd_k, n_embd_v of each layer;
 //             from version 3 on, u64 checksum of the schedule's other fields
 //     i32     the sequence saved, or -1: all
-//     images  u32 n, then each: i32 sequence, its fields (version 1: without weights, all of which are 1)
-//     prompts u32 n, then each: i32 sequence, u32 waits (else it was asked), its fields (from version 3 on)
+//     images  u32 n, then each: i32 sequence, its fields (version 1: without weights, all of which are 1; up to version 3:
+//             positions alone for places)
+//     prompts u32 n, then each: i32 sequence, u32 waits (else it was asked), its fields (from version 3 on; in version 3:
+//             the first position alone, from which the others count)
 //     stages  each: u32 n cells, then each: i32 position, i32 shift not yet applied, i32 x, y, token, u32 n and i32 sequences
 //             and for each of its layers the rows of K, the rows of V
 //
@@ -28,7 +30,7 @@
 namespace {
 
 constexpr uint32_t MAGIC   = 0x53335453;  // "ST3S"
-constexpr uint32_t VERSION = 3;
+constexpr uint32_t VERSION = 4;
 
 // Larger ones cannot have come from a decode; and arithmetic on positions, ours and llama.cpp's, must not overflow.
 constexpr llama_pos MAX_POS = 1 << 30;
@@ -98,14 +100,14 @@ void put_shape(st3_writer & w, const st3_memory & mem, uint32_t version) {
 
 void put_image(st3_writer & w, llama_seq_id seq_id, const st3_image & image) {
     w.put(seq_id);
-    w.put((uint32_t) image.pos.size());
+    w.put((uint32_t) image.places.size());
     w.put(image.nx);
     w.put(image.ny);
     w.put(image.number);
     w.put((uint32_t) (image.pruned | image.evicted << 1));
     w.put(image.n_steps);
     w.put(image.n_records);
-    w.put(image.pos);
+    w.put(image.places);
     w.put((uint32_t) image.n0.size());
     w.put(image.n0);
     w.put((uint32_t) image.scores.size());
@@ -116,6 +118,10 @@ void put_image(st3_writer & w, llama_seq_id seq_id, const st3_image & image) {
     for (const auto & weights : image.weights) {
         w.put(weights);
     }
+}
+
+bool possible(const st3_place & p) {
+    return p.pos >= -1 && p.pos <= MAX_POS && p.y >= 0 && p.y <= MAX_POS && p.x >= 0 && p.x <= MAX_POS;
 }
 
 st3_image get_image(st3_reader & r, const st3_memory & mem, uint32_t version) {
@@ -130,15 +136,20 @@ st3_image get_image(st3_reader & r, const st3_memory & mem, uint32_t version) {
     image.evicted    = flags & 2;
     image.n_steps    = r.get<uint64_t>();
     image.n_records  = r.get<uint64_t>();
-    image.pos        = r.get<llama_pos>(n);
-
+    if (version < 4) {
+        for (const llama_pos p : r.get<llama_pos>(n)) {
+            image.places.push_back({ p });
+        }
+    } else {
+        image.places = r.get<st3_place>(n);
+    }
     const auto n_counts = r.get<uint32_t>();
     image.n0            = r.get<uint32_t>(n_counts);
     const auto n_scores = r.get<uint32_t>();
 
     if (n == 0 || uint64_t(image.nx) * image.ny != n || flags > 3 || n_counts != (image.pruned ? mem.n_stage() : 0) ||
         (n_scores != 0 && (!image.pruned || n_scores != mem.n_stage() || image.n_records == 0)) ||
-        std::any_of(image.pos.begin(), image.pos.end(), [](llama_pos p) { return p < -1 || p > MAX_POS; }) ||
+        std::any_of(image.places.begin(), image.places.end(), [](const st3_place & p) { return !possible(p); }) ||
         std::any_of(image.n0.begin(), image.n0.end(), [n](uint32_t c) { return c > n; })) {
         st3_fail("the saved state holds an impossible image");
     }
@@ -166,8 +177,8 @@ st3_image get_image(st3_reader & r, const st3_memory & mem, uint32_t version) {
 void put_prompt(st3_writer & w, llama_seq_id seq_id, bool waits, const st3_prompt & prompt) {
     w.put(seq_id);
     w.put((uint32_t) waits);
-    w.put(prompt.p0);
     w.put(prompt.n_rows());
+    w.put(prompt.pos);
     w.put(prompt.tokens);
     w.put((uint64_t) prompt.embd.size());
     w.put(prompt.embd);
@@ -175,18 +186,34 @@ void put_prompt(st3_writer & w, llama_seq_id seq_id, bool waits, const st3_promp
     w.put(prompt.images);
 }
 
-st3_prompt get_prompt(st3_reader & r, const llama_model & model) {
-    st3_prompt prompt;
-    prompt.p0 = r.get<llama_pos>();
+st3_prompt get_prompt(st3_reader & r, const llama_model & model, uint32_t version) {
+    const auto p0    = version < 4 ? r.get<llama_pos>() : 0;
+    const auto count = r.get<uint32_t>();
 
-    prompt.tokens       = r.get<llama_token>(r.get<uint32_t>());
+    st3_prompt prompt;
+    if (version < 4 && (p0 < 0 || p0 > MAX_POS || count > MAX_POS)) {
+        st3_fail("the saved state holds an impossible prompt");
+    } else if (version < 4) {
+        prompt.tokens = r.get<llama_token>(count);
+        for (uint32_t i = 0; i < count; ++i) {
+            prompt.pos.push_back({ p0 + (llama_pos) i, 0, 0, 0 });
+        }
+    } else {
+        prompt.pos    = r.get<st3_pos>(count);
+        prompt.tokens = r.get<llama_token>(count);
+    }
     const uint64_t n    = r.get<uint64_t>();
     prompt.embd         = r.get<float>(n);
     prompt.images       = r.get<st3_span>(r.get<uint32_t>());
     const auto n_rows   = prompt.n_rows();
     const auto n_images = std::count(prompt.tokens.begin(), prompt.tokens.end(), LLAMA_TOKEN_NULL);
 
-    bool ok = n_rows > 0 && prompt.p0 >= 0 && prompt.p0 <= MAX_POS && n == (uint64_t) n_images * model.hparams.n_embd;
+    bool ok = n_rows > 0 && n == (uint64_t) n_images * model.hparams.n_embd_inp();
+    for (uint32_t i = 0; ok && i < n_rows; ++i) {
+        const auto place = st3_place::of(prompt.pos[i]);
+        ok               = possible(place) && (i == 0 ? place.pos >= 0 : st3_place::of(prompt.pos[i - 1]) < place) &&
+             (model.hparams.n_pos_per_embd() > 1 || place == st3_place{ prompt.p0() + (llama_pos) i });
+    }
     uint64_t seen = 0;  // rows up to the end of an image
     for (const auto & span : prompt.images) {
         ok = ok && span.n > 0 && span.row >= seen && span.row + (uint64_t) span.n <= n_rows &&
@@ -371,7 +398,7 @@ void st3_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_sta
         if (waits > 1) {
             st3_fail("the saved state holds an impossible prompt");
         }
-        snap.prompts.push_back({ id, waits == 1, get_prompt(r, model) });
+        snap.prompts.push_back({ id, waits == 1, get_prompt(r, model, h.version) });
     }
 
     std::vector<std::vector<uint32_t>> need;  // [stage][stream] cells that come

@@ -15,7 +15,7 @@ std::string st3_why_not(const llama_context & ctx, uint32_t n) {
 
     if (n > cparams.n_batch) {
         return format(
-                "the image and its question, %u positions, do not fit one batch of %u (raise n_batch)", n,
+                "the image and its question, %u tokens, do not fit one batch of %u (raise n_batch)", n,
                 cparams.n_batch);
     }
     const auto & layers = cparams.embeddings_layer_inp;
@@ -25,13 +25,10 @@ std::string st3_why_not(const llama_context & ctx, uint32_t n) {
     if (!hparams.causal_attn || !cparams.causal_attn) {
         return "attention is not causal";
     }
-    if (hparams.n_pos_per_embd() != 1 || hparams.n_embd_inp() != hparams.n_embd) {
-        return "models with several positions a token or wider inputs are not supported yet";
-    }
     return "";
 }
 
-// Rows of token_embd, dequantized as ggml_get_rows does. out F32 [n_embd].
+// Rows of token_embd, dequantized as ggml_get_rows does. out F32 [n_embd]. Of a wider input (deepstack) the rest is 0.
 static void embed_token(const llama_model & model, llama_token token, std::vector<uint8_t> & row, float * out) {
     const ggml_tensor * t    = model.tok_embd;
     const auto          cast = ggml_get_type_traits(t->type)->to_float;
@@ -68,6 +65,7 @@ class st3_seam {
     int decode_all(llama_seq_id seq_id);
     int ask(const llama_batch_ext & in, llama_seq_id seq_id, const share_t & share);
 
+    void add_tokens(st3_prompt & prompt, const llama_batch_ext & in, const share_t & share) const;
     void hold(const llama_batch_ext & in, llama_seq_id seq_id, const share_t & share);
     bool fits(llama_seq_id seq_id, uint32_t n) const;
 
@@ -152,6 +150,19 @@ int st3_seam::decode(const llama_batch_ext & in) {
     return ctx.decode_now(in);
 }
 
+// Whether the tokens of an image, and of what waits before them, are in order of their places, as a cut leaves them.
+static bool ascending(const std::vector<llama_batch_ext::token> & tokens, const st3_prompt * before) {
+    auto last = before ? st3_place::of(before->pos.back()) : st3_place{};
+    for (const auto & token : tokens) {
+        const auto place = st3_place::of(token.pos);
+        if (!(last < place)) {
+            return false;
+        }
+        last = place;
+    }
+    return true;
+}
+
 // An image, or a part of it, waits if it may.
 int st3_seam::decode_image(const llama_batch_ext & in, llama_seq_id seq_id) {
     const auto     n      = (uint32_t) in.tokens.size();
@@ -165,7 +176,10 @@ int st3_seam::decode_image(const llama_batch_ext & in, llama_seq_id seq_id) {
     // and what one question asks about is all pruned in one way
     const bool beside = mem.has_unpruned(seq_id);
 
-    const auto why = st3_why_not(ctx, held - lead + left);
+    auto why = st3_why_not(ctx, held - lead + left);
+    if (why.empty() && !ascending(in.tokens, prompt)) {
+        why = "the places of the image's tokens do not ascend";
+    }
     if (n <= left && !rest && !beside && why.empty()) {
         if (held + left > n_batch && lead > 0) {
             if (const int res = decode_waiting(seq_id, lead)) {
@@ -294,9 +308,7 @@ int st3_seam::ask(const llama_batch_ext & in, llama_seq_id seq_id, const share_t
     const auto n_held = prompt.n_rows();
     mem.waits.waiting.erase(seq_id);
 
-    for (const size_t i : share.rows) {
-        prompt.add_token(in.tokens[i].id);
-    }
+    add_tokens(prompt, in, share);
     auto batch = make_batch(prompt, seq_id, true);
     for (size_t i = 0; i < share.rows.size(); ++i) {
         batch.tokens[n_held + i].output = in.tokens[share.rows[i]].output;
@@ -322,21 +334,26 @@ int st3_seam::ask(const llama_batch_ext & in, llama_seq_id seq_id, const share_t
     return 0;
 }
 
+void st3_seam::add_tokens(st3_prompt & prompt, const llama_batch_ext & in, const share_t & share) const {
+    for (const size_t i : share.rows) {
+        const auto & row = in.tokens[i];
+        prompt.add_token(row.id, st3_text_pos(row.pos[0], ctx.model.hparams.n_pos_per_embd()));
+    }
+}
+
 // Adds a share to what waits in its sequence: text, or a part of the announced image.
 void st3_seam::hold(const llama_batch_ext & in, llama_seq_id seq_id, const share_t & share) {
     auto & prompt = mem.waits.waiting[seq_id];
-    if (prompt.n_rows() == 0) {
-        prompt.p0 = in.tokens[share.rows[0]].pos[0];
-    }
     if (in.n_embd == 0) {
-        for (const size_t i : share.rows) {
-            prompt.add_token(in.tokens[i].id);
-        }
+        add_tokens(prompt, in, share);
         return;
     }
-    const auto n = (uint32_t) in.tokens.size();
-    prompt.add_image(mem.waits.announced, in.embd.data(), n, (uint32_t) in.n_embd);
-    mem.waits.announced.left -= n;
+    std::vector<st3_pos> pos;
+    for (const auto & row : in.tokens) {
+        pos.push_back(row.pos);
+    }
+    prompt.add_image(mem.waits.announced, in.embd.data(), pos, (uint32_t) in.n_embd);
+    mem.waits.announced.left -= (uint32_t) pos.size();
 }
 
 // Whether n rows more of a sequence will find cells.
@@ -359,7 +376,7 @@ llama_batch_ext st3_seam::make_batch(const st3_prompt & prompt, llama_seq_id seq
         llama_batch_ext::token row;
         row.id      = prompt.tokens[i];
         row.seq_ids = { seq_id };
-        row.pos[0]  = prompt.p0 + (llama_pos) i;
+        row.pos     = prompt.pos[i];
         if (as_embeddings || row.id == LLAMA_TOKEN_NULL) {
             row.has_embd = true;
             row.embd_off = res.embd.size();
@@ -410,7 +427,7 @@ int st3_seam::decode_waiting(llama_seq_id seq_id, uint32_t n_rows) {
     mem.waits.announced     = announced;
 
     if (res != 0) {
-        mem.seq_rm(seq_id, prompt.p0, -1);
+        mem.seq_rm(seq_id, prompt.p0(), -1);
         mem.waits.waiting[seq_id] = std::move(prompt);
     } else if (n_rows < prompt.n_rows()) {
         mem.waits.waiting[seq_id] = prompt.part(n_rows, prompt.n_rows());

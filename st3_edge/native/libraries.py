@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from ..errors import LibraryError, one_line
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 _ENV = ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB")

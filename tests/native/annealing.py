@@ -14,6 +14,7 @@ import numpy as np
 from cases import SEED
 from native_runtime import Context, Image
 from oracle import llama as oracle
+from oracle import mrope
 from oracle.schedule import Schedule
 
 NEAR_TIE = 1e-4
@@ -28,7 +29,7 @@ AGAIN = 12  # runs with noise, at most
 @lru_cache(maxsize=8)
 def decoder(path: Path) -> oracle.Decoder:
     """The oracle of a file."""
-    return oracle.Decoder(path)
+    return mrope.Decoder(path) if mrope.is_for(path) else oracle.Decoder(path)
 
 
 def native(pieces: list[oracle.Piece]) -> list:

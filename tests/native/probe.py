@@ -10,6 +10,7 @@ from pathlib import Path
 
 import native_runtime
 import numpy as np
+from mrope import RowContext
 
 
 def main() -> None:
@@ -20,8 +21,10 @@ def main() -> None:
     before, after = [1, 5, 9], [int(t) for t in rng.integers(3, 300, 66)]
     got = []
     with native_runtime.Model(rt, Path(gguf)) as model:
-        image = rng.standard_normal((100, model.n_embd)).astype(np.float32)
-        with native_runtime.Context(model, n_ctx=512, n_ubatch=128, kv=kv) as ctx:
+        image = rng.standard_normal((100, model.n_embd_inp)).astype(np.float32)
+        kind = RowContext if model.mrope else native_runtime.Context
+        with kind(model, n_ctx=512, n_ubatch=128, kv=kv) as ctx:
+            ctx.grid = 10, 10
             if mode == "st3":
                 code = ctx.prefill([before, native_runtime.Image(image, 10, 10), after])
             else:

@@ -219,7 +219,7 @@ def with_other_image(raw: bytes, n_layer: int, n_cuts: int, flags: int | None, n
     assert n_images == 1
     at += 24
     had = struct.unpack_from("<I", raw, at)[0]
-    counts = at + 20 + 4 * n
+    counts = at + 20 + 12 * n
     (n_counts,) = struct.unpack_from("<I", raw, counts)
     if n0 is None:
         n0 = list(struct.unpack_from(f"<{n_counts}I", raw, counts + 4))

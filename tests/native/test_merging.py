@@ -108,7 +108,7 @@ def as_version_1(raw: bytes) -> bytes:
     """A saved state of one sequence as it was before there were weights."""
     start = raw.index(struct.pack("<I", 0x53335453))
     magic, version, length, _ = HEADER.unpack_from(raw, start)
-    assert version == 3
+    assert version == 4
     body = raw[start + HEADER.size :][:length]
 
     def number(at: int) -> int:
@@ -119,7 +119,9 @@ def as_version_1(raw: bytes) -> bytes:
     at += 4  # sequence
     assert number(at) == 1, "one image"
     n = number(at + 8)
-    at += 4 + 24 + 16 + 4 * n  # up to its counts
+    at += 4 + 24 + 16
+    body = body[:at] + b"".join(body[i : i + 4] for i in range(at, at + 12 * n, 12)) + body[at + 12 * n :]  # positions
+    at += 4 * n  # up to its counts
     at += 4 + 4 * number(at)
     at += 4 + 4 * n * number(at)  # scores
     weights = 4 + 4 * n * number(at)

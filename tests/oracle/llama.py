@@ -213,13 +213,15 @@ class Result:
 
 
 class Decoder:
-    """The model of a GGUF file of the `llama` architecture."""
+    """The model of a GGUF file of the `llama` architecture, and what others derive from."""
 
     def __init__(self, path: Path) -> None:
         reader = gguf.GGUFReader(path)
 
+        arch = reader.get_field("general.architecture").contents()
+
         def key(name: str, default: float | None = None) -> float:
-            f = reader.get_field(f"llama.{name}")
+            f = reader.get_field(f"{arch}.{name}")
             if f is None and default is None:
                 raise KeyError(name)
             return default if f is None else f.contents()
@@ -291,11 +293,12 @@ class Decoder:
         else:
             out = rounding.rotate(p @ of_head, turn_v)
         x = x + out.swapaxes(0, 1).reshape(len(x), -1) @ self.w(f"blk.{i}.attn_output.weight").T
-        y = self._norm(x, f"blk.{i}.ffn_norm.weight")
+        return x + self._ffn(i, self._norm(x, f"blk.{i}.ffn_norm.weight")), q, now
+
+    def _ffn(self, i: int, y: Array) -> Array:
         gate = y @ self.w(f"blk.{i}.ffn_gate.weight").T
         up = y @ self.w(f"blk.{i}.ffn_up.weight").T
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ self.w(f"blk.{i}.ffn_down.weight").T
-        return x, q, now
+        return (gate / (1 + np.exp(-gate)) * up) @ self.w(f"blk.{i}.ffn_down.weight").T
 
     def _attention(self, q: Array, layer: Layer) -> Array:
         """Causal probabilities [n_head, n_q, n] of queries that belong to the newest cells."""
