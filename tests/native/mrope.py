@@ -16,9 +16,9 @@ import numpy as np
 from native_runtime import Context, Image, Model
 from oracle import llama as oracle
 
-from st3_edge.bench import random_model
-from st3_edge.bench.random_model import Tensor
-from st3_edge.bench.shapes import Shape
+from st3_edge.commands.bench import random_model
+from st3_edge.commands.bench.random_model import Tensor
+from st3_edge.commands.bench.shapes import Shape
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def keys_of(f: Family, number: int) -> dict:
 @pytest.mark.parametrize("number", range(5))
 @pytest.mark.parametrize("name", FAMILIES)
 def test_conversation(rt, path, tally, name: str, number: int) -> None:
-    """Breaks if a rotary position, a row of deepstack, a mask, a score, a cut, an owner or an annealed cell is wrong: in
+    """Breaks if a rotary position, a row of deepstack, a mask, a score, a cut, an owner or a removed cell is wrong: in
     a first prompt, an answer, a question that follows, a second prompt with images, or an image cut down afterwards."""
     f = FAMILIES[name]
     keys, kv = keys_of(f, number), "Q8_0" if number == 3 else "F16"
