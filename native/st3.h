@@ -113,7 +113,7 @@ LLAMA_API int32_t
 st3_owners(const struct llama_context * ctx, llama_seq_id seq_id, int32_t i_cut, int32_t * out, int32_t cap);
 
 // Visual tokens of sequence seq_id that layer il holds now, as indices over all images of the sequence in order, ascending.
-// Writes at most cap of them to out, and returns how many there are; -1 for bad arguments.
+// Writes at most cap of them to out, and returns how many there are; -1 for bad arguments and memory without ST3.
 LLAMA_API int32_t
 st3_visual(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t * out, int32_t cap);
 

@@ -292,17 +292,18 @@ int32_t st3_visual(const llama_context * ctx, llama_seq_id seq_id, int32_t il, i
         require(out || cap <= 0, "no room for the result");
         check_layer(ctx, seq_id, il);
 
+        const auto * mem = pruned_memory(ctx);
+        require(mem, "memory without ST3 does not know which tokens are visual");
+
         int32_t n     = 0;
         int32_t first = 0;  // index of the image's first token
-        if (const auto * mem = pruned_memory(ctx)) {
-            for (const auto & image : mem->images.of(seq_id)) {
-                for (const uint32_t id : mem->held(seq_id, image, mem->schedule.stage(il)).ids) {
-                    if (n++ < cap) {
-                        out[n - 1] = first + (int32_t) id;
-                    }
+        for (const auto & image : mem->images.of(seq_id)) {
+            for (const uint32_t id : mem->held(seq_id, image, mem->schedule.stage(il)).ids) {
+                if (n++ < cap) {
+                    out[n - 1] = first + (int32_t) id;
                 }
-                first += (int32_t) image.places.size();
             }
+            first += (int32_t) image.places.size();
         }
         return n;
     });

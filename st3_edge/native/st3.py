@@ -66,7 +66,7 @@ def _st3() -> ctypes.CDLL:
             ctypes.c_int32,
             [context, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32],
         ),
-        "st3_positions": (
+        "st3_visual": (
             ctypes.c_int32,
             [context, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32],
         ),
@@ -129,11 +129,14 @@ def _of_cut(function: Any, context: Any, i_cut: int) -> list[int]:
     return list(out)
 
 
-def positions(context: Any, layer: int) -> npt.NDArray[np.int32]:
-    """The positions of sequence 0 that a layer holds now, ascending, int32 [n]; empty for memory that cannot tell."""
-    n = max(0, _st3().st3_positions(context, 0, layer, None, 0))
+def visual(context: Any, layer: int) -> npt.NDArray[np.int32] | None:
+    """The visual tokens of sequence 0 that a layer holds now: indices over all its images, ascending, int32 [n];
+    None for memory that cannot tell."""
+    n = _st3().st3_visual(context, 0, layer, None, 0)
+    if n < 0:
+        return None
     out = np.empty(n, np.int32)
-    _st3().st3_positions(context, 0, layer, out.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), n)
+    _st3().st3_visual(context, 0, layer, out.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), n)
     return out
 
 

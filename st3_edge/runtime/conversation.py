@@ -116,18 +116,6 @@ class Conversation:
         """Visual tokens given, over all images held."""
         return sum(unit.n for unit in self.units if isinstance(unit, Image))
 
-    @property
-    def visual_positions(self) -> list[int]:
-        """The position of each visual token given, over all images held."""
-        out: list[int] = []
-        at = 0
-        for unit in self.units:
-            n = unit.n if isinstance(unit, Image) else 1
-            if isinstance(unit, Image):
-                out += range(at, at + n)
-            at += n
-        return out
-
     def cut(self, n: int) -> int:
         """Keeps the first `n` units, and of the sequence what the record says. Returns how many are left: `n`, or 0
         where the memory cannot forget a part."""

@@ -67,7 +67,7 @@ class Generation:
         self.token = token = self.sampler.sample(llama, -1)
         report.ms.decode += ms_since(started)
         if report.trace:
-            tracing.note_left(report, llama.ctx, decoder.conversation)
+            tracing.note_left(report, llama.ctx)
         if decoder.lib.llama_vocab_is_eog(llama.vocab, token):
             report.finish_reason = "stop"
             return self._end(decoder, report), True

@@ -34,16 +34,15 @@ def begin(llama: TextModel, conversation: Conversation, wanted: Sequence[Unit], 
     )
 
 
-def note_left(report: Report, context: Any, conversation: Conversation) -> None:
+def note_left(report: Report, context: Any) -> None:
     """Notes in a report's trace which visual tokens left their stage since it was last called."""
     assert report.trace
-    positions = conversation.visual_positions
     for layer, of_stage in zip((0, *(cut + 1 for cut in report.schedule.cuts)), report.trace.left, strict=True):
-        held = st3.positions(context, layer)
-        if len(held):
-            gone = ~np.isin(positions, held) & (np.array(of_stage) < 0)
-            for i in np.flatnonzero(gone):
-                of_stage[i] = report.n_generated
+        held = st3.visual(context, layer)
+        if held is not None:
+            for i in np.setdiff1d(np.arange(len(of_stage)), held):
+                if of_stage[i] < 0:
+                    of_stage[i] = report.n_generated
 
 
 def _top_logits(llama: TextModel) -> list[list[float]]:
