@@ -367,10 +367,14 @@ class Context:
         """llama_memory_seq_div."""
         self.rt.llama.llama_memory_seq_div(self._memory, seq, p0, p1, by)
 
+    def state_size(self, seq: int | None = None) -> int:
+        """The bytes that `save` will take."""
+        L = self.rt.llama
+        return L.llama_state_get_size(self.ptr) if seq is None else L.llama_state_seq_get_size(self.ptr, seq)
+
     def save(self, seq: int | None = None) -> bytes:
         """The state of a sequence, or of the whole context. Raises NativeError."""
-        L = self.rt.llama
-        size = L.llama_state_get_size(self.ptr) if seq is None else L.llama_state_seq_get_size(self.ptr, seq)
+        L, size = self.rt.llama, self.state_size(seq)
         raw = (C.c_uint8 * max(1, size))()
         if seq is None:
             n = L.llama_state_get_data(self.ptr, raw, size)
@@ -387,6 +391,20 @@ class Context:
         if seq is None:
             return L.llama_state_set_data(self.ptr, data, len(raw))
         return L.llama_state_seq_set_data(self.ptr, data, len(raw), seq)
+
+    def save_file(self, path: Path, seq: int | None = None) -> bool:
+        """Write a state to a file; false where that failed."""
+        L, name = self.rt.llama, str(path).encode()
+        if seq is None:
+            return bool(L.llama_state_save_file(self.ptr, name, None, 0))
+        return L.llama_state_seq_save_file(self.ptr, name, seq, None, 0) > 0
+
+    def load_file(self, path: Path, seq: int | None = None) -> bool:
+        """Read it back; false where it is refused."""
+        L, name, n, room = self.rt.llama, str(path).encode(), C.c_size_t(), (C.c_int32 * 1)()
+        if seq is None:
+            return bool(L.llama_state_load_file(self.ptr, name, room, 1, n))
+        return L.llama_state_seq_load_file(self.ptr, name, seq, room, 1, n) > 0
 
     def abort_when(self, stop: Callable[[], bool] | None) -> None:
         """Set (or, with None, remove) a function that ends the running decode by returning True."""

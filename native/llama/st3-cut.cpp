@@ -1,7 +1,6 @@
 // st3-cut.cpp - the cut at the end of a layer: ranks, selects, merges and gathers rows with stock ops.
 
 #include "st3-graph-input.h"
-#include "st3-graph.h"
 #include "st3-ops.h"
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-#include "st3-graph.h"
+// st3-graph.cpp - the call sites in llama.cpp's graph building, but for the cut.
 
 #include "llama-impl.h"
 #include "st3-graph-input.h"

@@ -15,12 +15,10 @@
 #include <deque>
 #include <memory>
 #include <string>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
 struct llama_cparams;
-struct llama_model_kv_override;
 
 // What comes with a ubatch besides its computation.
 struct st3_work {
@@ -280,16 +278,6 @@ class st3_memory_context : public llama_memory_context_i {
 
     size_t i_cur = 0;
 };
-
-// Call site in llama_model::load_hparams: st3.* overrides join the metadata, where llama_model_meta_val_str sees them too.
-void st3_merge_overrides(
-        const std::unordered_map<std::string, llama_model_kv_override> & overrides,
-        std::unordered_map<std::string, std::string> &                   meta);
-
-// Call site in llama_model::create_memory: the memory of a model with a schedule, or null for the stock one.
-// Throws std::invalid_argument when the st3.* metadata is unusable.
-llama_memory_i *
-st3_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
 
 // Why ST3 cannot run on a model or context although its metadata asks for it; "" if it can.
 std::string st3_unsupported(const llama_model & model, const llama_memory_params * params);

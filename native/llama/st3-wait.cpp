@@ -3,7 +3,6 @@
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-model.h"
-#include "st3-graph.h"
 #include "st3-memory.h"
 
 #include <algorithm>

@@ -63,6 +63,11 @@ def main() -> None:
                 assert ctx.decode([5 + i % 7], 205 + i) == 0
                 out["logits"].append(ctx.logits().tolist())
                 out["steps"].append(note())
+            state = ctx.save(0)
+            note()
+            for what, bring in (("size", lambda: ctx.state_size(0)), ("save", lambda: len(ctx.save(0)))):
+                out[what] = {"bytes": bring(), **note()}
+            assert ctx.restore(state, 0) == len(state) and ctx.save(0) == state
             out["positions"] = [ctx.held(il).tolist() for il in range(model.n_layer)]
         # nothing is read until the end, while the cache grows and is copied
         with native_runtime.Context(model, n_ctx=1024, n_ubatch=512, kv=kv, n_seq=2) as ctx:

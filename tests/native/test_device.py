@@ -153,3 +153,13 @@ def test_little_leaves_the_device(run, name: str, refused: str) -> None:
     for row in (ours["prefill"], *ours["steps"]):
         assert row["graphs"] == 1
         assert logits <= row["bytes_out"] <= logits + 4 * stages * kinds * (visual + 64), row
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_size_of_a_state_is_asked_of_nobody(run, name: str) -> None:
+    """Breaks if keys come to the host to be counted, or more often than once to be saved."""
+    ours = run(*CASES[name])
+    assert ours["size"]["bytes_out"] == 0
+    assert ours["size"]["waits"] <= 1  # for what was computed
+    assert ours["size"]["bytes"] == ours["save"]["bytes"]
+    assert 0.5 * ours["save"]["bytes"] < ours["save"]["bytes_out"] < ours["save"]["bytes"]

@@ -7,6 +7,7 @@ import struct
 import cases
 import numpy as np
 import pytest
+import saved
 from annealing import native
 from cases import SEED
 from native_runtime import Context, Image, Model, NativeError
@@ -14,7 +15,6 @@ from oracle import llama as oracle
 
 SHAPE = cases.SHAPES["gqa-32"]
 KEYS = {"st3.preset": "st3", "st3.keep": 0.5, "st3.start": 2, "st3.stride": 2}
-HEADER = struct.Struct("<IIQQ")  # of a saved state: magic, version, length, checksum
 
 
 @pytest.fixture(scope="module")
@@ -96,50 +96,79 @@ def test_there_are_no_owners_where_nothing_was_merged(rt, path) -> None:
                 ctx.owners(1)
 
 
-def checksum(body: bytes) -> int:
-    """As st3-snapshot.cpp computes it."""
-    out = 0xCBF29CE484222325
-    for (word,) in struct.iter_unpack("<Q", body + bytes(-len(body) % 8)):
-        out = ((out ^ word) * 0x100000001B3) % 2**64
-    return out ^ len(body)
+def as_version(raw: bytes, version: int) -> bytes:
+    """A saved state of one image as it was: in 3, with positions for places, and 1, before weights and prompts too."""
+    head, body = saved.take_apart(raw)
+    at, out = 0, b""
+
+    def take(form: str) -> tuple:
+        nonlocal at
+        values = struct.unpack_from("<" + form, body, at)
+        at += struct.calcsize("<" + form)
+        return values
+
+    def put(form: str, *values: float) -> tuple:
+        nonlocal out
+        out += struct.pack("<" + form, *values)
+        return values
+
+    def keep(form: str) -> tuple:
+        return put(form, *take(form))
+
+    n_layer, n_stage, *_ = keep("4I")
+    keep(f"{n_stage - 1}i{2 * n_layer}I")
+    if version < 3:
+        take("Q")  # checksum of the schedule
+    else:
+        keep("Q")
+    _, n_images = keep("iI")
+    assert n_images == 1
+    _, n, *_ = keep("i5I2Q")
+    put(f"{n}i", *take(f"{3 * n}i")[::3])
+    keep(f"{keep('I')[0]}I")
+    keep(f"{n * keep('I')[0]}f")  # scores
+    if version == 1:
+        assert len(take(f"{n * take('I')[0]}f")) > 0  # weights
+        assert take("I") == (0,)  # prompts
+    else:
+        keep(f"{n * keep('I')[0]}f")
+        for _ in range(keep("I")[0]):
+            keep("iI")
+            (n_rows,) = take("I")
+            put("iI", take(f"{4 * n_rows}i")[0], n_rows)
+            keep(f"{n_rows}i")
+            keep(f"{keep('Q')[0]}f")
+            keep(f"{4 * keep('I')[0]}I")
+    return saved.put_together(head, out + body[at:], version)
 
 
-def as_version_1(raw: bytes) -> bytes:
-    """A saved state of one sequence as it was before there were weights."""
-    start = raw.index(struct.pack("<I", 0x53335453))
-    magic, version, length, _ = HEADER.unpack_from(raw, start)
-    assert version == 4
-    body = raw[start + HEADER.size :][:length]
-
-    def number(at: int) -> int:
-        return struct.unpack_from("<I", body, at)[0]
-
-    at = 16 + 4 * (number(4) - 1) + 8 * number(0)  # shape, less the schedule's checksum
-    body = body[:at] + body[at + 8 :]
-    at += 4  # sequence
-    assert number(at) == 1, "one image"
-    n = number(at + 8)
-    at += 4 + 24 + 16
-    body = body[:at] + b"".join(body[i : i + 4] for i in range(at, at + 12 * n, 12)) + body[at + 12 * n :]  # positions
-    at += 4 * n  # up to its counts
-    at += 4 + 4 * number(at)
-    at += 4 + 4 * n * number(at)  # scores
-    weights = 4 + 4 * n * number(at)
-    assert weights > 4
-    assert number(at + weights) == 0, "no prompt"
-    body = body[:at] + body[at + weights + 4 :]
-    return raw[:start] + HEADER.pack(magic, 1, len(body), checksum(body)) + body + raw[start + HEADER.size + length :]
-
-
-def test_a_state_without_weights_is_read(rt, path) -> None:
-    """Breaks if a file of an older version is refused, or its tokens stand for more than themselves."""
+def test_states_of_older_versions_are_read(rt, path) -> None:
+    """Breaks if one is refused, or tokens of one without weights stand for more than themselves."""
     with Model(rt, path, KEYS) as model, Context(model, n_ctx=512) as ctx:
         assert ctx.prefill(native(prompt())) == 0
         at = ctx.positions()[1] + 1
         state = ctx.save(0)
         want = answer(ctx, at)
-        for raw, same in ((state, True), (as_version_1(state), False)):
+        for raw, same in ((state, True), (as_version(state, 3), True), (as_version(state, 1), False)):
             with Context(model, n_ctx=512) as other:
                 assert other.restore(raw, 0) > 0
                 got = answer(other, at)
                 assert [oracle.nmse(a, b) < 1e-9 for a, b in zip(got, want, strict=True)] == [same] * len(want)
+
+
+def test_a_prompt_of_an_older_version_is_read_again(rt, path) -> None:
+    """Breaks if the positions of a prompt that may be asked anew are lost on the way from version 3."""
+    image = Image(np.random.default_rng([SEED, 32]).standard_normal((64, SHAPE.n_embd)).astype(np.float32), 8, 8)
+    with Model(rt, path, KEYS) as model, Context(model, n_ctx=512) as ctx:
+        assert ctx.decode([1, 5], 0) == 0
+        assert ctx.picture(image, 2) == 0
+        assert ctx.decode([7, 8, 9], 66) == 0
+        assert ctx.report()["mode"] == "pruned-prefill"
+        want, state = ctx.logits(), ctx.save(0)
+        for raw in (state, as_version(state, 3)):
+            with Context(model, n_ctx=512) as other:
+                assert other.restore(raw, 0) > 0
+                assert other.seq_rm(0, 68)
+                assert other.decode([9], 68) == 0
+                assert other.report()["mode"] == "pruned-prefill"
+                assert np.array_equal(other.logits(), want)

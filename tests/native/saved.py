@@ -1,0 +1,34 @@
+"""Saved states of st3_memory taken apart and put together, as st3-snapshot.cpp writes them."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+
+MAGIC = struct.pack("<I", 0x53335453)
+
+
+def checksum(body: bytes) -> int:
+    """FNV-1a over 64-bit words, the last one padded with zeros, and the length."""
+    out, whole = 0xCBF29CE484222325, body + bytes(-len(body) % 8)
+    for word in np.frombuffer(whole, "<u8").tolist():
+        out = (out ^ word) * 0x100000001B3 % 2**64
+    return out ^ len(body)
+
+
+def take_apart(raw: bytes) -> tuple[bytes, bytes]:
+    """What llama.cpp wrote ahead of our section, and the section's body."""
+    start = raw.index(MAGIC)
+    version, length = struct.unpack_from("<IQ", raw, start + 4)
+    body = raw[start + 16 :][:length]
+    assert version == 4
+    assert raw[start + 16 + length :] == struct.pack("<Q", checksum(body))
+    return raw[:start], body
+
+
+def put_together(head: bytes, body: bytes, version: int = 4) -> bytes:
+    """A state with a right checksum, whatever is in it."""
+    total = struct.pack("<Q", checksum(body))
+    parts = (body, total) if version >= 4 else (total, body)
+    return head + MAGIC + struct.pack("<IQ", version, len(body)) + b"".join(parts)
