@@ -14,6 +14,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import saved
 from cases import SEED
 from native_runtime import Context, Image, Model
 from occupancy import NoRoom, Occupancy
@@ -83,11 +84,12 @@ class Pair:
 
 def saved_values(raw: bytes, n_cuts: int) -> list[dict[int, bytes]]:
     """For each stage, the rows of V at each position, from a saved sequence (the format is in st3-snapshot.cpp)."""
-    at = 8 + 24  # llama.cpp's header, and ours
+    _, body = saved.take_apart(raw)
+    at = 0
 
     def take(form: str) -> tuple:
         nonlocal at
-        out = struct.unpack_from("<" + form, raw, at)
+        out = struct.unpack_from("<" + form, body, at)
         at += struct.calcsize("<" + form)
         return out
 
@@ -121,10 +123,10 @@ def saved_values(raw: bytes, n_cuts: int) -> list[dict[int, bytes]]:
         for _ in range(layers):
             at += row * len(positions)  # K
             for i in range(len(positions)):
-                values[i] += raw[at : at + row]
+                values[i] += body[at : at + row]
                 at += row
         out.append(dict(zip(positions, values, strict=True)))
-    assert at == len(raw)
+    assert at == len(body)
     return out
 
 
