@@ -100,13 +100,13 @@ def saved_values(raw: bytes, n_cuts: int) -> list[dict[int, bytes]]:
     _, n_images = take("iI")
     for _ in range(n_images):
         _, n, *_ = take("i5I")
-        take(f"2Q{n}i")
+        take(f"2Q{3 * n}i")
         take(f"{take('I')[0]}I")
         take(f"{take('I')[0] * n}f")  # scores
         take(f"{take('I')[0] * n}f")  # weights
     for _ in range(take("I")[0]):
-        take("iIi")
-        take(f"{take('I')[0]}i")
+        _, _, n = take("iII")
+        take(f"{5 * n}i")  # positions, tokens
         take(f"{take('Q')[0]}f")
         take(f"{4 * take('I')[0]}I")
     row = SHAPE.head * SHAPE.n_head_kv
