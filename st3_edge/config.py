@@ -13,6 +13,7 @@ from .errors import ConfigError
 Override = bool | int | float | str
 
 RANKS = ("score", "distance")
+VISION_TYPES = ("auto", "file")
 CURVES = ("none", "linear", "cosine", "exponential")
 REVISIT = ("never", "turn")  # what a new question sees of earlier pictures; the first is the default
 PRESETS = ("off", "st3", "pvtp", "paper", "fastv", "pyramiddrop", "vtw", "random", "downsample")
@@ -53,6 +54,10 @@ class ST3Config:
     anneal_interval  >= 1: tokens leave at every so many generated ones
     anneal_score     terms as score's, or "random": which of them leave; None: by score
 
+    Before all that, the vision encoder:
+
+    vision_type one of VISION_TYPES; "auto": BF16, where the CPU multiplies it fast; "file": the type of its file, as stock
+
     Raises ConfigError where a value is of the wrong type or outside its range.
     """
 
@@ -73,6 +78,7 @@ class ST3Config:
     anneal_floor: float | None = None
     anneal_interval: int | None = None
     anneal_score: str | None = None
+    vision_type: str | None = None
 
     def __post_init__(self) -> None:
         if self.preset is not None and self.preset not in PRESETS:
@@ -92,6 +98,8 @@ class ST3Config:
             raise ConfigError(f"merge must be True or False, not {self.merge!r}")
         if self.rank is not None and self.rank not in RANKS:
             raise ConfigError(f"unknown rank {self.rank!r}; there are: {', '.join(RANKS)}")
+        if self.vision_type is not None and self.vision_type not in VISION_TYPES:
+            raise ConfigError(f"unknown vision_type {self.vision_type!r}; there are: {', '.join(VISION_TYPES)}")
         self._int("start", 1)
         self._int("stride", 1)
         self._int("min_keep", 0)

@@ -182,6 +182,13 @@ int32_t st3_check_model(const llama_model * model) {
     });
 }
 
+bool st3_vision_bf16(const llama_model * model) {
+    return guarded(false, [&] {
+        require(model, "no model");
+        return st3_make_schedule(model->gguf_kv, model->hparams.n_layer()).vision_bf16;
+    });
+}
+
 double st3_prefill_flops(const llama_model * model, int32_t n_rows, int32_t n_before) {
     return guarded(-1.0, [&] {
         require(model && n_rows >= 0 && n_before >= 0, "no model, or a negative number");

@@ -21,10 +21,11 @@ const char * const KEYS[] = {
     "st3.preset",          "st3.budget",       "st3.start",  "st3.stride",        "st3.keep",
     "st3.min_keep",        "st3.min_share",    "st3.score",  "st3.coverage",      "st3.seed",
     "st3.merge",           "st3.rank",         "st3.anneal", "st3.anneal_tokens", "st3.anneal_floor",
-    "st3.anneal_interval", "st3.anneal_score",
+    "st3.anneal_interval", "st3.anneal_score", "st3.vision_type",
 };
 
 const char * const RANKS[]  = { "score", "distance" };                        // as st3_schedule::distance
+const char * const VISION_TYPES[] = { "file", "auto" };  // as st3_schedule::vision_bf16
 const char * const CURVES[] = { "none", "linear", "cosine", "exponential" };  // as st3_curve
 
 // A preset is a set of defaults. start and stride are fractions of the layers where they are at most 1.
@@ -346,6 +347,10 @@ st3_schedule st3_make_schedule(const meta_map & meta, uint32_t n_layer) {
     size_t rank = s.distance;
     get_name(meta, "st3.rank", RANKS, rank);
     s.distance = rank == 1;
+
+    size_t vision_type = 1;
+    get_name(meta, "st3.vision_type", VISION_TYPES, vision_type);
+    s.vision_bf16 = vision_type == 1;
 
     s.cuts = cut_layers(s.start, s.stride, n_layer);
     if (solved && p->sure && s.start < n_layer) {

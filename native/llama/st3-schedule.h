@@ -56,6 +56,8 @@ struct st3_schedule {
 
     bool anneals() const { return anneal != ST3_CURVE_NONE && anneal_floor < 1.0; }
 
+    bool vision_bf16 = false;  // the vision encoder may compute in BF16
+
     bool off() const { return cuts.empty() && !anneals(); }
 
     const char * curve_name() const;

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from ..config import CURVES, PRESETS, RANKS, ST3Config
+from ..config import CURVES, PRESETS, RANKS, VISION_TYPES, ST3Config
 from ..errors import ConfigError, ModelError
 from ..report import Report
 
@@ -80,6 +80,12 @@ def add_schedule(parser: argparse.ArgumentParser, *, budget: bool = True) -> arg
     st3.add_argument("--anneal-tokens", type=int, metavar="N", help="words or so until --anneal-floor is reached")
     st3.add_argument(
         "--anneal-floor", type=float, metavar="R", help="share of the kept tokens that is left in the end, 0 to 1"
+    )
+    st3.add_argument(
+        "--vision-type",
+        metavar="T",
+        help=f"{' or '.join(VISION_TYPES)} (auto: the vision encoder computes in BF16 where the CPU is fast at it; "
+        "file: in the type of its file, as stock)",
     )
     return st3
 

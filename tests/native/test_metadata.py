@@ -66,6 +66,7 @@ BAD = {
     "anneal_score unknown": ("anneal_score", {"st3.anneal_score": "last"}),
     "anneal_score empty": ("anneal_score", {"st3.anneal_score": ""}),
     "anneal_score with chance": ("anneal_score", {"st3.anneal_score": "random+last-mean"}),
+    "vision_type unknown": ("vision_type", {"st3.vision_type": "f16"}),
     "key unknown": ("anneal_speed", {"st3.anneal_speed": 3}),
 }
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from st3_edge import CURVES, PRESETS, RANKS, ConfigError, ST3Config
+from st3_edge.config import VISION_TYPES
 
 SHARES = st.floats(0, 1)
 WHOLE = st.integers(1, 2**32 - 1)
@@ -43,13 +44,14 @@ def test_budget_or_keep_beside_the_other_one_in_the_file_is_told(given, carried)
     anneal_floor=st.floats(0.01, 1) | st.just(1),
     anneal_interval=WHOLE,
     anneal_score=st.sampled_from(["random", "last-mean", "text-max-sum+last-mean"]),
+    vision_type=st.sampled_from(VISION_TYPES),
 )
 def test_overrides_have_the_types_that_the_bindings_tell_apart(**values):
     # broken if an int such as budget=1 went out as an integer, or a count as a real: the library refuses those
     overrides = ST3Config(**values).overrides()
     assert overrides == {f"st3.{name}": value for name, value in values.items()}
     for key, value in overrides.items():
-        types = dict.fromkeys(("preset", "rank", "anneal", "anneal_score"), str) | {"merge": bool}
+        types = dict.fromkeys(("preset", "rank", "anneal", "anneal_score", "vision_type"), str) | {"merge": bool}
         types |= dict.fromkeys(("budget", "min_share", "coverage", "anneal_floor"), float)
         assert type(value) is types.get(key.removeprefix("st3."), int)
 
@@ -96,6 +98,7 @@ def test_a_budget_outside_its_range_is_refused(value):
         ("anneal_floor", math.nan),
         ("anneal_interval", 0),
         ("anneal_score", "best"),
+        ("vision_type", "bf16"),
     ],
 )
 def test_a_value_of_the_wrong_type_or_range_is_refused(name, value):

@@ -102,12 +102,13 @@ def text_tensors(shape: Shape) -> Iterator[Tensor]:
         yield Tensor(f"blk.{i}.ffn_down.weight", (s.n_embd, s.n_ff), 2 * calm * s.n_ff**-0.5)
 
 
-def vision_tensors(tower: Tower, width: int) -> Iterator[Tensor]:
+def vision_tensors(tower: Tower, width: int, class_token: bool = True) -> Iterator[Tensor]:
     """Every tensor of a vision encoder, and of its projector to a decoder that is `width` wide."""
     t, in_std, calm = tower, tower.n_embd**-0.5, (2 * tower.n_layer) ** -0.5
-    yield Tensor("v.class_embd", (t.n_embd,), 0.1)
+    if class_token:
+        yield Tensor("v.class_embd", (t.n_embd,), 0.1)
     yield Tensor("v.patch_embd.weight", (t.n_embd, 3, t.patch_size, t.patch_size), (3 * t.patch_size**2) ** -0.5)
-    yield Tensor("v.position_embd.weight", (t.n_visual + 1, t.n_embd), 0.1)
+    yield Tensor("v.position_embd.weight", (t.n_visual + class_token, t.n_embd), 0.1)
     yield from _affine("v.pre_ln", (t.n_embd,), 0.1, 1.0)
     for i in range(t.n_layer):
         for name in ("ln1", "ln2"):
@@ -185,14 +186,25 @@ def write_text(
     _write(w, ((t, Kind.F32 if len(t.dims) < 2 else matrices) for t in text_tensors(shape)), seed, progress)
 
 
-def write_vision(path: Path, tower: Tower, width: int, seed: int = 1, progress: Progress | None = None) -> None:
-    """Writes an F16 mmproj of LLaVA's kind, for a decoder that is `width` wide."""
+def write_vision(
+    path: Path,
+    tower: Tower,
+    width: int,
+    seed: int = 1,
+    progress: Progress | None = None,
+    *,
+    file_type: str = "F16",
+    gelu: bool = False,
+    class_token: bool = True,
+) -> None:
+    """Writes an mmproj of LLaVA's kind, for a decoder that is `width` wide. `file_type` is that of its layers' matrices,
+    `gelu` their activation in place of quick-GELU, and without `class_token` there is none. Raises ValueError as `write_text` does."""
     w = gguf.GGUFWriter(path, "clip")
     w.add_name("random weights")
-    w.add_file_type(FILE_TYPES["F16"])
+    w.add_file_type(FILE_TYPES[file_type])
     w.add_clip_has_vision_encoder(True)
     w.add_clip_projector_type("mlp")
-    w.add_vision_use_gelu(False)  # neither GELU nor SiLU: quick-GELU
+    w.add_vision_use_gelu(gelu)  # neither GELU nor SiLU: quick-GELU
     w.add_vision_image_size(tower.image_size)
     w.add_vision_patch_size(tower.patch_size)
     w.add_vision_embedding_length(tower.n_embd)
@@ -205,8 +217,14 @@ def write_vision(path: Path, tower: Tower, width: int, seed: int = 1, progress: 
     w.add_vision_image_std([0.25] * 3)
     # Without it stock's graph leaves out one block more than ours: vendor/README.md.
     w.add_array("clip.vision.feature_layer", [tower.n_layer])
-    tensors = vision_tensors(tower, width)
-    _write(w, ((t, Kind.F32 if len(t.dims) < 2 else Kind.F16) for t in tensors), seed, progress)
+    matrices = gguf.GGMLQuantizationType[file_type]
+
+    def kind(tensor: Tensor) -> Any:
+        if len(tensor.dims) < 2:
+            return Kind.F32
+        return matrices if tensor.name.startswith(("v.blk.", "mm.")) else Kind.F16
+
+    _write(w, ((t, kind(t)) for t in vision_tensors(tower, width, class_token)), seed, progress)
 
 
 def _write(w: Any, tensors: Iterable[tuple[Tensor, Any]], seed: int, progress: Progress | None) -> None:
