@@ -18,15 +18,15 @@ namespace {
 using meta_map = std::unordered_map<std::string, std::string>;
 
 const char * const KEYS[] = {
-    "st3.preset",          "st3.budget",       "st3.start",  "st3.stride",        "st3.keep",
-    "st3.min_keep",        "st3.min_share",    "st3.score",  "st3.coverage",      "st3.seed",
-    "st3.merge",           "st3.rank",         "st3.anneal", "st3.anneal_tokens", "st3.anneal_floor",
+    "st3.preset",          "st3.budget",       "st3.start",       "st3.stride",        "st3.keep",
+    "st3.min_keep",        "st3.min_share",    "st3.score",       "st3.coverage",      "st3.seed",
+    "st3.merge",           "st3.rank",         "st3.anneal",      "st3.anneal_tokens", "st3.anneal_floor",
     "st3.anneal_interval", "st3.anneal_score", "st3.vision_type",
 };
 
-const char * const RANKS[]  = { "score", "distance" };                        // as st3_schedule::distance
-const char * const VISION_TYPES[] = { "file", "auto" };  // as st3_schedule::vision_bf16
-const char * const CURVES[] = { "none", "linear", "cosine", "exponential" };  // as st3_curve
+const char * const RANKS[]        = { "score", "distance" };                        // as st3_schedule::distance
+const char * const VISION_TYPES[] = { "file", "auto" };                             // as st3_schedule::vision_bf16
+const char * const CURVES[]       = { "none", "linear", "cosine", "exponential" };  // as st3_curve
 
 // A preset is a set of defaults. start and stride are fractions of the layers where they are at most 1.
 struct preset {

@@ -11,10 +11,10 @@
 
 namespace {
 
-constexpr int     LANES   = 16;        // F32 in a register, and pairs of BF16
-constexpr int64_t PANEL   = 2 * LANES; // columns that a tile computes
-constexpr int     ROWS    = 14;        // and its most rows: 28 sums, and the 2 registers of a panel
-constexpr int64_t K_BLOCK = 1024;      // of which a panel is packed at once: it stays in L2
+constexpr int     LANES   = 16;         // F32 in a register, and pairs of BF16
+constexpr int64_t PANEL   = 2 * LANES;  // columns that a tile computes
+constexpr int     ROWS    = 14;         // and its most rows: 28 sums, and the 2 registers of a panel
+constexpr int64_t K_BLOCK = 1024;       // of which a panel is packed at once: it stays in L2
 
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -88,7 +88,9 @@ void store(void * y, bool bf16, int64_t i, __m512 x, __mmask16 lanes) {
 
 // c[M][32] (+)= a[M][2 pairs] panel[pairs][32][2].
 template <int M>
-void tile(const ggml_bf16_t * a, int64_t a_row, const ggml_bf16_t * panel, int64_t pairs, float * c, int64_t c_row, bool add) {
+void tile(
+        const ggml_bf16_t * a, int64_t a_row, const ggml_bf16_t * panel, int64_t pairs, float * c, int64_t c_row,
+        bool add) {
     __m512 lo[M], hi[M];
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
@@ -116,7 +118,7 @@ void tile(const ggml_bf16_t * a, int64_t a_row, const ggml_bf16_t * panel, int64
 
 using tile_function = void (*)(const ggml_bf16_t *, int64_t, const ggml_bf16_t *, int64_t, float *, int64_t, bool);
 
-constexpr tile_function TILES[ROWS + 1] = { nullptr,  tile<1>, tile<2>,  tile<3>,  tile<4>,  tile<5>,  tile<6>, tile<7>,
+constexpr tile_function TILES[ROWS + 1] = { nullptr, tile<1>, tile<2>,  tile<3>,  tile<4>,  tile<5>,  tile<6>, tile<7>,
                                             tile<8>, tile<9>, tile<10>, tile<11>, tile<12>, tile<13>, tile<14> };
 
 // Splits n rows evenly into blocks of at most ROWS: the rows of the block at i.
@@ -180,8 +182,8 @@ __m512i load_pairs(const void * row, ggml_type type, int64_t k, int64_t k_end) {
 // Rows n of w, elements k0 <= k < k1, to a panel [pairs up to a multiple of 16][32][2]; rows from n_end on become zeros.
 // floats: room for k1 - k0 dequantized elements of 16 rows.
 void pack(
-        const char * w, size_t w_row, ggml_type type, int64_t n, int64_t n_end, int64_t k0, int64_t k1, ggml_bf16_t * panel,
-        float * floats) {
+        const char * w, size_t w_row, ggml_type type, int64_t n, int64_t n_end, int64_t k0, int64_t k1,
+        ggml_bf16_t * panel, float * floats) {
     for (int half = 0; half < 2; ++half, n += LANES) {
         const char *  rows[LANES];
         const int64_t n_rows = least(n_end - n, LANES);
@@ -224,7 +226,7 @@ void st3_bf16_multiply(const st3_bf16_product & p, int64_t m0, int64_t m1, int64
     const int64_t m         = m1 - m0;
     const size_t  n_panel   = K_BLOCK * PANEL;
 
-    char *              data   = (char *) memory.get(
+    char * data = (char *) memory.get(
             2 * n_panel * sizeof(ggml_bf16_t) + m * ST3_BF16_COLUMNS * sizeof(float) +
             (quantized ? LANES * K_BLOCK * sizeof(float) : 0));
     ggml_bf16_t * panels = (ggml_bf16_t *) data;
@@ -262,7 +264,7 @@ void st3_bf16_attend(const st3_bf16_attention & a, int64_t m0, int64_t m1) {
     const int64_t n_kv = up(a.n_kv, PANEL);
     const int64_t d    = up(a.d, PANEL);
 
-    ggml_bf16_t * keys   = (ggml_bf16_t *) memory.get(
+    ggml_bf16_t * keys = (ggml_bf16_t *) memory.get(
             (2 * n_kv * d + ROWS * (d + n_kv)) * sizeof(ggml_bf16_t) + ROWS * (n_kv + d) * sizeof(float));
     ggml_bf16_t * values  = keys + n_kv * d;    // [d / 32] panels of n_kv
     ggml_bf16_t * query   = values + n_kv * d;  // [ROWS][d]
@@ -317,8 +319,8 @@ void st3_bf16_attend(const st3_bf16_attention & a, int64_t m0, int64_t m1) {
         }
         for (int r = 0; r < rows; ++r) {
             for (int64_t c = 0; c < a.d; c += LANES) {
-                store(a.y, a.y_bf16, (i + r) * a.y_row + c, _mm512_mul_ps(_mm512_loadu_ps(sums + r * d + c), inverse[r]),
-                      first(a.d - c));
+                store(a.y, a.y_bf16, (i + r) * a.y_row + c,
+                      _mm512_mul_ps(_mm512_loadu_ps(sums + r * d + c), inverse[r]), first(a.d - c));
             }
         }
     }

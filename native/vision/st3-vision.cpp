@@ -236,8 +236,8 @@ class rewriter {
     // Turns a node into an op of ours, in its place.
     void make(ggml_tensor * node, ggml_custom_op_t fun, std::initializer_list<ggml_tensor *> args) {
         std::vector<ggml_tensor *> list(args);
-        const ggml_tensor *        op =
-                ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, list.data(), list.size(), fun, GGML_N_TASKS_MAX, nullptr);
+        const ggml_tensor *        op = ggml_custom_4d(
+                       ctx, GGML_TYPE_F32, 1, 1, 1, 1, list.data(), list.size(), fun, GGML_N_TASKS_MAX, nullptr);
         node->op = op->op;
         std::memcpy(node->op_params, op->op_params, sizeof(op->op_params));
         std::memcpy(node->src, op->src, sizeof(op->src));

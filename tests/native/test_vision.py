@@ -13,8 +13,8 @@ import pytest
 from cases import ON_DEVICE, SEED
 from oracle import vision
 
-from st3_edge.bench import random_model
-from st3_edge.bench.shapes import Shape, Tower
+from st3_edge.commands.bench import random_model
+from st3_edge.commands.bench.shapes import Shape, Tower
 
 pytestmark = pytest.mark.skipif(ON_DEVICE, reason="the encoder's CPU kernels are what is tested")
 
@@ -76,7 +76,7 @@ def encode(rt, text: Path, mmproj: Path, keys: dict, *pictures: np.ndarray, thre
 @pytest.mark.parametrize("file_type", ["F32", "F16", "Q8_0"])
 @pytest.mark.parametrize("name", TOWERS)
 def test_oracle(rt, random_gguf, mmproj, name: str, file_type: str) -> None:
-    """Breaks if a visual token points elsewhere than in double precision: a wrong head, row, bias, activation or pad."""
+    """Breaks if a visual token points elsewhere than in double precision: a wrong head, row, bias, pad."""
     file, tower = mmproj(name, file_type), TOWERS[name][0]
     expected = vision.encode(file, picture(tower))
     (found,) = encode(rt, random_gguf(TEXT), file, KEYS, picture(tower))
@@ -90,7 +90,7 @@ def test_oracle(rt, random_gguf, mmproj, name: str, file_type: str) -> None:
 
 
 def test_it_is_bf16(rt, random_gguf, mmproj) -> None:
-    """Breaks if auto computes as stock where the CPU is fast, or otherwise than stock where it is not; or "file" at all."""
+    """Breaks if auto computes as stock where the CPU is fast, or otherwise where it is not or with "file"."""
     name = "heads of 32"
     file, shown = mmproj(name, "F16"), picture(TOWERS[name][0])
     text = random_gguf(TEXT)

@@ -32,8 +32,8 @@ def softmax(x: Array) -> Array:
 
 
 def encode(mmproj: Path, picture: Array) -> Array:
-    """Embeddings [patches, width] of a picture, uint8 [size, size, 3] of the encoder's own size: float64, all layers that
-    the file holds, weights as the file has them."""
+    """Embeddings [patches, width] of a picture, uint8 [size, size, 3] of the encoder's own size: float64, all layers
+    that the file holds, weights as the file has them."""
     reader = gguf.GGUFReader(mmproj)
     key = {name.removeprefix("clip.vision."): f.contents() for name, f in reader.fields.items() if name[:5] == "clip."}
     w = {

@@ -197,8 +197,11 @@ def write_vision(
     gelu: bool = False,
     class_token: bool = True,
 ) -> None:
-    """Writes an mmproj of LLaVA's kind, for a decoder that is `width` wide. `file_type` is that of its layers' matrices,
-    `gelu` their activation in place of quick-GELU, and without `class_token` there is none. Raises ValueError as `write_text` does."""
+    """Writes an mmproj of LLaVA's kind, for a decoder that is `width` wide.
+
+    `file_type` is that of the matrices of its layers, `gelu` their activation in place of quick-GELU, and without
+    `class_token` there is none. Raises ValueError as `write_text` does.
+    """
     w = gguf.GGUFWriter(path, "clip")
     w.add_name("random weights")
     w.add_file_type(FILE_TYPES[file_type])
