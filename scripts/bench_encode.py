@@ -4,8 +4,8 @@ python scripts/bench_encode.py [--stock build/stock/lib] [--types F16 Q8_0] [--p
                                [--json OUT]
 
 LLaVA-1.5 encodes one picture, 1.6 a picture as up to five tiles, each like one. The peak is the speed of products in
-BF16 by PyTorch (oneDNN) on the same threads, where it is installed. tests/native/test_vision.py compares what is computed
-with double precision.
+BF16 by PyTorch (oneDNN) on the same threads, where it is installed. tests/native/test_vision.py compares what is
+computed with double precision.
 """
 
 from __future__ import annotations
