@@ -85,7 +85,8 @@ def _changed(rng: random.Random, path: Path, header: Header, target: Path) -> li
     """Writes a file with some of its header changed; returns what was."""
     data = path.read_bytes()
     values = {key: data[begin:end] for key, (begin, end) in header.values.items()}
-    infos = bytearray(data[slice(*header.infos)])
+    intact = data[slice(*header.infos)]
+    infos = bytearray(intact)
     n_tensors = len(header.tensors)
     said = []
     keys = [k for k in values if k.startswith(("clip.", "llama.", "general.", "tokenizer.ggml.", "st3."))]
@@ -110,8 +111,8 @@ def _changed(rng: random.Random, path: Path, header: Header, target: Path) -> li
             said.append(f"infos[{at}] = {infos[at]}")
         else:
             name = rng.choice(list(header.tensors)).encode()
-            at = infos.index(struct.pack("<Q", len(name)) + name) + 8 + len(name)
-            (n_dims,) = struct.unpack_from("<I", infos, at)
+            at = intact.index(struct.pack("<Q", len(name)) + name) + 8 + len(name)
+            (n_dims,) = struct.unpack_from("<I", intact, at)
             which = rng.randrange(n_dims + 2)
             if which < n_dims:
                 struct.pack_into("<Q", infos, at + 4 + 8 * which, rng.choice((0, 1, 32, 191, 192, 193, 2**31, 2**63)))
