@@ -13,24 +13,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .config import CURVES, PRESETS, RANKS, ST3Config
-from .errors import (
-    ConfigError,
-    ContextError,
-    ImageError,
-    LibraryError,
-    ModelError,
-    OutputError,
-    PromptError,
-    St3Error,
-    StateError,
-)
-from .report import Report
-
 __version__: str
 
 if TYPE_CHECKING:
+    from .config import CURVES, PRESETS, RANKS, ST3Config
+    from .errors import (
+        ConfigError,
+        ContextError,
+        ImageError,
+        LibraryError,
+        ModelError,
+        OutputError,
+        PromptError,
+        St3Error,
+        StateError,
+    )
     from .llava import Llava
+    from .report import Report
 
 __all__ = [
     "CURVES",
@@ -51,6 +50,14 @@ __all__ = [
 ]
 
 
+# Loaded when they are asked for, so that importing the package takes no time; the others are errors.
+_PLACES = {
+    **dict.fromkeys(("CURVES", "PRESETS", "RANKS", "ST3Config"), "config"),
+    "Llava": "llava",
+    "Report": "report",
+}
+
+
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib import metadata
@@ -59,8 +66,9 @@ def __getattr__(name: str) -> Any:
             return metadata.version("st3-edge")
         except metadata.PackageNotFoundError:  # run from its sources
             return "unknown"
-    if name == "Llava":
-        from .llava import Llava
+    if name in __all__:
+        from importlib import import_module
 
-        return Llava
+        value = globals()[name] = getattr(import_module(f".{_PLACES.get(name, 'errors')}", __name__), name)
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

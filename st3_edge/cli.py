@@ -1,4 +1,4 @@
-"""The command line: `st3-edge demo`, `ask`, `inspect`, `chat`, `serve`, `bench`, `tune` and `doctor`."""
+"""The command line, `st3-edge COMMAND`: finds the command, reads its words and runs it."""
 
 from __future__ import annotations
 
@@ -6,33 +6,41 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from .commands import ask, demo
-from .commands.bench import options as bench
-from .commands.chat import options as chat
-from .commands.console import INTERRUPTED, Console
-from .commands.inspect import options as inspect
 from .commands.parser import Parser, of_command, suggestion
-from .commands.serve import options as serve
-from .commands.tune import options as tune
 from .errors import St3Error, one_line
 
 _FAILED = 1
+_INTERRUPTED = 130
 
-# Imported when they run: what they need takes long to load. Each has main(console, arguments) -> exit code.
-_MODULES = {
-    "ask": "ask",
-    "bench": "bench.command",
-    "chat": "chat.command",
-    "demo": "demo",
-    "doctor": "doctor",
-    "inspect": "inspect.command",
-    "serve": "serve.command",
-    "tune": "tune.command",
+
+class _Command(NamedTuple):
+    """options: the module whose add_arguments(parser) describes it, quick to import; main: the one whose main(console,
+    arguments) does it and returns the exit code."""
+
+    options: str
+    main: str
+    help: str
+
+
+_COMMANDS = {
+    "demo": _Command("demo", "demo", "see the small model that comes with the package at work"),
+    "ask": _Command("ask", "ask", "ask about one picture or several"),
+    "chat": _Command("chat.options", "chat.command", "talk about pictures, question after question"),
+    "serve": _Command("serve.options", "serve.command", "a web page, and OpenAI's and Anthropic's APIs (llama-server)"),
+    "models": _Command("models", "models", "list the models that were downloaded"),
+    "inspect": _Command("inspect.options", "inspect.command", "show which patches of a picture are kept"),
+    "bench": _Command(
+        "bench.options", "bench.command", "measure what ST3 gives on this machine, beside stock llama.cpp"
+    ),
+    "tune": _Command("tune.options", "tune.command", "find the cheapest schedule for your model and pictures"),
+    "doctor": _Command("doctor", "doctor", "show what is installed and whether it works"),
 }
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    """Of all commands, with the options of one."""
     parser = Parser(
         prog="st3-edge",
         description="Ask a LLaVA model about pictures, on this machine. Visual tokens that the answer does not need "
@@ -41,26 +49,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    demo.add_parser(commands)
-    ask.add_parser(commands)
-    inspect.add_parser(commands)
-    chat.add_parser(commands)
-    commands.add_parser("serve", help="llama-server with ST3 on: a web page, and OpenAI's and Anthropic's APIs")
-    bench.add_parser(commands)
-    tune.add_parser(commands)
-    doctor = commands.add_parser(
-        "doctor",
-        help="tell what is installed and whether it works",
-        description="Tells versions, libraries, CPU features and devices, and what is missing. Exit code 1 if "
-        "something keeps the package from working.",
-    )
-    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    for name, (options, _, text) in _COMMANDS.items():
+        of_name = commands.add_parser(name, help=text)
+        if name == command and name != "serve":
+            _module(options).add_arguments(of_name)
     return parser
 
 
+def _module(name: str) -> Any:
+    return importlib.import_module(f".commands.{name}", __package__)
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _parser()
+    parser = _parser(next((word for word in argv if not word.startswith("-")), None))
     arguments, rest = parser.parse_known_args(argv)
+    if arguments.command is None and not arguments.version:
+        parser.print_help()
+        parser.exit()
+    own = of_command(parser, arguments.command)
+    if hasattr(arguments, "model") and _module("settings").use(own):
+        arguments, rest = parser.parse_known_args(argv)
     # argparse takes positionals in one run only: what stands behind an option is left over.
     if arguments.command in ("ask", "inspect", "chat") and not any(
         word.startswith("-") and word != "-" for word in rest
@@ -68,12 +76,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         (arguments.images if arguments.command == "chat" else arguments.inputs).extend(rest)
     elif rest:
         word = next((word for word in rest if word.startswith("-")), rest[0])
-        own = of_command(parser, arguments.command)
         known = [name for action in own._actions for name in action.option_strings]
         own.error(f"unrecognized arguments: {' '.join(rest)}{suggestion(word.partition('=')[0], known)}")
-    if arguments.command is None and not arguments.version:
-        parser.print_help()
-        parser.exit()
     if arguments.command in ("ask", "inspect") and len(arguments.inputs) < 2:
         parser.error(f"{arguments.command} needs at least one picture, and last the question")
     if arguments.command == "ask" and arguments.trace and not arguments.json:
@@ -85,31 +89,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, 1 (an error of ours), 2 (usage), 130 (Ctrl-C)."""
     try:
         words = list(sys.argv[1:] if argv is None else argv)
+        arguments: Any
         if words[:1] == ["serve"]:  # most of its options are llama-server's
-            return _run("serve", Console(), serve.parse(Parser, words[1:]))
-        arguments = _parse(words)
-        if arguments.version:
-            return _version(Console())
-        return _run(arguments.command, Console(), arguments)
+            name, arguments = "serve", _module("serve.options").parse(Parser, words[1:])
+        else:
+            arguments = _parse(words)
+            name = arguments.command
+        if name is None:
+            return _version()
+        code: int = _module(_COMMANDS[name].main).main(_module("console").Console(), arguments)
+        return code
     except St3Error as e:
-        Console().note(f"st3-edge: error: {one_line(e)}")
+        _module("console").Console().error(one_line(e))
         return _FAILED
     except BrokenPipeError:  # whoever read our output has left
         return _FAILED
     except KeyboardInterrupt:
         print("st3-edge: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _INTERRUPTED
 
 
-def _run(command: str, console: Console, arguments: argparse.Namespace | serve.Arguments) -> int:
-    module = importlib.import_module(f".commands.{_MODULES[command]}", __package__)
-    code: int = module.main(console, arguments)
-    return code
-
-
-def _version(console: Console) -> int:
+def _version() -> int:
     from importlib.metadata import PackageNotFoundError, version
 
+    console = _module("console").Console()
     try:
         console.say(f"st3-edge {version('st3-edge')}")
     except PackageNotFoundError:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from . import demo
 from .config import KV_TYPES, REVISIT, ST3Config, check_whole
 from .errors import ConfigError, StateError
+from .files import choose
 from .files.pair import check_pair
 from .native import libraries, st3
 from .native.st3 import Visual
@@ -41,7 +42,7 @@ class Llava:
             answer = llava.ask("picture.png", "What color is the star?")
             print(llava.last_report.visual_tokens.per_layer)
 
-    model_path, mmproj_path   two GGUF files that belong together
+    model_path, mmproj_path   two GGUF files that belong together; mmproj_path None: the one in the model's folder
     config                    how visual tokens are pruned; None: ST3Config(), the model file's own schedule, and where
                               it carries none the preset "st3"; preset "off": as stock llama.cpp
     n_ctx                     tokens of prompt and answer together, at most; 0: what the model was trained on
@@ -66,7 +67,7 @@ class Llava:
     def __init__(
         self,
         model_path: Path,
-        mmproj_path: Path,
+        mmproj_path: Path | None = None,
         config: ST3Config | None = None,
         *,
         n_ctx: int = 4096,
@@ -94,7 +95,8 @@ class Llava:
         for name, kv_type in (("type_k", type_k), ("type_v", type_v)):
             if kv_type not in KV_TYPES:
                 raise ConfigError(f"{name} is one of {', '.join(KV_TYPES)}, not {kv_type!r}")
-        model_name, mmproj_name = os.fspath(model_path), os.fspath(mmproj_path)
+        model_name = os.fspath(model_path)
+        mmproj_name = choose.beside(model_name) if mmproj_path is None else os.fspath(mmproj_path)
         header = check_pair(model_name, mmproj_name)
 
         self.config = config = config or ST3Config()
@@ -157,8 +159,8 @@ class Llava:
     def from_pretrained(
         cls,
         repo_id: str,
-        filename: str,
-        mmproj_filename: str,
+        filename: str | None = None,
+        mmproj_filename: str | None = None,
         config: ST3Config | None = None,
         *,
         revision: str | None = None,
@@ -166,17 +168,23 @@ class Llava:
         local_files_only: bool = False,
         **options: Any,
     ) -> Llava:
-        """A pair of files of a Hugging Face repository, downloaded once and then taken from the cache.
+        """A model and its mmproj of a Hugging Face repository, downloaded once and then taken from the cache.
 
-        The file names may hold wildcards, if each fits one file of the cache, or of the repository; of a model in
-        several parts, all are downloaded. `options`: as for the class. Raises ModelError where the repository or a file
-        is not there, or there is no network and they are not in the cache.
+        `repo_id`: "owner/repo", or "owner/repo:QUANT", whose files are found by their names. Both file names may be given
+        instead; they may hold wildcards, if each fits one file of the cache, or of the repository; of a model in several
+        parts, all are downloaded. `options`: as for the class. Raises ModelError where the repository or a file is not
+        there, or there is no network and they are not in the cache.
         """
         inspect.signature(cls).bind("", "", config, **options)  # a mistyped option before the download
         from .files import hub  # takes long to import
 
+        if (filename is None) != (mmproj_filename is None):
+            raise ConfigError("filename and mmproj_filename go together: give both, or neither")
         where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        model, mmproj = (hub.file(repo_id, name, **where) for name in (filename, mmproj_filename))
+        if filename is None or mmproj_filename is None:
+            model, mmproj, _ = hub.pair(repo_id, **where)
+        else:
+            model, mmproj = (hub.file(repo_id, name, **where) for name in (filename, mmproj_filename))
         return cls(model, mmproj, config, **options)
 
     def ask(self, images: ImageSource | list[Any] | tuple[Any, ...], question: str, **options: Any) -> str:

@@ -1,5 +1,6 @@
 """What all tests need."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -17,7 +18,12 @@ NEEDS = {
 
 
 def pytest_configure() -> None:
-    """Lets Ctrl-C reach tests and the programs they start: a shell's background jobs ignore it, and pass that on."""
+    """Lets Ctrl-C reach tests and the programs they start: a shell's background jobs ignore it, and pass that on.
+
+    Leaves out the settings of whoever runs the tests."""
+    os.environ["ST3_CONFIG"] = os.devnull
+    for name in ("ST3_MODEL", "ST3_MMPROJ", "NO_COLOR"):
+        os.environ.pop(name, None)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import loading, options
-from .console import Console, run
+from . import options
+
+if TYPE_CHECKING:
+    from .console import Console
 
 
-def add_parser(commands: Any) -> None:
-    """Adds the subcommand."""
-    parser = commands.add_parser(
-        "ask",
-        help="ask about one picture or several",
-        usage="st3-edge ask IMAGE... QUESTION [options]",
-        description="Asks a question about one picture or several. The answer goes to standard output, word by word; "
-        "all else to standard error.",
-        epilog="Example: st3-edge ask photo.jpg 'What is on the table?' --model llava.gguf --mmproj mmproj.gguf",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describes the subcommand."""
+    parser.usage = "st3-edge ask IMAGE... QUESTION [options]"
+    parser.description = (
+        "Asks a question about one picture or several. The answer goes to standard output, word by word; all else to "
+        "standard error."
     )
+    parser.epilog = "Example: st3-edge ask photo.jpg 'What is on the table?' -m llava.gguf"
     parser.add_argument(
         "inputs",
         nargs="+",
@@ -38,18 +38,21 @@ def add_parser(commands: Any) -> None:
 
 def main(console: Console, arguments: argparse.Namespace) -> int:
     """Asks and prints; returns the exit code."""
+    from .console import run
+
     return run(console, lambda: _ask(console, arguments))
 
 
 def _ask(console: Console, arguments: argparse.Namespace) -> int:
     from ..prompts import images
+    from . import loading
 
     *pictures, question = arguments.inputs
     config = options.config(arguments)
 
     # Check pictures before the slow model load.
     content = [{"type": "image", "image": images.load_argument(picture)} for picture in pictures]
-    messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+    messages = [*options.system(arguments), {"role": "user", "content": [*content, {"type": "text", "text": question}]}]
     with loading.load(console, arguments, config) as llava:
         chunks: Any = llava.create_chat_completion(
             messages,
@@ -70,5 +73,4 @@ def _ask(console: Console, arguments: argparse.Namespace) -> int:
     if note := options.cut(report, options.answer(arguments), llava.n_ctx):
         console.note(note)
     console.note(report.summary())
-    loading.tell_which(console, arguments)
     return 0

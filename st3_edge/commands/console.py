@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import shutil
 import sys
 import threading
 import time
@@ -30,6 +31,16 @@ def _own(stream: TextIO | None, descriptor: int) -> TextIO:
         return open(os.devnull, "w", encoding=encoding)  # noqa: PTH123
 
 
+_STYLES = {"bold": "1", "dim": "2", "red": "1;31", "green": "32"}
+
+
+def paint(stream: TextIO, text: str, style: str) -> str:
+    """`text` in a style of _STYLES, where the stream is a terminal and nobody asked for plain text (no-color.org)."""
+    if not text or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty():
+        return text
+    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
+
+
 class Console:
     """`out` carries results, `err` all else: nobody can be told that it cannot be written. Safe to use from the working
     thread and the main one."""
@@ -37,7 +48,9 @@ class Console:
     def __init__(self) -> None:
         self.out, self.err = _own(sys.stdout, 1), _own(sys.stderr, 2)
         self._stage: tuple[str, float] | None = None
+        self._first: float | None = None  # the share that was done when it was first known
         self._share: float | None = None
+        self._detail = ""
         self._shown = False
         self._lock = threading.Lock()
 
@@ -59,22 +72,33 @@ class Console:
                 raise OutputError(f"standard output cannot be written: {one_line(e.strerror or e)}") from e
 
     def note(self, text: str, end: str = "\n") -> None:
-        """Writes to standard error, at once."""
+        """Writes to standard error, at once, and in a terminal so that it stands back behind answers."""
         with self._lock:
             self._clear()
-            self._tell(text + end)
+            self._tell(paint(self.err, text, "dim") + end)
 
-    def stage(self, name: str | None, share: float | None = None) -> None:
-        """What is being waited for from now on; None: nothing. It is told where the wait is longer than a second, with
-        a bar where the share of it that is done, 0 to 1, is known."""
+    def error(self, text: str) -> None:
+        """Writes the one line of an error to standard error."""
         with self._lock:
-            self._share = share
+            self._clear()
+            self._tell(f"{paint(self.err, 'st3-edge: error:', 'red')} {text}\n")
+
+    def strong(self, text: str) -> str:
+        """Text for standard output, emphasized where that is a terminal."""
+        return paint(self.out, text, "bold")
+
+    def stage(self, name: str | None, share: float | None = None, detail: str = "") -> None:
+        """What is being waited for from now on; None: nothing. It is shown where the wait is longer than a second, with
+        a bar and the seconds that remain where the share of it that is done, 0 to 1, is known."""
+        with self._lock:
             if self._stage is None or self._stage[0] != name:
                 self._clear()
                 self._stage = None if name is None else (name, time.monotonic())
+                self._first = share
+            self._share, self._detail = share, detail
 
     def tick(self) -> None:
-        """Called now and then: tells of the wait."""
+        """Called now and then: shows the wait."""
         with self._lock:
             if self._stage is None:
                 return
@@ -83,11 +107,21 @@ class Console:
             if waited < _SHOW_AFTER_S:
                 return
             if self.err.isatty():
-                bar = "" if self._share is None else f" {self.bar * round(_BAR_WIDTH * self._share):.<{_BAR_WIDTH}}"
-                self._tell(f"\r\x1b[K{name}{bar} ... {waited:.0f} s")
+                self._tell(f"\r\x1b[K{self._line(name, waited)}")
             elif not self._shown:
                 self._tell(f"{name} ...\n")
             self._shown = True
+
+    def _line(self, name: str, waited: float) -> str:
+        words = [name]
+        remains = ""
+        if self._share is not None:
+            words.append(f"{self.bar * round(_BAR_WIDTH * self._share):.<{_BAR_WIDTH}}")
+            done = self._share - (self._first or 0.0)
+            remains = f", {waited * (1 - self._share) / done:.0f} s left" if done > 0 else ""
+        words += [self._detail] if self._detail else []
+        text = f"{' '.join(words)} ... {waited:.0f} s{remains}"
+        return text[: shutil.get_terminal_size().columns - 1]  # a longer one would stay on the screen
 
     @contextlib.contextmanager
     def ticking(self) -> Iterator[None]:

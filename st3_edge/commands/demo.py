@@ -22,13 +22,11 @@ _BAR_WIDTH = 40
 _CAPTION = "Describe the image."
 
 
-def add_parser(commands: Any) -> None:
-    """Adds the subcommand."""
-    commands.add_parser(
-        "demo",
-        help="show the small model that comes with the package at work",
-        description="Shows pictures to the small model that comes with the package, streams its answers, and measures "
-        "what ST3 saves on this machine. Takes less than a minute.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describes the subcommand."""
+    parser.description = (
+        "Shows pictures to the small model that comes with the package, streams its answers, and measures what ST3 "
+        "saves on this machine. Takes less than a minute."
     )
 
 

@@ -31,6 +31,15 @@ _REMEDIES = {
 _REMEDY = "build the package again; if it stays so, report it with the output of st3-edge doctor --json"
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describes the subcommand."""
+    parser.description = (
+        "Shows versions, libraries, CPU features and devices, and what is missing. The exit code is 1 if something "
+        "keeps the package from working."
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
 def main(console: Console, arguments: argparse.Namespace) -> int:
     """Prints what is found; returns the exit code, 1 where something keeps the package from working."""
     found = run(console, examine)

@@ -1,4 +1,4 @@
-"""The model that a command line names."""
+"""The model that a command works with, loaded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ..config import REVISIT, ST3Config
+from . import which
 from .console import Console
 
 if TYPE_CHECKING:
@@ -14,16 +15,15 @@ if TYPE_CHECKING:
 _STAGES = {"encode": "looking at the picture", "prefill": "reading the prompt", "decode": None}
 
 
-def load(console: Console, arguments: argparse.Namespace, config: ST3Config) -> Llava:
-    """Loads it. Raises St3Error."""
-    from .. import demo
+def load(console: Console, arguments: argparse.Namespace, config: ST3Config, found: which.Model | None = None) -> Llava:
+    """Loads `found`, or the one that the arguments choose, and says so where it is the demo's. Raises St3Error."""
     from ..llava import Llava
 
+    found = found or which.find(console, arguments)
     console.stage("loading the model")
-    model, mmproj = (arguments.model, arguments.mmproj) if arguments.model else demo.model_paths()
     llava = Llava(
-        model,
-        mmproj,
+        found.model,
+        found.mmproj,
         config,
         n_ctx=arguments.n_ctx,
         n_ubatch=arguments.n_ubatch,
@@ -33,10 +33,5 @@ def load(console: Console, arguments: argparse.Namespace, config: ST3Config) -> 
         revisit=getattr(arguments, "revisit", REVISIT[0]),
     )
     console.stage(None)
+    found.say(console)
     return llava
-
-
-def tell_which(console: Console, arguments: argparse.Namespace) -> None:
-    """Says that the demo model answers, where it does."""
-    if not arguments.model:
-        console.note("(no --model: the small demo model answers, which knows drawn shapes only)")

@@ -5,19 +5,36 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import CURVES, PRESETS, RANKS, VISION_TYPES, ST3Config
-from ..errors import ConfigError, ModelError
-from ..report import Report
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..report import Report
+
+
+def add_files(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """--hf, --model and --mmproj, which `which.find` reads; returns their group."""
+    group = parser.add_argument_group("model (default: $ST3_MODEL, the config file's, or the small demo model)")
+    group.add_argument(
+        "--hf",
+        "-hf",
+        "--hf-repo",
+        metavar="OWNER/REPO[:QUANT]",
+        help="a LLaVA from Hugging Face, downloaded once (QUANT: Q4_K_M, or what there is)",
+    )
+    group.add_argument("--model", "-m", metavar="M.gguf", help="the text model of a LLaVA, in GGUF")
+    group.add_argument(
+        "--mmproj", "-mm", metavar="P.gguf", help="its vision half, in GGUF (default: the one beside the model)"
+    )
+    return group
 
 
 def add_model(parser: argparse.ArgumentParser, n_gpu_layers: int = -1) -> argparse._ArgumentGroup:
-    """--model, --mmproj, --threads and --n-gpu-layers with that default; returns their group."""
-    group = parser.add_argument_group("model (default: the small one that comes with the package)")
-    group.add_argument("--model", metavar="M.gguf", help="the text model of a LLaVA, in GGUF")
-    group.add_argument("--mmproj", metavar="P.gguf", help="the vision half of the same LLaVA, in GGUF")
-    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: those that this machine has)")
+    """`add_files`, --threads and --n-gpu-layers with that default; returns their group."""
+    group = add_files(parser)
+    group.add_argument("--threads", "-t", type=int, metavar="N", help="CPU threads (default: those of this machine)")
     group.add_argument(
         "--n-gpu-layers",
         "-ngl",
@@ -32,17 +49,23 @@ def add_model(parser: argparse.ArgumentParser, n_gpu_layers: int = -1) -> argpar
 
 def add_schedule(parser: argparse.ArgumentParser, *, budget: bool = True) -> argparse._ArgumentGroup:
     """The fields of ST3Config that commands offer, less budget and keep with budget=False; `config` reads them.
-    Returns their group."""
-    st3 = parser.add_argument_group("pruning (what is not given, the preset decides)")
-    st3.add_argument(
+    Returns the group of the first ones."""
+    first = parser.add_argument_group("pruning")
+    if budget:
+        first.add_argument(
+            "--budget",
+            type=float,
+            metavar="B",
+            help="share of the visual tokens that the layers keep on average, above 0 to 1 (0.2, unless the model "
+            "file says otherwise)",
+        )
+    first.add_argument(
         "--preset",
         metavar="NAME",
-        help=f"{', '.join(PRESETS)} (default: the model file's, and where it has none st3; off: nothing is dropped)",
+        help=f"{', '.join(PRESETS)} (default: the model file's, or st3; off: nothing is dropped)",
     )
+    st3 = parser.add_argument_group("advanced: the schedule in detail (default: the preset's)")
     if budget:
-        st3.add_argument(
-            "--budget", type=float, metavar="B", help="mean share of visual tokens kept over the layers, above 0 to 1"
-        )
         st3.add_argument(
             "--keep",
             type=float,
@@ -87,26 +110,29 @@ def add_schedule(parser: argparse.ArgumentParser, *, budget: bool = True) -> arg
         help=f"{' or '.join(VISION_TYPES)} (auto: the vision encoder computes in BF16 where the CPU is fast at it; "
         "file: in the type of its file, as stock)",
     )
-    return st3
+    return first
 
 
 def add_shared(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """What every command that asks a model takes; returns the group of the answer's options."""
-    add_context(add_model(parser))
+    model = add_model(parser)
+    answer = add_answer(parser)
     add_schedule(parser)
-    return add_answer(parser)
+    add_context(model, parser.add_argument_group("advanced: memory"))
+    return answer
 
 
-def add_context(group: argparse._ArgumentGroup) -> None:
-    """--n-ctx and --n-ubatch."""
+def add_context(group: argparse._ArgumentGroup, advanced: argparse._ArgumentGroup | None = None) -> None:
+    """--n-ctx, and in `advanced`, where there is one, --n-ubatch."""
     group.add_argument(
         "--n-ctx",
+        "-c",
         type=int,
         default=4096,
         metavar="N",
         help="room for prompt and answer, in tokens; 0: what the model was trained on (default 4096)",
     )
-    group.add_argument(
+    (advanced or group).add_argument(
         "--n-ubatch",
         type=int,
         metavar="N",
@@ -115,10 +141,12 @@ def add_context(group: argparse._ArgumentGroup) -> None:
 
 
 def add_answer(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """--max-tokens, --temperature and --seed; `answer` reads them. Returns their group."""
+    """--system, --max-tokens and the sampling options; `answer` reads them, less --system. Returns their group."""
     group = parser.add_argument_group("answer")
+    group.add_argument("--system", metavar="TEXT", help="instructions that come before the conversation")
     group.add_argument(
         "--max-tokens",
+        "-n",
         type=int,
         default=256,
         metavar="N",
@@ -131,6 +159,12 @@ def add_answer(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         metavar="T",
         help="0: always the likeliest word (default); 1: much chance",
     )
+    group.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest words that add up to P")
+    group.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest words")
+    group.add_argument(
+        "--min-p", type=float, metavar="P", help="choose among words that are P times as likely as the best"
+    )
+    group.add_argument("--repeat-penalty", type=float, metavar="R", help="above 1: words that were said count for less")
     group.add_argument(
         "--seed",
         dest="sampling_seed",  # ST3Config has a seed too
@@ -146,8 +180,17 @@ def answer(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "max_tokens": arguments.max_tokens,
         "temperature": arguments.temperature,
+        "top_p": arguments.top_p,
+        "top_k": arguments.top_k,
+        "min_p": arguments.min_p,
+        "repeat_penalty": arguments.repeat_penalty,
         "seed": arguments.sampling_seed,
     }
+
+
+def system(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The message of --system, where there is one."""
+    return [{"role": "system", "content": arguments.system}] if arguments.system else []
 
 
 def is_full(report: Report, options: Mapping[str, Any]) -> bool:
@@ -165,11 +208,19 @@ def cut(report: Report, options: Mapping[str, Any], n_ctx: int) -> str:
 
 
 def config(arguments: argparse.Namespace) -> ST3Config:
-    """The schedule that was asked for. Raises ConfigError where it cannot be, ModelError where one file is missing."""
-    if (arguments.model is None) != (arguments.mmproj is None):
-        raise ModelError("--model and --mmproj belong together: the text model and the vision half of one LLaVA")
+    """The schedule that was asked for, on the command line or in the config file. Raises ConfigError where it cannot
+    be."""
     given = {f.name: getattr(arguments, f.name) for f in fields(ST3Config) if hasattr(arguments, f.name)}
     idle = [f"--{name.replace('_', '-')}" for name, value in given.items() if name != "preset" and value is not None]
     if arguments.preset == "off" and idle:
         raise ConfigError(f"--preset off drops nothing, so there is nothing for {', '.join(idle)} to say")
+    settings = {
+        f.name: v for f in fields(ST3Config) if (v := getattr(arguments, "settings", {}).get(f.name)) is not None
+    }
+    if arguments.preset is None:  # another preset is another schedule
+        alone = {"budget", "keep"}
+        typed = {name for name, value in given.items() if value is not None}
+        given |= {
+            name: v for name, v in settings.items() if name not in typed and not (name in alone and typed & alone)
+        }
     return ST3Config(**given)

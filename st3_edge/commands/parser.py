@@ -5,15 +5,28 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..errors import one_line
 
 _USAGE = 2
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Shows an option's value once, where argparse repeats it behind each of its names."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        names = sorted(action.option_strings, key=lambda name: (name.startswith("--"), len(name)))
+        return f"{', '.join(names)} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+
+
 class Parser(argparse.ArgumentParser):
     """Errors are one line, with a suggestion where a word is close to one that there is."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"formatter_class": _Formatter, **options})
 
     def error(self, message: str) -> NoReturn:
         """One line, where argparse would print the whole usage before it."""

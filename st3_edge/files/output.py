@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import platformdirs
+
 from ..errors import OutputError, one_line
 
 
@@ -38,7 +40,7 @@ def check_output(target: Path, inputs: Iterable[str | os.PathLike[str]], *, forc
 
 def cache_folder() -> Path:
     """Where this user's programs keep what can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "st3-edge"
+    return platformdirs.user_cache_path("st3-edge", appauthor=False)
 
 
 @contextmanager

@@ -186,7 +186,7 @@ def test_truncated_model_files_are_refused(ask, picture, files, tmp_path, half, 
 def test_files_of_the_wrong_kind_are_refused(ask, picture, files, foreign_mmproj, tmp_path):
     # broken if a half were loaded in the other's place, or embeddings of the wrong width reached the decoder
     model, mmproj = files
-    refused(ask(picture, QUESTION, "--model", model), "belong together")
+    refused(ask(picture, QUESTION, "--mmproj", mmproj), "--model names the other")
     refused(ask(picture, QUESTION, "--model", model, "--mmproj", model), "is a text model")
     refused(ask(picture, QUESTION, "--model", mmproj, "--mmproj", mmproj), "is a vision half")
     refused(ask(picture, QUESTION, "--model", str(tmp_path / "none"), "--mmproj", mmproj), "No such file")

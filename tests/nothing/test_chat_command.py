@@ -28,6 +28,9 @@ class Console:
     def note(self, text, end="\n") -> None:
         self.err += text + end
 
+    def error(self, text) -> None:
+        self.err += f"st3-edge: error: {text}\n"
+
     def ticking(self):
         return contextlib.nullcontext()
 

@@ -114,7 +114,8 @@ def test_a_pair_in_the_cache_is_asked_of_nobody(repository, monkeypatch, tmp_pat
     if hub._cached("a/b", {"revision": None, "cache_dir": None}) == []:
         monkeypatch.setattr(hub, "_cached", lambda *_: ["m-Q4_K_M.gguf", "mmproj-m-f16.gguf"])
         monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, name, **_: f"/old/{name}")
-    model, mmproj = hub.pair("a/b")
+    model, mmproj, name = hub.pair("a/b")
+    assert name == "a/b:Q4_K_M"
     assert model.endswith("/m-Q4_K_M.gguf")
     assert mmproj.endswith("/mmproj-m-f16.gguf")
     assert asked == []

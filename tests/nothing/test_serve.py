@@ -69,7 +69,7 @@ def repository(monkeypatch):
 
     def serve(names):
         monkeypatch.setattr(hub, "_cached", lambda *_: [])
-        monkeypatch.setattr(hub, "_listed", lambda *_: list(names))
+        monkeypatch.setattr(hub, "_listed", lambda *_: dict.fromkeys(names))
         monkeypatch.setattr(hub, "_get", lambda repo, name, *_: loaded.append(name) or f"/cache/{repo}/{name}")
         return loaded
 
@@ -83,7 +83,9 @@ def repository(monkeypatch):
 def test_a_pair_of_a_repository(repository, name, model):
     # broken if the halves were swapped, or another quantization came
     repository(FILES)
-    assert hub.pair(name) == (f"/cache/a/b/{model}", "/cache/a/b/mmproj-f16.gguf")
+    found = hub.pair(name)
+    assert found[:2] == (f"/cache/a/b/{model}", "/cache/a/b/mmproj-f16.gguf")
+    assert found.name == f"a/b:{model[6:-5]}"
 
 
 def test_every_part_of_a_split_model_is_loaded(repository):

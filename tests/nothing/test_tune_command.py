@@ -60,7 +60,7 @@ def model(path, **values):
         (["--start", "16"], "start must be below 16"),
         (["--start", "0"], "start"),
         (["--stride", "0"], "stride"),
-        (["--model", "a.gguf"], "--mmproj"),
+        (["--model", "a.gguf"], "No such file"),
         (["--model", "none.gguf", "--mmproj", "none.gguf"], "No such file"),
         (["--questions", "none.txt"], "No such file"),
         (["--output", "/none/new.gguf"], "no folder"),

@@ -12,7 +12,7 @@ from PIL import Image
 from st3_edge.commands import doctor
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("demo", "ask", "inspect", "chat", "bench", "tune", "doctor")
+COMMANDS = ("demo", "ask", "inspect", "chat", "serve", "models", "bench", "tune", "doctor")
 
 
 @pytest.fixture
@@ -151,7 +151,9 @@ def test_without_a_command_the_help_is_shown(tmp_path):
         (["--preset", "best"], "unknown preset 'best'"),
         (["--start", "0"], "start"),
         (["--score", "best"], "score"),
-        (["--model", "a.gguf"], "--mmproj"),
+        (["--model", "a.gguf"], "No such file"),
+        (["--hf", "a/b", "--model", "a.gguf"], "exclude"),
+        (["--model", "a/b"], "--hf a/b takes it"),
         (["--mmproj", "a.gguf"], "--model"),
         (["--anneal", "cubic"], "anneal must be one of"),
         (["--anneal-tokens", "0"], "anneal_tokens"),

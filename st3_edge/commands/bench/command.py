@@ -64,7 +64,7 @@ class _Bench:
         """Makes all pairs; returns False where it was stopped. Raises St3Error's kinds."""
         arguments = self._arguments
         try:
-            self._jobs = stock, st3 = prepare.make_jobs(arguments, self._tell, self._console.note)
+            self._jobs = stock, st3 = prepare.make_jobs(self._console, arguments, self._tell)
             self._together = prepare.fit_together(st3)
             if not self._together:
                 self._console.note("memory holds one side at a time: models are loaded anew for every run")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ...config import KV_TYPES
 from .. import options
@@ -15,16 +14,14 @@ QUESTION = "Describe the image."
 TEXT = 64
 
 
-def add_parser(commands: Any) -> None:
-    """Adds the subcommand."""
-    parser = commands.add_parser(
-        "bench",
-        help="measure what ST3 gives on this machine, side by side with stock llama.cpp",
-        description="One request, again and again: stock llama.cpp and ST3 take turns, each in a process of its own. "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describes the subcommand."""
+    parser.description = (
+        "One request, again and again: stock llama.cpp and ST3 take turns, each in a process of its own. "
         "Tells times, speeds and memory, the ratios of both, and what the schedule would allow at best. Run it on an "
-        "idle machine; Ctrl-C tells what was measured so far.",
-        epilog="Example: st3-edge bench --shape llava-1.5-7b --type Q4_0",
+        "idle machine; Ctrl-C tells what was measured so far."
     )
+    parser.epilog = "Example: st3-edge bench --shape llava-1.5-7b --type Q4_0"
     files = options.add_model(parser, n_gpu_layers=0)
     files.add_argument("--image", action="append", metavar="FILE", help="a picture (default: one that is shipped)")
     files.add_argument("--question", metavar="TEXT", help=f"about the pictures (default: {QUESTION})")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from ... import demo
@@ -16,7 +15,8 @@ from ...files.output import cache_folder
 from ...files.pair import check_pair
 from ...native import libraries, machine
 from ...prompts import images
-from .. import options
+from .. import options, which
+from ..console import Console
 from .cache import Tell, random_text, random_vision
 from .options import QUESTION, TEXT
 from .shapes import CLIP_L_336, SHAPES, TYPES
@@ -46,9 +46,9 @@ def find_stock(against: str | None, given: str | None) -> tuple[Path | None, str
     return None, f"no stock llama.cpp here, so ST3 is compared with pruning off. For stock, {how}"
 
 
-def make_jobs(arguments: argparse.Namespace, tell: Tell, note: Callable[[str], None]) -> tuple[Job, Job]:
+def make_jobs(console: Console, arguments: argparse.Namespace, tell: Tell) -> tuple[Job, Job]:
     """Stock's and ST³'s; random weights are written where they are missing. Sets `arguments.against` to what is
-    compared with, and gives `note` a remark where that was not asked for. Raises St3Error's kinds."""
+    compared with, and says so where that was not asked for. Raises St3Error's kinds."""
     config = options.config(arguments)
     check_whole("--threads", arguments.threads, 1, 1024, optional=True)
     check_whole("--n-gpu-layers", arguments.n_gpu_layers, -1, 2**16)
@@ -56,7 +56,7 @@ def make_jobs(arguments: argparse.Namespace, tell: Tell, note: Callable[[str], N
     stock, remark = find_stock(arguments.against, arguments.stock)
     arguments.against = "stock" if stock else "off"
     if arguments.shape:
-        if arguments.model or arguments.image or arguments.question is not None:
+        if arguments.model or arguments.hf or arguments.image or arguments.question is not None:
             raise ConfigError("--shape is in place of --model, --mmproj, --image and --question")
         shape = SHAPES[arguments.shape]
         visual, text, question = arguments.visual or shape.n_visual, arguments.text or TEXT, None
@@ -72,14 +72,17 @@ def make_jobs(arguments: argparse.Namespace, tell: Tell, note: Callable[[str], N
                 raise ConfigError(f"--{name} is for random weights (--shape): of a model, file and picture decide")
         if arguments.question is not None and not arguments.question.strip():
             raise PromptError("the question is empty")
-        model, mmproj = (arguments.model, arguments.mmproj) if arguments.model else map(str, demo.model_paths())
+        found = which.find(console, arguments)
+        model, mmproj = found.model, found.mmproj
         pictures = arguments.image or [str(demo.scenes()[0].picture)]
         visual, text, question = 0, 0, arguments.question or QUESTION
         check_pair(model, mmproj)
     for picture in pictures:
-        images.load(picture)  # a bad one is told before a large model is loaded
+        images.load(picture)  # check before the slow model load
+    if not arguments.shape:
+        found.say(console)
     if remark:
-        note(remark)
+        console.note(remark)
     keys = config.overrides(gguf.read_header(model).schedule)
     # Our own libraries would take the schedule that the file carries; stock's know of none.
     no_keys: dict[str, Override] = {} if stock else {"st3.preset": "off"}

@@ -33,7 +33,6 @@ def main(console: Console, arguments: argparse.Namespace) -> int:
     config = options.config(arguments)
     pictures = [images.data_url(picture) for picture in arguments.images]
     with run(console, lambda: loading.load(console, arguments, config)) as llava:
-        loading.tell_which(console, arguments)
         return Chat(console, llava, pictures, options.answer(arguments)).loop()
 
 
@@ -72,7 +71,7 @@ class Chat:
             except OutputError:  # nobody would read the next answer either
                 raise
             except St3Error as e:
-                self._console.note(f"st3-edge: error: {one_line(e)}")
+                self._console.error(one_line(e))
 
     def _do(self, line: str) -> None:
         command, _, rest = line.partition(" ")

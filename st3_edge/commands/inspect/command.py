@@ -8,7 +8,7 @@ from typing import Any
 from ...files import gguf
 from ...files.output import check_output
 from ...prompts import images
-from .. import loading, options
+from .. import loading, options, which
 from ..console import Console, run
 from . import figure, output, page
 from .seen import see
@@ -24,16 +24,16 @@ def _inspect(console: Console, arguments: argparse.Namespace) -> int:
     *sources, question = arguments.inputs
     # Check what is written and read before the slow model load.
     targets = output.targets(arguments.output, sources)
-    words = [word for word in (*sources, arguments.model, arguments.mmproj) if word]
-    inputs = [word for word in words if word != "-" and word[:5].lower() != "data:"]
+    found = which.find(console, arguments)
+    inputs = [word for word in (*sources, found.model, found.mmproj) if word != "-" and word[:5].lower() != "data:"]
     for target in targets:
         check_output(target, inputs, force=arguments.force)
     pictures = [images.load_argument(source) for source in sources]
 
     content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
-    with loading.load(console, arguments, config) as llava:
+    with loading.load(console, arguments, config, found) as llava:
         chunks: Any = llava.create_chat_completion(
-            [{"role": "user", "content": content}],
+            [*options.system(arguments), {"role": "user", "content": content}],
             stream=True,
             trace=True,
             **options.answer(arguments),
@@ -56,5 +56,4 @@ def _inspect(console: Console, arguments: argparse.Namespace) -> int:
         data = figure.png(seen) if target.suffix.lower() == ".png" else page.html(seen).encode(errors="replace")
         output.write(target, data, inputs, force=arguments.force)
         console.note(f"Written: {target}")
-    loading.tell_which(console, arguments)
     return 0

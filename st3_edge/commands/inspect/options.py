@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+import argparse
 
 from .. import options
 
 
-def add_parser(commands: Any) -> None:
-    """Adds the subcommand."""
-    parser = commands.add_parser(
-        "inspect",
-        help="show which patches of a picture are kept, layer by layer and along the answer",
-        usage="st3-edge inspect IMAGE... QUESTION [options]",
-        description="Asks a question as `ask` does, and draws which patches of the pictures the model's layers still "
-        "held: after each cut, and at each token of the answer. Writes a PNG picture and an HTML page, which needs no "
-        "network and no other file.",
-        epilog="Example: st3-edge inspect photo.jpg 'What is on the table?' -o table",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describes the subcommand."""
+    parser.usage = "st3-edge inspect IMAGE... QUESTION [options]"
+    parser.description = (
+        "Asks a question as `ask` does, and draws which patches of the pictures the model's layers still held: after "
+        "each cut, and at each token of the answer. Writes a PNG picture and an HTML page, which needs no network and "
+        "no other file."
     )
+    parser.epilog = "Example: st3-edge inspect photo.jpg 'What is on the table?' -o table"
     parser.add_argument("inputs", nargs="+", metavar="IMAGE... QUESTION", help="as for st3-edge ask")
     files = parser.add_argument_group("files to write")
     files.add_argument(

@@ -10,14 +10,13 @@ import stat
 from pathlib import Path
 from typing import NoReturn
 
-from ... import demo
 from ...config import Override, ST3Config
-from ...errors import ConfigError, LibraryError, ModelError
+from ...errors import ConfigError, LibraryError
 from ...files import gguf
 from ...files.pair import check_pair
 from ...native import libraries
 from ...prompts.templates import VICUNA
-from .. import options
+from .. import options, which
 from ..console import Console
 from .options import Arguments
 
@@ -30,19 +29,19 @@ def main(console: Console, arguments: Arguments) -> NoReturn:
     program = find("llama-server")
     ours = arguments.ours
     config = options.config(ours)
-    header = None
-    model = mmproj = None
+    found = header = None
     if not arguments.routes:
-        model, mmproj = _files(ours)
-        header = check_pair(model, mmproj)
+        found = which.find(console, ours)
+        header = check_pair(found.model, found.mmproj)
     elif ours.model or ours.hf:
         raise ConfigError("name one model, or several for llama-server to route to, not both")
     port = _port(ours.host, ours.port)
-    command = [str(program), *flags(arguments, config, header, model, mmproj), "--port", str(port), *arguments.theirs]
+    files = (found.model, found.mmproj) if found else (None, None)
+    command = [str(program), *flags(arguments, config, header, *files), "--port", str(port), *arguments.theirs]
+    if found:
+        found.say(console)
     if not ours.host.endswith(".sock"):
-        console.note(hints(ours, port))
-    if header and not (ours.model or ours.hf):
-        console.note("(no --model: the small demo model answers, which knows drawn shapes only)")
+        console.note(hints(ours, found.words if found else [], port))
     os.execv(program, command)
 
 
@@ -89,14 +88,11 @@ def override(values: dict[str, Override]) -> str:
     return ",".join(f"{key}={typed(value)}" for key, value in values.items())
 
 
-def hints(ours: argparse.Namespace, port: int) -> str:
-    """Where the server will be, and how clients find it."""
+def hints(ours: argparse.Namespace, words: list[str], port: int) -> str:
+    """Where the server will be, and how clients find it. words: the options that choose its model."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(ours.host, f"[{ours.host}]" if ":" in ours.host else ours.host)
     url = f"http://{host}:{port}"
-    again = ["st3-edge", "serve"]
-    for name in ("model", "mmproj", "hf"):
-        value = getattr(ours, name)
-        again += [f"--{name}", str(value)] if value else []
+    again = ["st3-edge", "serve", *words]
     return (
         f"{url}/      the web page, once the model is loaded\n"
         f"{url}/st3   which patches of a picture ST3 keeps\n"
@@ -104,19 +100,6 @@ def hints(ours: argparse.Namespace, port: int) -> str:
         f"  Open WebUI  OPENAI_API_BASE_URL={url}/v1\n"
         f"  llama-swap  cmd: {shlex.join(again)} --port ${{PORT}}\n"
     )
-
-
-def _files(ours: argparse.Namespace) -> tuple[str, str]:
-    if ours.hf and ours.model:
-        raise ModelError("--hf and --model exclude each other: both name the model")
-    if ours.hf:
-        from ...files import hub  # takes long to import
-
-        return hub.pair(ours.hf)
-    if ours.model:
-        return ours.model, ours.mmproj
-    model, mmproj = demo.model_paths()
-    return str(model), str(mmproj)
 
 
 def _port(host: str, port: int) -> int:

@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .. import options
+from .. import options, settings
 
 DESCRIPTION = "Serves a LLaVA with ST3 on: llama-server of this package, with its web page and its APIs."
 EPILOG = (
     "Every other option goes to llama-server as it is (-c, -np, -ngl, --api-key, ...; `llama-server --help` in the "
     "package's bin folder lists them). "
-    "Example: st3-edge serve --model llava.gguf --mmproj mmproj.gguf --budget 0.5 -c 8192"
+    "Example: st3-edge serve -m llava.gguf --budget 0.5 -c 8192"
 )
 
 # llama-server's options that say which models it serves: there is none for us to choose then.
@@ -40,21 +40,12 @@ def parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     """The parser of our options."""
     made = kind(
         prog="st3-edge serve",
-        usage="st3-edge serve [--model M.gguf --mmproj P.gguf | --hf OWNER/REPO[:QUANT]] [options]",
+        usage="st3-edge serve [-m M.gguf | --hf OWNER/REPO[:QUANT]] [options]",
         description=DESCRIPTION,
         epilog=EPILOG,
         allow_abbrev=False,
     )
-    model = made.add_argument_group("model (default: the small one that comes with the package)")
-    model.add_argument("--model", "-m", metavar="M.gguf", help="the text model of a LLaVA, in GGUF")
-    model.add_argument("--mmproj", "-mm", metavar="P.gguf", help="the vision half of the same LLaVA, in GGUF")
-    model.add_argument(
-        "--hf",
-        "-hf",
-        "--hf-repo",
-        metavar="OWNER/REPO[:QUANT]",
-        help="both from a Hugging Face repository, downloaded once (default QUANT: Q4_K_M, or what there is)",
-    )
+    options.add_files(made)
     where = made.add_argument_group("address")
     where.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on (default 127.0.0.1)")
     where.add_argument("--port", type=int, default=8080, metavar="N", help="port; 0: a free one (default 8080)")
@@ -79,4 +70,5 @@ def parse(kind: type[argparse.ArgumentParser], words: Sequence[str]) -> Argument
         ours.append(word)
         if "=" not in word and action.nargs != 0:
             ours += [value for value in (next(rest, None),) if value is not None]
-    return Arguments(known.parse_args(ours), theirs)
+    found = known.parse_args(ours)
+    return Arguments(known.parse_args(ours) if settings.use(known) else found, theirs)

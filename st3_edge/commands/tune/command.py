@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ... import demo
 from ...config import Override, ST3Config
 from ...errors import ConfigError, ModelError, St3Error
 from ...files import gguf, gguf_copy
@@ -22,7 +21,7 @@ from ...files.pair import check_pair
 from ...native import libraries
 from ...prompts import images
 from ...runtime import state
-from .. import options
+from .. import options, which
 from ..console import INTERRUPTED, Console, run
 from . import search
 from .evaluate import Evaluation, Evaluator, Work
@@ -55,10 +54,12 @@ class Space(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What the command was asked for, checked; output: None where no file is to be written."""
+    """What the command was asked for, checked; words: the options that choose the model; output: None where no file is
+    to be written."""
 
     model: str
     mmproj: str
+    words: list[str]
     space: Space
     prompts: list[Prompt]
     max_kl: float
@@ -78,7 +79,7 @@ class Found(NamedTuple):
 def main(console: Console, arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit code. Raises St3Error; what is wrong with files and options is told before
     anything is loaded."""
-    task = _task(arguments)
+    task = _task(console, arguments)
     n_pictures = len({prompt.picture for prompt in task.prompts})
     console.note(
         f"prompts: {len(task.prompts)}, pictures: {n_pictures}, pairs of start and stride: {len(task.space.shapes)}"
@@ -95,7 +96,7 @@ def main(console: Console, arguments: argparse.Namespace) -> int:
         console.stage(name, share)
 
     found = run(console, lambda: _find(console, arguments, task, stage), stop)
-    console.say(json.dumps(_object(task, found)) if arguments.json else _page(arguments, task, found))
+    console.say(json.dumps(_object(task, found)) if arguments.json else _page(task, found))
     if found.interrupted:
         console.note("st3-edge: interrupted; the same command goes on from here")
         return INTERRUPTED
@@ -143,20 +144,22 @@ def _find(console: Console, arguments: argparse.Namespace, task: Task, stage: Ca
     return Found(evaluator.results, best, overrides, interrupted, output)
 
 
-def _task(arguments: argparse.Namespace) -> Task:
+def _task(console: Console, arguments: argparse.Namespace) -> Task:
     if not (math.isfinite(arguments.max_kl) and arguments.max_kl > 0):
         raise ConfigError(f"max-kl must be above 0, not {arguments.max_kl:g}")
     for name, high in (("prompts", 10_000), ("tokens", 1024)):
         if not 1 <= getattr(arguments, name) <= high:
             raise ConfigError(f"{name} must be a whole number from 1 to {high}, not {getattr(arguments, name)}")
     config, output = options.config(arguments), arguments.output
-    model, mmproj = (arguments.model, arguments.mmproj) if arguments.model else map(str, demo.model_paths())
+    found = which.find(console, arguments)
+    model, mmproj = found.model, found.mmproj
     space = _space(config, check_pair(model, mmproj), model)
     if output:
         gguf_copy.check(model, output, force=arguments.force)
     prompts = _prompts(arguments)
     libraries.check_present()
-    return Task(model, mmproj, space, prompts, arguments.max_kl, output)
+    found.say(console)
+    return Task(model, mmproj, found.words, space, prompts, arguments.max_kl, output)
 
 
 def _space(config: ST3Config, header: gguf.Header, model: str) -> Space:
@@ -209,7 +212,7 @@ def _line(result: Evaluation) -> str:
     return f"{_name(result.candidate)}: KL above {result.kl:.4f}, given up after {done}"
 
 
-def _page(arguments: argparse.Namespace, task: Task, found: Found) -> str:
+def _page(task: Task, found: Found) -> str:
     lines = ["  cost      KL   95 % interval       same word  start  stride  budget"]
     for r in search.frontier(found.results):
         low, high = r.interval
@@ -222,11 +225,11 @@ def _page(arguments: argparse.Namespace, task: Task, found: Found) -> str:
         return "\n".join(lines)
     worst = task.prompts[found.best.worst]
     kl = found.best.measured[found.best.worst].kl
-    files = {"--model": arguments.model, "--mmproj": arguments.mmproj} if arguments.model else {}
-    ask = {**files, **{f"--{key.removeprefix('st3.').replace('_', '-')}": v for key, v in found.overrides.items()}}
+    ask = {f"--{key.removeprefix('st3.').replace('_', '-')}": v for key, v in found.overrides.items()}
+    words = [*task.words, *(str(word) for option in ask.items() for word in option)]
     lines += [
         f"*: the cheapest within {task.max_kl:g}; farthest, {kl:.4f}: {worst.question!r} about {worst.picture.name}",
-        f"\nst3-edge ask IMAGE QUESTION {' '.join(f'{option} {shlex.quote(str(v))}' for option, v in ask.items())}",
+        f"\nst3-edge ask IMAGE QUESTION {shlex.join(words)}",
     ]
     if found.output:
         lines.append(f"\n{found.output} is the model with this schedule: it needs none of these options")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import argparse
 
 from .. import options
 
@@ -11,17 +11,15 @@ from .. import options
 MAX_KL = 0.03
 
 
-def add_parser(commands: Any) -> None:
-    """The command's options."""
-    parser = commands.add_parser(
-        "tune",
-        help="find the cheapest schedule for your model and pictures",
-        usage="st3-edge tune FOLDER [options]",
-        description="Asks the model about the pictures of a folder, without pruning and then under schedule after "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describes the subcommand."""
+    parser.usage = "st3-edge tune FOLDER [options]"
+    parser.description = (
+        "Asks the model about the pictures of a folder, without pruning and then under schedule after "
         "schedule, and finds the cheapest one whose next words stay within --max-kl of the full model's. That takes "
-        "long, as each schedule reads the prompts again. Ctrl-C loses nothing: the same command goes on where it was.",
-        epilog="Example: st3-edge tune photos --model llava.gguf --mmproj mmproj.gguf --output tuned.gguf",
+        "long, as each schedule reads the prompts again. Ctrl-C loses nothing: the same command goes on where it was."
     )
+    parser.epilog = "Example: st3-edge tune photos -m llava.gguf --output tuned.gguf"
     parser.add_argument("folder", metavar="FOLDER", help="where the pictures are")
     group = parser.add_argument_group("search")
     group.add_argument(

@@ -1,0 +1,160 @@
+"""Which model a command means, and what the config file adds to its words."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from st3_edge import ConfigError, ModelError, demo
+from st3_edge.commands import options, settings, which
+from st3_edge.commands.parser import Parser
+
+ROOT = Path(__file__).parents[2]
+
+
+class Quiet:
+    def note(self, text, end="\n") -> None: ...
+
+    def stage(self, *_) -> None: ...
+
+
+def parse(*words):
+    parser = Parser()
+    options.add_shared(parser)
+    if settings.use(parser):
+        return parser.parse_args(words)
+    return parser.parse_args(words)
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """config(text): the config file."""
+    path = tmp_path / "config.toml"
+    monkeypatch.setenv("ST3_CONFIG", str(path))
+
+    def write(text: str):
+        path.write_text(text, encoding="utf-8")
+
+    return write
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What is taken from Hugging Face."""
+    names = []
+    monkeypatch.setattr(which, "download", lambda _, name: names.append(name) or ("/c/m", "/c/p", name))
+    return names
+
+
+def found(*words):
+    return which.find(Quiet(), parse(*words))
+
+
+def test_words_come_before_the_environment_and_that_before_the_file(config, asked, monkeypatch):
+    # broken if what is said once were not overruled by what is said now
+    model, mmproj = map(str, demo.model_paths())
+    assert found()[:2] == (model, mmproj) and found().words == []
+    config('hf = "o/file:Q8_0"')
+    assert found().words == ["--hf", "o/file:Q8_0"]
+    monkeypatch.setenv("ST3_MODEL", "o/environment")
+    assert found().words == ["--hf", "o/environment"]
+    monkeypatch.setenv("ST3_MODEL", model)
+    assert found()[:2] == (model, mmproj)
+    monkeypatch.setenv("ST3_MMPROJ", "x.gguf")
+    assert found()[:2] == (model, "x.gguf")
+    assert found("--hf", "o/words")[:2] == ("/c/m", "/c/p")
+    assert found("-m", model)[:2] == (model, mmproj)
+    assert found("-m", "a.gguf", "-mm", "b.gguf")[:2] == ("a.gguf", "b.gguf")
+    assert asked == ["o/file:Q8_0", "o/environment", "o/words"]
+
+
+def test_a_home_in_the_file_is_the_persons(config, monkeypatch, tmp_path):
+    # broken if ~ were a folder's name, as no shell expands it there
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config('model = "~/m.gguf"\nmmproj = "~/p.gguf"')
+    assert found()[:2] == (f"{tmp_path}/m.gguf", f"{tmp_path}/p.gguf")
+
+
+@pytest.mark.parametrize("text", ['hf = "a/b"\nmodel = "m.gguf"', ""])
+def test_two_names_for_one_model_are_refused(config, asked, text):
+    # broken if one of them were taken silently
+    config(text)
+    with pytest.raises(ModelError, match="both"):
+        found(*([] if text else ["--hf", "a/b", "-m", "m.gguf"]))
+
+
+def test_pruning_of_the_file_gives_way_to_what_is_said(config):
+    # broken if a preset that was asked for got another's budget, or --keep were refused for the file's sake
+    config("budget = 0.3\nmerge = false\nn-ctx = 8192\ntemperature = 0.5\n")
+    arguments = parse()
+    assert (arguments.n_ctx, arguments.temperature) == (8192, 0.5)
+    made = options.config(arguments)
+    assert (made.budget, made.merge, made.preset) == (0.3, False, None)
+    assert options.config(parse("--keep", "0.5")).budget is None
+    assert options.config(parse("--budget", "0.4")).budget == 0.4
+    for preset in ("off", "fastv"):
+        made = options.config(parse("--preset", preset))
+        assert (made.budget, made.merge, made.preset) == (None, None, preset)
+    assert parse("--n-ctx", "100").n_ctx == 100
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("budgte = 0.3", "did you mean 'budget'"),
+        ('budget = "much"', "budget cannot be 'much'"),
+        ("budget = [1]", "budget cannot be"),
+        ("merge = 1", "merge cannot be 1"),
+        ("budget", "is not TOML"),
+        ("trace = true", "no option 'trace'"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(config, text, says):
+    # broken by a traceback, or a setting that is silently ignored
+    config(text)
+    with pytest.raises(ConfigError, match=says):
+        parse()
+
+
+def test_every_command_reads_the_file(config, tmp_path):
+    # broken if one of them used another model than the others
+    config(f'model = "{tmp_path}/none.gguf"')
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ST3_LIB_DIR": str(tmp_path)}
+    picture = str(demo.scenes()[0].picture)
+    for words in (["ask", picture, "?"], ["chat"], ["inspect", picture, "?"], ["tune", str(demo.FOLDER)], ["bench"]):
+        (tmp_path / "libllama.so").write_bytes(b"")
+        (tmp_path / "libmtmd.so").write_bytes(b"")
+        done = subprocess.run(
+            [sys.executable, "-m", "st3_edge", *words], capture_output=True, text=True, env=environment, timeout=60
+        )
+        assert done.returncode == 1 and "none.gguf' cannot be read: No such file" in done.stderr, (words, done.stderr)
+
+
+def test_models_lists_what_was_downloaded(tmp_path):
+    # broken if a pair in the cache were missing, or its schedule were not that of its file
+    snapshot = tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--a--b" / "refs").mkdir()
+    (tmp_path / "models--a--b" / "refs" / "main").write_text("0" * 40)
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir()
+    for i, (name, source) in enumerate(zip(("m-Q8_0.gguf", "mmproj-m.gguf"), demo.model_paths(), strict=True)):
+        (blobs / str(i)).write_bytes(source.read_bytes())
+        (snapshot / name).symlink_to(blobs / str(i))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(tmp_path)}
+
+    def models(*words):
+        command = [sys.executable, "-m", "st3_edge", "models", *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    (one,) = json.loads(models("--json"))
+    size = sum(path.stat().st_size for path in demo.model_paths())
+    assert (one["name"], one["size"], one["problem"], one["architecture"]) == ("a/b:Q8_0", size, None, "llama")
+    assert "a/b:Q8_0" in models() and "default schedule" in models()
+    environment["HF_HUB_CACHE"] = str(tmp_path / "none")
+    assert models() == ""
