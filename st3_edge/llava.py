@@ -170,10 +170,10 @@ class Llava:
     ) -> Llava:
         """A model and its mmproj of a Hugging Face repository, downloaded once and then taken from the cache.
 
-        `repo_id`: "owner/repo", or "owner/repo:QUANT", whose files are found by their names. Both file names may be given
-        instead; they may hold wildcards, if each fits one file of the cache, or of the repository; of a model in several
-        parts, all are downloaded. `options`: as for the class. Raises ModelError where the repository or a file is not
-        there, or there is no network and they are not in the cache.
+        `repo_id`: "owner/repo", or "owner/repo:QUANT", whose files are found by their names. Both file names may be
+        given instead; they may hold wildcards, if each fits one file of the cache, or of the repository; of a model in
+        several parts, all are downloaded. `options`: as for the class. Raises ModelError where the repository or a file
+        is not there, or there is no network and they are not in the cache.
         """
         inspect.signature(cls).bind("", "", config, **options)  # a mistyped option before the download
         from .files import hub  # takes long to import
