@@ -254,7 +254,7 @@ def test_a_conversation_that_is_full_goes_on(talk, tmp_path):
     console = talk(model, f"/image {path}", *(f"{i}?" for i in range(8)))
     assert len(model.asked) == 8
     assert console.err.count("the context of 100 tokens is full") == 3
-    assert "their pictures kept; /reset begins anew" in console.err
+    assert "their pictures kept; /clear begins anew" in console.err
     for messages in model.asked:
         assert messages[0]["content"][0]["type"] == "image"
     assert [m["content"][-1]["text"] for m in model.asked[-1][::2]] == ["6?", "7?"]

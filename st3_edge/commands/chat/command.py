@@ -3,137 +3,297 @@
 from __future__ import annotations
 
 import argparse
-import codecs
-import contextlib
-import io
 import os
-import shlex
 import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...errors import ContextError, OutputError, St3Error, one_line
+from ...config import ST3Config
+from ...errors import ConfigError, ContextError, ImageError, OutputError, St3Error, one_line
 from ...llava import Llava
 from ...prompts import images
 from ...runtime import state
-from .. import loading, options
+from .. import loading, options, which
 from ..console import Console, run
+from . import lines, paths, terminal
 
 _HELP = """\
-/image FILE   show a picture with the next question
-/reset        begin anew
-/report       what ST3 did for the last answer
-/save FILE    keep the conversation
-/load FILE    go on with one that was kept
-/quit         leave (Ctrl-D does too; Ctrl-C stops an answer)"""
+Ask, and drop or paste a picture's path where you like: several pictures are looked at together.
+/image FILE...  show pictures with the next question
+/paste          show the picture of the clipboard with the next question
+/retry          another answer to the last question
+/budget B       keep this share of the visual tokens, above 0 to 1 (1: all)
+/system TEXT    instructions that come before the conversation (- removes them)
+/kept           which parts of the pictures the last answer still saw
+/report         what ST3 did for the last answer
+/save FILE      keep the conversation
+/load FILE      go on with one that was kept
+/clear          begin anew
+/quit           leave (exit and Ctrl-D do too; Ctrl-C stops an answer)
+Alt-Enter begins another line; so does all between \"\"\" and \"\"\"."""
+_COMMANDS = [line.split()[0] for line in _HELP.splitlines() if line.startswith("/")]
+_ALIASES = {"/exit": "/quit", "/bye": "/quit", "/reset": "/clear", "/?": "/help", "/regenerate": "/retry"}
+_WITH_FILES = ("/image", "/save", "/load")
+_LEAVE = ("exit", "quit", "/quit")
+_RETRY_TEMPERATURE = 0.8
 
 
 def main(console: Console, arguments: argparse.Namespace) -> int:
     """Loads the model and talks; returns the exit code."""
     config = options.config(arguments)
     pictures = [images.data_url(picture) for picture in arguments.images]
-    with run(console, lambda: loading.load(console, arguments, config)) as llava:
-        return Chat(console, llava, pictures, options.answer(arguments)).loop()
+    threading.Thread(target=lines.warm_up, daemon=True).start()
+    found = run(console, lambda: which.find(console, arguments))
+
+    def load(config: ST3Config) -> Llava:
+        return run(console, lambda: loading.load(console, arguments, config, found))
+
+    chat = Chat(console, load(config), pictures, options.answer(arguments), config, load)
+    try:
+        chat.system = arguments.system or ""
+        console.note(f"{found.name}: ask, or drop a picture here. /help shows what else there is.")
+        if arguments.load:
+            chat.do(f"/load {arguments.load}")
+        return chat.loop()
+    finally:
+        chat.close()
 
 
 class Chat:
     """The messages so far, and what a line does. `pictures`: data URLs, shown with the next question; `options`: of
-    every answer, as `options.answer` gives them."""
+    every answer, as `options.answer` gives them; `config` and `load`: the schedule, and what loads the model with
+    another one."""
 
-    def __init__(self, console: Console, llava: Llava, pictures: list[str], options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        console: Console,
+        llava: Llava,
+        pictures: list[str],
+        options: dict[str, Any],
+        config: ST3Config | None = None,
+        load: Callable[[ST3Config], Llava] | None = None,
+    ) -> None:
         self._console, self._llava = console, llava
         self._pictures, self._options = pictures, options
+        self._config, self._load = config or ST3Config(), load
         self._messages: list[dict[str, Any]] = []
+        self.system = ""
+        self._is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+
+    def close(self) -> None:
+        """Frees the model."""
+        self._llava.close()
 
     def loop(self) -> int:
         """Reads lines and does them until the input ends."""
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  input() then edits its line
-        prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
-        self._console.note("Ask, or /help tells what else there is.")
-        if isinstance(sys.stdin, io.TextIOWrapper):  # a name of a file may be in another encoding
-            sys.stdin.reconfigure(encoding=_marked_encoding(), errors="surrogateescape")
+        source = lines.source([*_COMMANDS, "/help"], _WITH_FILES)
         interrupted = False
         while True:
             try:
                 if interrupted:  # here, where one more is seen as well
                     interrupted = False
-                    self._console.note("\n(/quit leaves)")
-                line = _line(prompt).strip()
-                if line in ("/quit", "/exit"):
+                    self._console.note("(Ctrl-D or /quit leaves)")
+                line = lines.read(source)
+                if line.lower() in _LEAVE or _ALIASES.get(line) == "/quit":
                     return 0
                 if line:
-                    self._do(line)
+                    self.do(line)
             except EOFError:
                 return 0
             except KeyboardInterrupt:
                 interrupted = True
-            except OutputError:  # nobody would read the next answer either
-                raise
-            except St3Error as e:
-                self._console.error(one_line(e))
+
+    def do(self, line: str) -> None:
+        """Does a line, and says what goes wrong; an output that cannot be written is raised."""
+        try:
+            self._do(line)
+        except OutputError:  # nobody would read the next answer either
+            raise
+        except St3Error as e:
+            self._console.error(one_line(e))
 
     def _do(self, line: str) -> None:
-        command, _, rest = line.partition(" ")
-        # Not Path's, which raises for a name that is no user's, as in a question about "~ 3 cm".
-        path = Path(os.path.expanduser(_unquoted(rest.strip()) if command == "/image" else rest.strip()))  # noqa: PTH111
-        if not command.startswith("/"):
-            self._ask(line)
-        elif command == "/image" and rest:
-            self._pictures.append(images.data_url(str(path)))
-            self._console.note("(shown with the next question)")
-        elif command == "/save" and rest:
-            state.check_replaceable(path)
-            self._llava.save_state(path, self._messages)
-            self._console.note(f"(kept in {path})")
-        elif command == "/load" and rest:
-            messages = self._llava.load_state(path)
-            self._messages = messages if isinstance(messages, list) else []
-            self._pictures.clear()
-            self._console.note(f"({len(self._messages) // 2} questions so far)")
-        elif command == "/reset":
-            self._llava.reset()
-            self._messages = []
-            self._pictures.clear()
-            self._console.note("(begun anew)")
-        elif command == "/report":
-            report = self._llava.last_report
-            self._console.note(report.summary() if report else "(no answer yet)")
-        elif command == "/help":
-            self._console.note(_HELP)
-        else:
+        word, _, rest = line.partition(" ")
+        command, rest = _ALIASES.get(word, word), rest.strip()
+        does: dict[str, Callable[[str], None]] = {
+            "/image": self._image,
+            "/paste": self._paste,
+            "/retry": self._retry,
+            "/budget": self._budget,
+            "/system": self._set_system,
+            "/kept": self._kept,
+            "/report": self._report,
+            "/save": self._save,
+            "/load": self._restore,
+            "/clear": self._clear,
+            "/help": self._help,
+        }
+        if command in does and (rest or command not in _WITH_FILES):
+            does[command](rest)
+            return
+        found, question = paths.split(line)
+        if not found and line.startswith("/"):
             self._console.note(f"{line!r} is not one of these:\n{_HELP}")
+            return
+        for path in found:
+            self._show(images.data_url(path))
+        if question:
+            self._ask(question)
+        elif found:
+            self._console.note("(shown with the next question)")
+
+    def _help(self, _: str) -> None:
+        self._console.note(_HELP)
+
+    def _image(self, rest: str) -> None:
+        for path in [images.data_url(path) for path in paths.unquoted(rest)]:
+            self._show(path)
+        self._console.note("(shown with the next question)")
+
+    def _paste(self, _: str) -> None:
+        for picture in _of_clipboard():
+            self._show(picture)
+        self._console.note("(shown with the next question)")
+
+    def _show(self, picture: str) -> None:
+        self._pictures.append(picture)
+        if self._is_terminal and (drawn := terminal.picture(terminal.thumbnail(picture))):
+            self._console.say(drawn, end="")
+
+    def _retry(self, _: str) -> None:
+        if not self._messages:
+            raise ConfigError("there is no question to answer again")
+        *before, question, _answer = self._messages
+        others, self._messages = self._messages, before
+        changed = {}
+        if not self._options.get("temperature"):  # or the same words would come again
+            changed = {"temperature": _RETRY_TEMPERATURE}
+            self._console.note(f"(temperature {_RETRY_TEMPERATURE}, as without chance the same words would come again)")
+        try:
+            if not self._answer_to(question, {**self._options, **changed}):
+                self._messages = others
+        except BaseException:
+            self._messages = others
+            raise
+
+    def _budget(self, rest: str) -> None:
+        try:
+            budget = float(rest.rstrip("%")) / (100 if rest.endswith("%") else 1)
+        except ValueError:
+            now = self._config.budget
+            self._console.note(f"(the budget is {now if now is not None else 'that of the model file or preset'})")
+            return
+        if self._load is None:
+            raise ConfigError("the model cannot be loaded again")
+        preset = None if self._config.preset == "off" else self._config.preset
+        config = replace(self._config, budget=budget, keep=None, preset=preset)
+        if budget == 1:
+            config = ST3Config(preset="off")
+        self._llava.close()  # memory may not hold two
+        try:
+            self._llava = self._load(config)
+        except BaseException:
+            self._llava = self._load(self._config)
+            raise
+        self._config = config
+        self._console.note(f"(budget {budget:g}: the next question reads the conversation again)")
+
+    def _set_system(self, rest: str) -> None:
+        if rest:
+            self.system = "" if rest == "-" else rest
+        self._console.note(f"(system: {self.system})" if self.system else "(no system message)")
+
+    def _kept(self, _: str) -> None:
+        report = self._llava.last_report
+        trace = report.trace if report else None
+        if not report or not trace or not trace.images:
+            self._console.note("(no answer about a picture yet)")
+            return
+        first = 0
+        for number, n in enumerate(trace.images, 1):
+            for line in terminal.kept_map(n, trace.left, first):
+                self._console.note(line)
+            held = [sum(stage[i] < 0 for i in range(first, first + n)) for stage in trace.left]
+            self._console.note(f"picture {number}: {n} visual tokens; held at the end, by stage: {held}")
+            first += n
+        self._console.note("(the brighter a patch, the more of the model's layers still saw it)")
+
+    def _report(self, _: str) -> None:
+        report = self._llava.last_report
+        self._console.note(report.summary() if report else "(no answer yet)")
+
+    def _save(self, rest: str) -> None:
+        path = _path(rest)
+        state.check_replaceable(path)
+        self._llava.save_state(path, [*self._system(), *self._messages])
+        self._console.note(f"(kept in {path})")
+
+    def _restore(self, rest: str) -> None:
+        messages = self._llava.load_state(_path(rest))
+        messages = messages if isinstance(messages, list) else []
+        self.system = ""
+        if messages and messages[0]["role"] == "system":
+            self.system = messages.pop(0)["content"]
+        self._messages = messages
+        self._pictures.clear()
+        self._console.note(f"({len(self._messages) // 2} questions so far)")
+
+    def _clear(self, _: str) -> None:
+        self._llava.reset()
+        self._messages = []
+        self._pictures.clear()
+        self._console.note("(begun anew)")
 
     def _ask(self, text: str) -> None:
         own = len(self._pictures)
-        stopped = False
-        said: list[str] = []
         while True:
-            question = {"role": "user", "content": [*map(_image, self._pictures), {"type": "text", "text": text}]}
+            question = {"role": "user", "content": [*map(_part, self._pictures), {"type": "text", "text": text}]}
             try:
-                with self._console.ticking():
-                    self._answer([*self._messages, question], said)
-                break
+                if self._answer_to(question, self._options):
+                    self._pictures.clear()
+                return
             except ContextError:
                 if not self._forget(own):
                     raise
-            except KeyboardInterrupt:  # what was said before it counts
-                stopped = True
-                break
+
+    def _answer_to(self, question: dict[str, Any], how: dict[str, Any]) -> bool:
+        """Streams an answer and adds both to the conversation; False where nothing was said."""
+        said: list[str] = []
+        stopped = False
+        wrap = terminal.Wrap(lambda text: self._console.say(text, end="")) if self._is_terminal else None
+        try:
+            with self._console.ticking():
+                for piece in self._pieces(question, how):
+                    said.append(piece)
+                    if wrap:
+                        wrap.push(piece)
+                    else:
+                        self._console.say(piece, end="")
+        except KeyboardInterrupt:  # what was said before it counts
+            stopped = True
+        if wrap:
+            wrap.finish()
         self._console.say()
         if any(said):
             self._messages += [question, {"role": "assistant", "content": "".join(said)}]
-            self._pictures.clear()
         report = self._llava.last_report
-        if report and not stopped and (note := options.cut(report, self._options, self._llava.n_ctx)):
+        if report and not stopped and (note := options.cut(report, how, self._llava.n_ctx)):
             self._console.note(note)
-            if any(said) and options.is_full(report, self._options):
+            if any(said) and options.is_full(report, how):
+                self._pictures.clear()
                 self._forget(0)  # or the next answer would be as short
+        return any(said)
 
-    def _answer(self, messages: list[dict[str, Any]], said: list[str]) -> None:
-        for chunk in self._llava.create_chat_completion(messages, stream=True, **self._options):
-            said.append(chunk["choices"][0]["delta"].get("content", ""))
-            self._console.say(said[-1], end="")
+    def _pieces(self, question: dict[str, Any], how: dict[str, Any]) -> Any:
+        messages = [*self._system(), *self._messages, question]
+        for chunk in self._llava.create_chat_completion(messages, stream=True, trace=True, **how):
+            yield chunk["choices"][0]["delta"].get("content", "")
+
+    def _system(self) -> list[dict[str, Any]]:
+        return [{"role": "system", "content": self.system}] if self.system else []
 
     def _forget(self, own: int) -> bool:
         """Makes room in the context: the older half of the questions goes, less their pictures; where there is none,
@@ -141,7 +301,7 @@ class Chat:
         n = len(self._messages) // 2
         if n:
             gone = -(-n // 2)
-            pictures = [part for message in self._messages[: 2 * gone] for part in _images_of(message)]
+            pictures = [part for message in self._messages[: 2 * gone] for part in _pictures_of(message)]
             del self._messages[: 2 * gone]
             if self._messages:
                 first = self._messages[0]
@@ -155,11 +315,16 @@ class Chat:
             what, more = "the oldest picture is", "forgotten"
         else:
             return False
-        self._console.note(f"(the context of {self._llava.n_ctx} tokens is full: {what} {more}; /reset begins anew)")
+        self._console.note(f"(the context of {self._llava.n_ctx} tokens is full: {what} {more}; /clear begins anew)")
         return True
 
 
-def _image(source: str) -> dict[str, Any]:
+def _path(text: str) -> Path:
+    # Not Path's, which raises for a name that is no user's.
+    return Path(os.path.expanduser(text))  # noqa: PTH111
+
+
+def _part(source: str) -> dict[str, Any]:
     return {"type": "image", "image": source}
 
 
@@ -168,35 +333,25 @@ def _parts_of(message: dict[str, Any]) -> list[Any]:
     return content if isinstance(content, list) else [{"type": "text", "text": content}]
 
 
-def _images_of(message: dict[str, Any]) -> list[Any]:
+def _pictures_of(message: dict[str, Any]) -> list[Any]:
     return [part for part in _parts_of(message) if part["type"] == "image"]
 
 
-def _unquoted(path: str) -> str:
-    """The name of a file as a terminal writes it that a person drops it on: in quotes, or with backslashes."""
+def _of_clipboard() -> list[str]:
+    """The pictures of the clipboard as `data:` URLs. Raises ImageError where there are none."""
+    import base64
+    import io
+
+    from PIL import Image, ImageGrab
+
     try:
-        if Path(path).exists():
-            return path
-        words = shlex.split(path)
-    except (OSError, ValueError):
-        return path
-    return words[0] if len(words) == 1 else path
-
-
-def _marked_encoding() -> str | None:
-    """The encoding of standard input, where its first bytes are a mark of one."""
-    if sys.stdin.isatty():
-        return None
-    head = sys.stdin.buffer.peek(4) if isinstance(sys.stdin.buffer, io.BufferedReader) else b""
-    marks = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-    return next((encoding for mark, encoding in marks.items() if head.startswith(mark)), None)
-
-
-def _line(prompt: str) -> str:
-    """The next line; raises EOFError where there is none."""
-    if prompt:
-        return input(prompt)
-    line = sys.stdin.readline()  # input() also writes to standard output, even an empty prompt
-    if not line:
-        raise EOFError
-    return line
+        found = ImageGrab.grabclipboard()
+    except Exception as e:  # no clipboard here, no program that reads it, or a picture that it cannot read
+        raise ImageError(f"the clipboard cannot be read: {one_line(e)}") from e
+    if isinstance(found, Image.Image):
+        out = io.BytesIO()
+        found.save(out, "PNG")
+        return ["data:image/png;base64," + base64.b64encode(out.getvalue()).decode()]
+    if found:
+        return [images.data_url(path) for path in found]
+    raise ImageError("the clipboard holds no picture")

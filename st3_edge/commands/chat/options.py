@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "In the chat, drop or paste pictures, and /help lists the commands."
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="picture files to begin with")
-    options.add_shared(parser).add_argument(
+    answer = options.add_shared(parser)
+    answer.add_argument("--load", metavar="FILE", help="go on with a conversation that /save kept")
+    answer.add_argument(
         "--revisit",
         choices=REVISIT,
         default=REVISIT[0],
