@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from st3_edge import ContextError, PromptError, StateError
+from st3_edge import ContextError, PromptError, ST3Config, StateError
 from st3_edge.commands.chat.command import Chat
 from st3_edge.prompts import images
 from st3_edge.runtime.state import MAGIC
@@ -291,3 +291,71 @@ def test_a_name_that_was_dropped_on_the_terminal(talk, tmp_path, written):
     Image.new("RGB", (4, 4), "red").save(path)
     name = written.format(path) if written != "{}" else str(path).replace(" ", "\\ ")
     assert "shown with the next question" in talk(Model(), f"/image {name}").err
+
+
+def test_a_picture_and_its_question_in_one_line(talk, tmp_path):
+    # broken if a dropped picture were answered as text
+    path = tmp_path / "a b.png"
+    Image.new("RGB", (4, 4), "red").save(path)
+    model = Model()
+    console = talk(model, f"'{path}' What is it?", str(path), "And this?", f"{tmp_path}/none.png what?")
+    kinds = [[part["type"] for part in messages[-1]["content"]] for messages in model.asked]
+    assert kinds == [["image", "text"], ["image", "text"]]
+    assert model.asked[0][0]["content"][1]["text"] == "What is it?"
+    assert console.err.count("error: there is no picture") == 1
+
+
+def test_retry_gives_another_answer_in_the_place_of_the_last(talk):
+    # broken if the question were asked as a new one, or an answer were lost where there is no other
+    model = Model()
+    console = talk(model, "/retry", "a?", "b?", "/retry", "/save f")
+    assert "error: there is no question" in console.err and "temperature 0.8" in console.err
+    assert [len(messages) for messages in model.asked] == [1, 3, 3]
+    assert model.asked[1] == model.asked[2] and len(model.kept) == 4
+    model.words = ()
+    talk(model, "a?")
+    chat = Chat(Console(), Model(), [], {"max_tokens": 9})
+    chat.do("a?")
+    chat._llava.words = ()
+    chat.do("/retry")
+    assert [message["role"] for message in chat._messages] == ["user", "assistant"]
+
+
+def test_a_system_message_stands_before_all_and_is_kept(talk):
+    # broken if it were asked as a question, or lost with the conversation
+    model = Model()
+    console = talk(model, "/system", "/system Be short.", "a?", "/save f", "/system -", "b?", "/load f", "c?")
+    roles = [[m["role"] for m in messages] for messages in model.asked]
+    assert roles[0] == ["system", "user"] and roles[1] == ["user", "assistant", "user"]
+    assert roles[2][0] == "system" and model.asked[2][0]["content"] == "Be short."
+    assert "no system message" in console.err
+
+
+def test_a_budget_loads_the_model_anew_and_keeps_the_conversation():
+    # broken if two models were in memory at once, the conversation were lost, or a bad number ended the chat
+    loaded, first = [], Model()
+    first.close = lambda: loaded.append("closed")
+
+    def load(config):
+        loaded.append(config)
+        return Model()
+
+    console = Console()
+    chat = Chat(console, first, [], {"max_tokens": 9}, ST3Config(budget=0.2, start=3), load)
+    for line in ("a?", "/budget", "/budget 7", "/budget 30%"):
+        chat.do(line)
+    assert loaded == ["closed", ST3Config(budget=0.3, start=3)]
+    chat._llava.close = lambda: None
+    chat.do("b?")
+    assert [len(m) for m in chat._llava.asked] == [3]
+    chat.do("/budget 1")
+    assert loaded[-1] == ST3Config(preset="off")
+    assert console.err.count("error: ") == 1
+
+
+def test_words_that_leave(talk):
+    # broken if the model were asked to quit
+    for word in ("exit", "quit", "/exit", "/bye"):
+        model = Model()
+        talk(model, word, "a?")
+        assert model.asked == []

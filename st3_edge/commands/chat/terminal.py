@@ -45,8 +45,8 @@ class Wrap:
     def _flush(self) -> None:
         if not self._word:
             return
-        if self._column and self._column + cells(self._space + self._word) >= self._width():
-            self._write("\n" + self._word)
+        if self._column + cells(self._space + self._word) >= self._width():
+            self._write(("\n" if self._column else "") + self._word)
             self._column = cells(self._word)
         else:
             self._write(self._space + self._word)

@@ -1,0 +1,145 @@
+"""What a chat makes of what people drop and type, and what it draws."""
+
+import base64
+import io
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from st3_edge import ImageError
+from st3_edge.commands.chat import lines, paths, terminal
+
+
+@pytest.fixture
+def picture(tmp_path):
+    folder = tmp_path / "my holiday (1)"
+    folder.mkdir()
+    path = folder / "a'b photo.PNG"
+    Image.new("RGB", (40, 20), "red").save(path)
+    return str(path)
+
+
+def escaped(path: str) -> str:
+    return "".join(f"\\{c}" if c in " ()'" else c for c in path)
+
+
+WRITTEN = {
+    "as it is": lambda path: path,
+    "backslashes": escaped,
+    "double quotes": lambda path: f'"{path}"',
+    "a URL": lambda path: "file://" + path.replace(" ", "%20"),
+    "with a space behind": lambda path: escaped(path) + " ",
+}
+
+
+@pytest.mark.parametrize("way", WRITTEN)
+def test_a_dropped_picture_is_a_picture(picture, way):
+    # broken if a terminal's way of writing a name made it a question about a path
+    found, rest = paths.split(WRITTEN[way](picture))
+    assert rest == "" and len(found) == 1
+    assert found[0] == picture or found[0].startswith("file://")
+
+
+def test_pictures_and_words_in_any_order(picture, tmp_path, monkeypatch):
+    # broken if words were lost, or only the first picture were seen
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.jpg")
+    monkeypatch.chdir(tmp_path)
+    line = f"What differs in {escaped(picture)} and b.jpg, 'please'?"
+    assert paths.split(line) == ([picture], "What differs in and b.jpg, 'please'?")
+    assert paths.split(f"{escaped(picture)} b.jpg  compare them") == ([picture, "b.jpg"], "compare them")
+
+
+@pytest.mark.parametrize(
+    "line", ["what is a.jpg?", "is 1/2.png right", "It's 5 o'clock", 'he said "hi"', "a \\ b", "  x "]
+)
+def test_words_stay_words(line):
+    # broken if an apostrophe opened a quotation, or a file that is not there were looked for
+    assert paths.split(line) == ([], line.strip())
+
+
+@pytest.mark.parametrize("line", ["/none/at all.png", "~/none.jpg what is it?", "./none.webp", "C:\\none.png"])
+def test_a_path_that_is_not_there_is_said(line):
+    # broken if the model were asked about the letters of a path
+    with pytest.raises(ImageError, match="there is no picture"):
+        paths.split(line.replace("at all", "at_all"))
+
+
+def wrapped(pieces, width: int) -> str:
+    out = []
+    wrap = terminal.Wrap(out.append, lambda: width)
+    for piece in pieces:
+        wrap.push(piece)
+    wrap.finish()
+    return "".join(out)
+
+
+def test_words_are_not_broken_at_the_edge():
+    # broken if a terminal cut them, or a piece's end were taken for a word's
+    assert wrapped(["The sta", "r is bl", "ue, the ring too"], 12) == "The star is\nblue, the\nring too"
+    assert wrapped(["日本語の文"], 5) == "日本\n語の\n文"
+
+
+@given(st.text("ab \n語", max_size=80), st.integers(4, 20), st.integers(1, 7))
+def test_wrapping_changes_spaces_alone(text, width, step):
+    # broken if a character were lost, or a line passed the edge
+    got = wrapped([text[i : i + step] for i in range(0, len(text), step)], width)
+    assert "".join(got.split()) == "".join(text.split())
+    assert all(terminal.cells(line.rstrip(" ")) < width for line in got.split("\n"))
+
+
+def test_the_map_of_what_was_kept():
+    # broken if rows and columns were swapped, or what had left were shown as held
+    left = [[-1] * 4, [-1, 0, 0, 0], [-1, 3, 0, 0]]
+    assert terminal.kept_map(4, left, 0) == ["██░░", "░░░░"]
+    assert terminal.kept_map(3, left, 0) == []
+
+
+def test_several_lines_between_fences(monkeypatch):
+    # broken if each line were asked alone
+    monkeypatch.setattr("sys.stdin", io.StringIO('"""one\n\n two"""\nthree\n"""\nfour\n"""\n'))
+    source = lines.source([], [])
+    assert [lines.read(source) for _ in range(3)] == ["one\n\n two", "three", "four"]
+    with pytest.raises(EOFError):
+        lines.read(source)
+
+
+@pytest.mark.parametrize(
+    ("environment", "begins"),
+    [
+        ({"TERM": "xterm-kitty"}, "\x1b_Ga=T,f=100,"),
+        ({"TERM": "xterm-256color", "TERM_PROGRAM": "iTerm.app"}, "\x1b]1337;File=inline=1;"),
+        ({"TERM": "xterm-256color"}, None),
+        ({"TERM": "xterm-kitty", "TMUX": "/x"}, None),
+    ],
+)
+def test_pictures_are_drawn_where_a_terminal_can(monkeypatch, picture, environment, begins):
+    # broken if a terminal were sent what it prints as letters
+    for name in ("TERM", "TERM_PROGRAM", "TMUX", "KITTY_WINDOW_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    png = terminal.thumbnail(picture)
+    drawn = terminal.picture(png)
+    assert (drawn is None) == (begins is None)
+    if drawn and begins:
+        assert drawn.startswith(begins)
+        body = [part.partition(";")[2].partition("\x1b")[0] for part in drawn.split("\x1b_G")[1:]]
+        data = "".join(body) or drawn.partition(":")[2].rstrip("\a\n")
+        assert base64.b64decode(data) == png
+
+
+def test_a_large_picture_is_made_small(tmp_path):
+    # broken if megabytes went to the terminal
+    Image.new("RGB", (3000, 2000)).save(tmp_path / "a.png")
+    assert max(Image.open(io.BytesIO(terminal.thumbnail(str(tmp_path / "a.png")))).size) <= 480
+
+
+def test_every_command_is_in_the_help():
+    # broken if one could not be found
+    from st3_edge.commands.chat import command
+
+    assert len(set(command._COMMANDS)) == len(command._COMMANDS) == 11
+    assert all(name.startswith("/") for name in itertools.chain(command._ALIASES, command._COMMANDS))
