@@ -45,7 +45,7 @@ def main(console: Console, arguments: argparse.Namespace) -> int:
 
 def _ask(console: Console, arguments: argparse.Namespace) -> int:
     from ..prompts import images
-    from . import loading
+    from . import loading, which
 
     *pictures, question = arguments.inputs
     config = options.config(arguments)
@@ -53,7 +53,9 @@ def _ask(console: Console, arguments: argparse.Namespace) -> int:
     # Check pictures before the slow model load.
     content = [{"type": "image", "image": images.load_argument(picture)} for picture in pictures]
     messages = [*options.system(arguments), {"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-    with loading.load(console, arguments, config) as llava:
+    found = which.find(console, arguments)
+    with loading.load(console, arguments, config, found) as llava:
+        found.say(console)
         chunks: Any = llava.create_chat_completion(
             messages,
             stream=True,

@@ -7,6 +7,7 @@ import os
 import queue
 import shutil
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -75,13 +76,14 @@ class Console:
         """Writes to standard error, at once, and in a terminal so that it stands back behind answers."""
         with self._lock:
             self._clear()
-            self._tell(paint(self.err, text, "dim") + end)
+            self._tell(paint(self.err, self._fitted(text), "dim") + end)
 
     def error(self, text: str) -> None:
         """Writes the one line of an error to standard error."""
         with self._lock:
             self._clear()
-            self._tell(f"{paint(self.err, 'st3-edge: error:', 'red')} {text}\n")
+            head, text = "st3-edge: error:", self._fitted(f"st3-edge: error: {text}")
+            self._tell(f"{paint(self.err, head, 'red')}{text.removeprefix(head)}\n")
 
     def strong(self, text: str) -> str:
         """Text for standard output, emphasized where that is a terminal."""
@@ -138,6 +140,14 @@ class Console:
         finally:
             ended.set()
             self.stage(None)
+
+    def _fitted(self, text: str) -> str:
+        """Broken between words at a terminal's edge."""
+        if not self.err.isatty():
+            return text
+        width = shutil.get_terminal_size().columns - 1
+        fill = textwrap.TextWrapper(width, break_on_hyphens=False, break_long_words=False).fill
+        return "\n".join(fill(line) if len(line) > width else line for line in text.split("\n"))
 
     def _clear(self) -> None:
         if self._shown and self.err.isatty():

@@ -6,20 +6,19 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ..config import REVISIT, ST3Config
-from . import which
 from .console import Console
 
 if TYPE_CHECKING:
     from ..llava import Llava
+    from . import which
 
 _STAGES = {"encode": "looking at the picture", "prefill": "reading the prompt", "decode": None}
 
 
-def load(console: Console, arguments: argparse.Namespace, config: ST3Config, found: which.Model | None = None) -> Llava:
-    """Loads `found`, or the one that the arguments choose, and says so where it is the demo's. Raises St3Error."""
+def load(console: Console, arguments: argparse.Namespace, config: ST3Config, found: which.Model) -> Llava:
+    """Loads a model with the options that commands share. Raises St3Error."""
     from ..llava import Llava
 
-    found = found or which.find(console, arguments)
     console.stage("loading the model")
     llava = Llava(
         found.model,
@@ -33,5 +32,4 @@ def load(console: Console, arguments: argparse.Namespace, config: ST3Config, fou
         revisit=getattr(arguments, "revisit", REVISIT[0]),
     )
     console.stage(None)
-    found.say(console)
     return llava

@@ -153,7 +153,7 @@ def test_bad_input_is_one_line(tmp_path):
     for words, part in (
         (["--model", "none.gguf", "--mmproj", "none.gguf"], "none.gguf"),
         (["--model", str(wrong), "--mmproj", str(wrong)], "wrong.gguf"),
-        (["--model", "only.gguf"], "belong together"),
+        (["--model", "only.gguf"], "No such file"),
         (["--budget", "7"], "budget"),
         (["--preset", "none"], "preset"),
         (["--host", "192.0.2.1"], "192.0.2.1"),

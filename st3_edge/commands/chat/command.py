@@ -26,7 +26,7 @@ Ask, and drop or paste a picture's path where you like: several pictures are loo
 /paste          show the picture of the clipboard with the next question
 /retry          another answer to the last question
 /budget B       keep this share of the visual tokens, above 0 to 1 (1: all)
-/system TEXT    instructions that come before the conversation (- removes them)
+/system TEXT    instructions before the conversation (- removes them)
 /kept           which parts of the pictures the last answer still saw
 /report         what ST3 did for the last answer
 /save FILE      keep the conversation
@@ -53,6 +53,7 @@ def main(console: Console, arguments: argparse.Namespace) -> int:
 
     chat = Chat(console, load(config), pictures, options.answer(arguments), config, load)
     try:
+        found.say(console)
         chat.system = arguments.system or ""
         console.note(f"{found.name}: ask, or drop a picture here. /help shows what else there is.")
         if arguments.load:
@@ -217,7 +218,8 @@ class Chat:
             for line in terminal.kept_map(n, trace.left, first):
                 self._console.note(line)
             held = [sum(stage[i] < 0 for i in range(first, first + n)) for stage in trace.left]
-            self._console.note(f"picture {number}: {n} visual tokens; held at the end, by stage: {held}")
+            seen = ", ".join(map(str, held))
+            self._console.note(f"picture {number}: of {n} visual tokens each stage of layers still saw {seen}")
             first += n
         self._console.note("(the brighter a patch, the more of the model's layers still saw it)")
 

@@ -33,8 +33,11 @@ class Wrap:
                 self._flush()
                 self._space += character
             else:
+                wide = cells(character) == 2  # there are no spaces between these
+                if wide or cells(self._word + character) >= self._width():
+                    self._flush()
                 self._word += character
-                if cells(character) == 2 or cells(self._word) >= self._width() - 1:  # no spaces between these
+                if wide:
                     self._flush()
 
     def finish(self) -> None:

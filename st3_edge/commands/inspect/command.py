@@ -32,6 +32,7 @@ def _inspect(console: Console, arguments: argparse.Namespace) -> int:
 
     content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
     with loading.load(console, arguments, config, found) as llava:
+        found.say(console)
         chunks: Any = llava.create_chat_completion(
             [*options.system(arguments), {"role": "user", "content": content}],
             stream=True,
