@@ -46,9 +46,10 @@ def main(console: Console, arguments: argparse.Namespace) -> int:
         console.note("No models yet. `st3-edge chat --hf OWNER/REPO` downloads one and talks to it.")
         return 0
     width = max(len(one.name) for one in found)
-    console.say(f"{'NAME':<{width}}  {'SIZE':>8}  PRUNING")
+    console.say(console.strong(f"{'NAME':<{width}}  {'SIZE':>7}  {'MODEL':<8}  SCHEDULE"))
     for one in found:
-        console.say(f"{one.name:<{width}}  {one.size / 1e9:>5.1f} GB  {one.problem or pruning(one.schedule)}")
+        said = one.problem or pruning(one.schedule)
+        console.say(f"{one.name:<{width}}  {one.size / 1e9:>4.1f} GB  {one.architecture:<8}  {said}")
     return 0
 
 
