@@ -56,6 +56,7 @@ st3_graph_input::st3_graph_input(const llm_graph_context & g, const st3_memory_c
         }
         recorders.push_back(std::move(r));
     }
+    layout = st3_layout(ctx->records(), (uint32_t) schedule.cuts.size());
     if (planned) {
         ids.assign(plan()->spans.size(), nullptr);
         for (uint32_t s = 0; s + 1 < ctx->n_stage(); ++s) {

@@ -48,9 +48,10 @@ class st3_graph_input : public llm_graph_input_attn_kv {
         std::vector<sum_t>         anneal;  // [term of annealing's]    F32 [n_ids]
     };
 
-    const st3_memory_context * ctx;
-    std::vector<recorder_t>    recorders;
-    ggml_tensor *              out = nullptr;  // F32, output: the scores for the host, one after the other
+    const st3_memory_context *  ctx;
+    std::vector<recorder_t>     recorders;
+    std::vector<st3_score_part> layout;         // of out
+    ggml_tensor *               out = nullptr;  // F32, output: the scores for the host
 
     // of a plan
     std::vector<ggml_tensor *>

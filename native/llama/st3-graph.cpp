@@ -66,8 +66,6 @@ void st3_record_attention(
             g.cb(cur, "st3_score", il);
             return cur;
         };
-        const auto emit = [&](ggml_tensor * t) { inp->out = inp->out ? ggml_concat(ctx, inp->out, t, 0) : t; };
-
         for (size_t i = 0; i < schedule.terms.size() && cuts && n_fresh > 0; ++i) {
             if (last || schedule.terms[i].sum) {
                 ggml_tensor * score = first_of(ctx, attention(schedule.terms[i]), n_fresh);
@@ -84,14 +82,20 @@ void st3_record_attention(
                 ggml_build_forward_expand(g.gf, r.anneal[i].t);
             }
         }
-        // in the order in which st3_memory::absorb() reads them
-        if (last && r.shape.anneal) {
-            emit(st3_mean(ctx, r.anneal));
-            r.anneal.assign(r.anneal.size(), {});  // the next stage has other tokens
+    }
+    if (!last) {
+        return;
+    }
+    for (const auto & part : inp->layout) {
+        if (part.stage == stage) {
+            const auto &  r     = inp->recorders[part.record];
+            ggml_tensor * score = st3_mean(ctx, part.cut ? r.cut : r.anneal);
+            GGML_ASSERT(ggml_nelements(score) == part.n);
+            inp->out = inp->out ? ggml_concat(ctx, inp->out, score, 0) : score;
         }
-        if (last && cuts && r.shape.cut) {
-            emit(st3_mean(ctx, r.cut));
-        }
+    }
+    for (auto & r : inp->recorders) {
+        r.anneal.assign(r.anneal.size(), {});  // the next stage has other tokens
     }
     if (il + 1 == (int) schedule.n_layer && inp->out) {
         ggml_set_name(inp->out, "st3_scores");

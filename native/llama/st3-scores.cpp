@@ -11,6 +11,21 @@
 
 static constexpr uint32_t PAD_IDS = 32;
 
+std::vector<st3_score_part> st3_layout(const std::vector<st3_record> & records, uint32_t n_cuts) {
+    std::vector<st3_score_part> res;
+    for (uint32_t s = 0; s <= n_cuts; ++s) {
+        for (uint32_t r = 0; r < records.size(); ++r) {
+            if (records[r].anneal && records[r].n_ids[s] > 0) {
+                res.push_back({ s, r, false, records[r].n_ids[s] });
+            }
+            if (records[r].cut && records[r].n_fresh[s] > 0 && s < n_cuts) {
+                res.push_back({ s, r, true, records[r].n_fresh[s] });
+            }
+        }
+    }
+    return res;
+}
+
 // cut: the sequence's waiting images are cut down after this ubatch.
 st3_record st3_memory::make_record(const llama_ubatch & ubatch, llama_seq_id seq_id, bool cut) const {
     const auto has_seq = [&](uint32_t row) {
@@ -137,44 +152,37 @@ void st3_memory::collect(std::vector<st3_record> records, ggml_tensor * out, ggm
     }
 }
 
-// Adds the scores that are on their way to the images'. The order of them is st3_record()'s in st3-graph.cpp.
+// Adds the scores that are on their way to the images'.
 void st3_memory::absorb() {
     if (pending.empty()) {
         return;
     }
     synchronize();
 
+    const auto finite = [](float x) { return std::isfinite(x) ? x : 0.0f; };  // NaN has no rank
+
     for (auto & p : pending) {
         const float * data = (const float *) ggml_backend_buffer_get_base(p.buf.get());
         const float * end  = data + p.n;
 
-        for (uint32_t s = 0; s < n_stage(); ++s) {
-            for (const auto & record : p.records) {
-                if (record.n_ids[s] == 0) {
-                    continue;
-                }
-                if (record.anneal) {
-                    for (size_t i = 0; i < record.tokens[s].size(); ++i) {
-                        const auto [i_image, index] = record.tokens[s][i];
-
-                        auto & image = images.of(record.seq_id)[i_image];
-                        if (image.scores.empty()) {
-                            image.scores.assign(n_stage(), std::vector<float>(image.places.size()));
-                        }
-                        image.scores[s][index] += std::isfinite(data[i]) ? data[i] : 0.0f;  // NaN has no rank
+        for (const auto & part : st3_layout(p.records, (uint32_t) schedule.cuts.size())) {
+            const auto & record = p.records[part.record];
+            const auto & tokens = record.tokens[part.stage];
+            if (part.cut) {
+                auto & cut = cut_scores[record.seq_id];
+                cut.tokens.assign(tokens.begin(), tokens.begin() + part.n);
+                cut.scores.emplace_back(part.n);
+                std::transform(data, data + part.n, cut.scores.back().begin(), finite);
+            } else {
+                for (size_t i = 0; i < tokens.size(); ++i) {
+                    auto & image = images.of(record.seq_id)[tokens[i].image];
+                    if (image.scores.empty()) {
+                        image.scores.assign(n_stage(), std::vector<float>(image.places.size()));
                     }
-                    data += record.n_ids[s];
-                }
-                if (record.cut && s < schedule.cuts.size()) {
-                    auto & cut = cut_scores[record.seq_id];
-                    cut.tokens.assign(record.tokens[s].begin(), record.tokens[s].begin() + record.n_fresh[s]);
-                    cut.scores.emplace_back();
-                    for (uint32_t i = 0; i < record.n_fresh[s]; ++i) {
-                        cut.scores.back().push_back(std::isfinite(data[i]) ? data[i] : 0.0f);
-                    }
-                    data += record.n_fresh[s];
+                    image.scores[part.stage][tokens[i].index] += finite(data[i]);
                 }
             }
+            data += part.n;
         }
         GGML_ASSERT(data == end);
 

@@ -35,3 +35,15 @@ struct st3_record {
                !o.cut && n_ids == o.n_ids;
     }
 };
+
+// Scores of one record in one stage: annealing's of all its tokens, padding included, or a cut's of the fresh ones.
+struct st3_score_part {
+    uint32_t stage;
+    uint32_t record;
+    bool     cut;
+    uint32_t n;
+};
+
+// How the scores of records, F32, follow each other in what a graph gives the host: as the stages are computed. The graph writes by
+// it (st3_record_attention) and the memory reads by it (st3_memory::absorb).
+std::vector<st3_score_part> st3_layout(const std::vector<st3_record> & records, uint32_t n_cuts);
