@@ -42,6 +42,11 @@ def paint(stream: TextIO, text: str, style: str) -> str:
     return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
 
 
+def amount(n_bytes: float) -> str:
+    """Bytes for a person."""
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
+
+
 class Console:
     """`out` carries results, `err` all else: nobody can be told that it cannot be written. Safe to use from the working
     thread and the main one."""

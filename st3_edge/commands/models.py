@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..errors import St3Error
-from .console import Console
+from .console import Console, amount
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def main(console: Console, arguments: argparse.Namespace) -> int:
     console.say(console.strong(f"{'NAME':<{width}}  {'SIZE':>7}  {'MODEL':<8}  SCHEDULE"))
     for one in found:
         said = one.problem or pruning(one.schedule)
-        console.say(f"{one.name:<{width}}  {one.size / 1e9:>4.1f} GB  {one.architecture:<8}  {said}")
+        console.say(f"{one.name:<{width}}  {amount(one.size):>7}  {one.architecture:<8}  {said}")
     return 0
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from .. import demo
 from ..errors import ModelError
 from ..files import choose
-from .console import Console
+from .console import Console, amount
 
 _DEMO = "(no model chosen, so the small demo model answers: it knows drawn shapes only; -m or --hf chooses one)"
 
@@ -86,13 +86,13 @@ def download(console: Console, repository: str) -> tuple[str, str, str]:
     """Both files of a repository and its name, from the cache where they are there; shows how far a download is."""
     from ..files import hub
 
-    started, first = time.monotonic(), 0
+    started, first = time.monotonic(), -1
 
     def progress(done: int, total: int | None) -> None:
         nonlocal first
-        first = first or done
+        first = done if first < 0 else first
         rate = (done - first) / max(time.monotonic() - started, 0.1)
-        size = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB" if total else f"{done / 1e9:.2f} GB"
+        size = f"{amount(done)} of {amount(total)}" if total else amount(done)
         console.stage(f"downloading {repository}", done / total if total else None, f"{size}, {rate / 1e6:.1f} MB/s")
 
     found = hub.pair(repository, progress=progress)

@@ -166,7 +166,7 @@ def test_an_answer_that_was_stopped_stays_as_far_as_it_came(talk):
 def test_commands_reach_the_model(talk):
     # broken if one were taken for a question, or a path lost a part
     model = Model()
-    console = talk(model, "a?", "/save my file", "/reset", "/load my file", "b?", "/report", "/what", "/quit", "c?")
+    console = talk(model, "a?", "/save my file", "/reset", "/load my file", "b?", "/rep", "/what", "/quit", "c?")
     assert model.calls == [("save", "my file"), "reset", ("load", "my file")]
     assert [len(messages) for messages in model.asked] == [1, 3]
     assert "1 questions so far" in console.err and "no answer yet" in console.err and "/image FILE" in console.err

@@ -132,6 +132,9 @@ class Chat:
             "/clear": self._clear,
             "/help": self._help,
         }
+        if command not in does:  # the beginning of one is enough
+            begun = [name for name in does if len(command) > 1 and name.startswith(command)]
+            command = begun[0] if len(begun) == 1 else command
         if command in does and (rest or command not in _WITH_FILES):
             does[command](rest)
             return
