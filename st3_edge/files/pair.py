@@ -78,24 +78,48 @@ def check_pair(model: str, mmproj: str) -> gguf.Header:
 
 
 def _check_text(model: str, header: gguf.Header) -> None:
-    """llama.cpp checks a text model's shapes itself, and these values not."""
+    """llama.cpp checks a text model's shapes itself, and for these values it aborts, or goes on and crashes."""
+
+    def value(key: str, default: float | str) -> object:
+        return header.metadata.get(f"{header.architecture}.{key}", default)
+
     for key, least, most in (
-        ("block_count", 1, 2**16),
+        ("block_count", 1, 512),  # LLAMA_MAX_LAYERS
+        ("expert_count", 0, 1024),  # LLAMA_MAX_EXPERTS
         ("attention.head_count", 1, 2**16),
         ("attention.layer_norm_rms_epsilon", 0.0, 1.0),
         ("attention.layer_norm_epsilon", 0.0, 1.0),
         ("rope.freq_base", 1e-6, 1e30),
     ):
-        found = header.metadata.get(f"{header.architecture}.{key}", 1)
+        found = value(key, 1)
         if not isinstance(found, (int, float)) or not least <= found <= most:
             raise ModelError(f"model {model!r} is damaged: its {key} is {found!r}")
-    found = header.metadata.get(f"{header.architecture}.rope.scaling.type", "linear")
+    by_layer = header.kinds.get(f"{header.architecture}.expert_used_count", "").startswith("[")
+    _check_experts(model, {key: value(key, 0) for key in _EXPERTS}, by_layer)
+    layers, extra = value("block_count", 0), value("nextn_predict_layers", 0)
+    if not isinstance(extra, int) or not isinstance(layers, int) or not 0 <= extra <= layers:
+        raise ModelError(f"model {model!r} is damaged: its nextn_predict_layers is {extra!r}, of {layers!r}")
+    found = value("rope.scaling.type", "linear")
     if found not in _ROPE_SCALING:
         raise ModelError(f"model {model!r} is damaged: its rope.scaling.type is {found!r}")
     for name, kind in header.types.items():
         # Norms and biases are added and multiplied, for which there are no ops of other types.
         if kind in _NO_WEIGHTS or (len(header.shapes[name]) == 1 and kind != _F32):
             raise ModelError(f"model {model!r} is damaged: {name} is of the ggml type {kind}")
+
+
+_EXPERTS = ("expert_count", "expert_used_count", "expert_group_count", "expert_group_used_count")
+
+
+def _check_experts(model: str, values: dict[str, object], used_by_layer: bool) -> None:
+    """Counts of a mixture of experts, as llama_model_base::load_hparams asserts them."""
+    experts, used, groups, used_groups = (v if isinstance(v, int) else -1 for v in values.values())
+    good = 0 <= used <= experts and 0 <= groups <= max(0, experts - 1) and (used or used_by_layer or not experts)
+    if groups > 1:
+        good = good and experts % groups == 0 and 0 < used_groups < groups
+    if not good:
+        said = ", ".join(f"{key} {value!r}" for key, value in values.items())
+        raise ModelError(f"model {model!r} is damaged: its numbers of experts do not fit: {said}")
 
 
 @dataclass(frozen=True)

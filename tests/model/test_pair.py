@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from st3_edge import ModelError
-from st3_edge.files import pair
+from st3_edge.files import gguf_copy, pair
 from st3_edge.files.gguf import read_header
 from st3_edge.files.pair import check_pair
 
@@ -46,10 +46,25 @@ def test_a_vision_half_whose_values_cannot_be_is_refused(files, tmp_path, key, v
     assert "\n" not in str(caught.value)
 
 
-def test_a_text_model_without_layers_is_refused(files, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"block_count": 0}, "block_count is 0"),
+        ({"block_count": 513}, "block_count is 513"),
+        ({"nextn_predict_layers": 17}, "nextn_predict_layers is 17, of 16"),
+        ({"expert_count": 1025, "expert_used_count": 1}, "expert_count is 1025"),
+        ({"expert_count": 8}, "numbers of experts"),
+        ({"expert_used_count": 1}, "numbers of experts"),
+        ({"expert_count": 8, "expert_used_count": 9}, "numbers of experts"),
+        ({"expert_count": 8, "expert_used_count": 2, "expert_group_count": 3}, "numbers of experts"),
+    ],
+)
+def test_counts_of_a_text_model_that_cannot_be_are_refused(files, tmp_path, changes, said):
     # broken if it were loaded: upstream asserts, and the process aborts
-    with pytest.raises(ModelError, match="block_count is 0"):
-        check_pair(changed(files[0], "llama.block_count", 0, tmp_path / "model.gguf"), files[1])
+    target = tmp_path / "model.gguf"
+    gguf_copy.copy(files[0], target, {f"llama.{key}": value for key, value in changes.items()}, force=False)
+    with pytest.raises(ModelError, match=said):
+        check_pair(str(target), files[1])
 
 
 def test_a_vision_half_of_another_width_is_refused(files, foreign_mmproj):
