@@ -245,7 +245,7 @@ class Llava:
 
         Returns a chat.completion object, or with stream=True an iterator of chat.completion.chunk objects. The former,
         and of the latter the one with the finish_reason, also hold "st3": the call's report as `Report.to_dict()` gives
-        it; `last_report` is the object. With stream_options={"include_usage": True} one more chunk tells the tokens.
+        it; `last_report` is the object. With stream_options={"include_usage": True} one more chunk counts the tokens.
         What the KV cache holds of these messages, from the calls before, is not computed again.
         max_tokens, or by its other name max_completion_tokens: None, or below 1: as many as the context holds. Sampling
         options: see `st3_edge.runtime.sampling.Sampling`, whose defaults stand for None; penalties look at the answer's

@@ -160,13 +160,13 @@ class Report:
             "evict-only": f"{given} visual tokens, dropped only after the prompt was read",
             "off": f"{given} visual tokens, none dropped",
         }[self.mode]
-        told = [f"{kept} ({self.reason})" if self.reason else kept]
-        told += [f"{self.reused} positions of the prompt reused"] if self.reused else []
-        told.append(f"pictures {ms.encode:.0f} ms, prompt {ms.prefill:.0f} ms, answer {ms.decode:.0f} ms")
+        parts = [f"{kept} ({self.reason})" if self.reason else kept]
+        parts += [f"{self.reused} positions of the prompt reused"] if self.reused else []
+        parts.append(f"pictures {ms.encode:.0f} ms, prompt {ms.prefill:.0f} ms, answer {ms.decode:.0f} ms")
         if self.n_generated > 1 and ms.decode > 0:
-            told[-1] += f" ({1e3 * (self.n_generated - 1) / ms.decode:.1f} tokens a second)"
-        told.append(f"KV cache {kv.live / 1e6:.1f} MB, {kv.full / 1e6:.1f} MB without ST3")
-        return f"[{'; '.join(told)}]"
+            parts[-1] += f" ({1e3 * (self.n_generated - 1) / ms.decode:.1f} tokens a second)"
+        parts.append(f"KV cache {kv.live / 1e6:.1f} MB, {kv.full / 1e6:.1f} MB without ST3")
+        return f"[{'; '.join(parts)}]"
 
     def __str__(self) -> str:
         """A short table for a person."""

@@ -48,8 +48,8 @@ def amount(n_bytes: float) -> str:
 
 
 class Console:
-    """`out` carries results, `err` all else: nobody can be told that it cannot be written. Safe to use from the working
-    thread and the main one."""
+    """`out` carries results, `err` all else: where `err` cannot be written, nothing is said. Safe to use from the
+    working thread and the main one."""
 
     def __init__(self) -> None:
         self.out, self.err = _own(sys.stdout, 1), _own(sys.stderr, 2)

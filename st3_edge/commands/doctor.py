@@ -83,12 +83,12 @@ def _try(problems: list[str]) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         problems.append(f"one question to the demo model takes more than {_PATIENCE_S} s: end other programs")
         return {}
-    told: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
-    found = {key: value for of_stage in told for key, value in of_stage.items()}
+    stages: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
+    found = {key: value for of_stage in stages for key, value in of_stage.items()}
     if "problem" in found:
         problems.append(found.pop("problem"))
     elif done.returncode:
-        problems.append(_crash(len(told), done.returncode, done.stderr))
+        problems.append(_crash(len(stages), done.returncode, done.stderr))
     return found
 
 

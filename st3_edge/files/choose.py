@@ -42,16 +42,16 @@ def halves(names: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def quant_of(name: str) -> str:
-    """The quantization that a file's name tells; "" where it tells none."""
+    """The quantization that a file's name has in it; "" where there is none."""
     found = _QUANT.findall(name.rpartition("/")[2]) or _QUANT.findall(name)
     return str(found[-1]) if found else ""
 
 
 def model(models: list[str], quant: str = "") -> str | None:
     """The text model in a quantization (Q4: any of Q4_*); without one what people mean by that. None: there is none."""
-    for wanted in (quant,) if quant else _PREFERRED:
-        exact = re.compile(rf"(?<![a-z0-9]){re.escape(wanted)}(?![a-z0-9]|_[a-z0-9])", re.IGNORECASE)
-        begins = re.compile(rf"(?<![a-z0-9]){re.escape(wanted)}", re.IGNORECASE)
+    for part in (quant,) if quant else _PREFERRED:
+        exact = re.compile(rf"(?<![a-z0-9]){re.escape(part)}(?![a-z0-9]|_[a-z0-9])", re.IGNORECASE)
+        begins = re.compile(rf"(?<![a-z0-9]){re.escape(part)}", re.IGNORECASE)
         for way in (exact, begins) if quant else (exact,):
             if found := [name for name in models if way.search(name)]:
                 return min(found, key=len)

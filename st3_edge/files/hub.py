@@ -139,7 +139,7 @@ def _check_room(repo_id: str, missing: dict[str, int | None], where: dict[str, A
 
 
 def _bar(missing: dict[str, int | None], progress: Progress | None) -> Any:
-    """A class that huggingface_hub takes for its progress bars, which tells `progress` of all downloads together."""
+    """A class that huggingface_hub takes for its progress bars, which calls `progress` with all downloads together."""
     if progress is None or "tqdm_class" not in inspect.signature(hub.hf_hub_download).parameters:
         return None
     show, utils = progress, importlib.import_module("huggingface_hub.utils")

@@ -68,11 +68,11 @@ def check_pair(model: str, mmproj: str) -> gguf.Header:
     kinds = (other.metadata.get(f"clip.{key}projector_type", "") for key in ("", "vision."))
     if next((kind for kind in kinds if kind), "mlp") == "mlp":
         width = _Llava(mmproj, other).check()
-        wanted = header.metadata.get(f"{header.architecture}.embedding_length", width)
-        if width != wanted:
+        expected = header.metadata.get(f"{header.architecture}.embedding_length", width)
+        if width != expected:
             raise ModelError(
                 f"mmproj {mmproj!r} is of another model: its visual tokens are {width} wide, "
-                f"those of the text model {wanted}"
+                f"those of the text model {expected}"
             )
     return header
 

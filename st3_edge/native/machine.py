@@ -1,4 +1,4 @@
-"""The machine that this runs on, and what of this project runs on it: figures are told with both."""
+"""The machine that this runs on, and what of this project runs on it: figures name both."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def available_memory() -> int | None:
 
 def peak_memory() -> int:
     """The most bytes that this process had resident, since `reset_peak_memory` where that can be (Linux)."""
-    told = _kib("/proc/self/status", "VmHWM")
-    if told is not None:
-        return told
+    peak = _kib("/proc/self/status", "VmHWM")
+    if peak is not None:
+        return peak
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 

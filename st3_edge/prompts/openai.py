@@ -83,7 +83,7 @@ def stops_of(stop: Any) -> Sequence[str]:
 
 
 def includes_usage(stream: Any, options: Any) -> bool:
-    """Whether a stream's last chunk tells of its tokens. Raises ConfigError."""
+    """Whether a stream ends with a chunk that counts its tokens. Raises ConfigError."""
     if options is None:
         return False
     if not stream or not isinstance(options, Mapping) or options.keys() - {"include_usage"}:
@@ -109,7 +109,7 @@ def completion(model: str, n_prompt: int, report: Report) -> Response:
 
 
 def chunks(model: str, n_prompt: int, pieces: Iterator[tuple[Report, str]], usage: bool) -> Iterator[Response]:
-    """An answer piece by piece; with `usage` a chunk more, which tells of its tokens."""
+    """An answer piece by piece; with `usage` one more chunk, which counts its tokens."""
     of_all = _head("chat.completion.chunk", model)
 
     def chunk(delta: dict[str, str], finish_reason: str | None = None) -> Response:

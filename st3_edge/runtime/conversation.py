@@ -60,24 +60,26 @@ def pieces_of(units: Sequence[Unit], visual: Mapping[Image, Visual]) -> list[Pie
     return pieces
 
 
-def common_prefix(held: Sequence[Unit], wanted: Sequence[Unit]) -> int:
+def common_prefix(cached: Sequence[Unit], prompt: Sequence[Unit]) -> int:
     """How many units both begin with."""
-    return next((i for i, (a, b) in enumerate(zip(held, wanted, strict=False)) if a != b), min(len(held), len(wanted)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(cached, prompt, strict=False)) if a != b), min(len(cached), len(prompt))
+    )
 
 
 def reusable(
-    held: Sequence[Unit], wanted: Sequence[Unit], spans: Sequence[Span], *, revisit: str, anneals: bool
+    cached: Sequence[Unit], prompt: Sequence[Unit], spans: Sequence[Span], *, revisit: str, anneals: bool
 ) -> int:
-    """How many units of `wanted` need no prefill; less than all of them, because the last one gives the logits.
+    """How many units of `prompt` need no prefill; less than all of them, because the last one gives the logits.
 
-    revisit   "never": images stay as the first question that saw them left them; "turn": where `wanted` asks something
+    revisit   "never": images stay as the first question that saw them left them; "turn": where `prompt` asks something
               new, it is asked of the whole pictures, so nothing from the first image on is used
     anneals   whether visual tokens leave while an answer grows: for one that is asked for again, they must come back
     """
-    common = common_prefix(held, wanted)
-    usable = min(common, len(wanted) - 1)
+    common = common_prefix(cached, prompt)
+    usable = min(common, len(prompt) - 1)
     for span in spans:
-        asked_again = span.end == len(wanted)
+        asked_again = span.end == len(prompt)
         if span.end > common or (anneals if asked_again else revisit == "turn"):
             usable = min(usable, span.first)
     return usable

@@ -41,22 +41,22 @@ class Prefill:
 
     def run(self, tokenized: Tokenized, embeddings: Embeddings, ms: Milliseconds, *, revisit: str) -> Report:
         """Prefills what of a prompt is not in the KV cache. `ms` counts it. Raises St3Error."""
-        conversation, context, wanted = self._conversation, self._llama.ctx, tokenized.units
+        conversation, context, prompt = self._conversation, self._llama.ctx, tokenized.units
         reused = reusable(
-            conversation.units, wanted, conversation.record.spans, revisit=revisit, anneals=st3.anneals(context)
+            conversation.units, prompt, conversation.record.spans, revisit=revisit, anneals=st3.anneals(context)
         )
-        visual, ms.encode = self.look(tokenized, wanted[reused:], embeddings)
+        visual, ms.encode = self.look(tokenized, prompt[reused:], embeddings)
         if conversation.cut(reused) != reused:
             reused = 0
-            visual, more = self.look(tokenized, wanted, embeddings)
+            visual, more = self.look(tokenized, prompt, embeddings)
             ms.encode = more or ms.encode
         n_reused = conversation.n_positions
 
         self._on_stage("prefill")
         started = time.perf_counter()
         log.forget()
-        with conversation.adding(wanted[reused:], lambda: bool(st3.report(context)["mode"] != "off")):
-            code = st3.prefill(context, n_reused, pieces_of(wanted[reused:], visual))
+        with conversation.adding(prompt[reused:], lambda: bool(st3.report(context)["mode"] != "off")):
+            code = st3.prefill(context, n_reused, pieces_of(prompt[reused:], visual))
             if code:
                 reason = st3.last_error()
                 raise St3Error(f"prefill failed ({code})" + (f": {reason}" if reason else log.why()))

@@ -16,14 +16,14 @@ from .text_model import TextModel
 _TOP_LOGITS = 10
 
 
-def begin(llama: TextModel, conversation: Conversation, wanted: Sequence[Unit], schedule: Schedule) -> Trace:
-    """The trace of a prompt, `wanted`, that was just prefilled."""
+def begin(llama: TextModel, conversation: Conversation, prompt: Sequence[Unit], schedule: Schedule) -> Trace:
+    """The trace of a prompt that was just prefilled."""
     context, cuts = llama.ctx, range(len(schedule.cuts))
     images = [unit.n for unit in conversation.units if isinstance(unit, Image)]
     kept = [st3.kept(context, i) for i in cuts]
     owners = [st3.owners(context, i) for i in cuts] if schedule.merge and any(kept) else []
     return Trace(
-        prompt_tokens=[-1 if isinstance(unit, Image) else unit for unit in wanted],
+        prompt_tokens=[-1 if isinstance(unit, Image) else unit for unit in prompt],
         first_logits_top=_top_logits(llama),
         kept=kept,
         owners=owners,

@@ -105,7 +105,7 @@ class Vision:
             raise ImageError(f"a picture cannot be encoded{log.why()}")
         n = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
         embd = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(self._context), (n, self.n_embd)).copy()
-        # mtmd tells the patch grid of M-RoPE models only; the pictures of LLaVA's are square.
+        # mtmd knows the patch grid of M-RoPE models only; the pictures of LLaVA's are square.
         side = math.isqrt(n)
         return Visual(embd, side, side) if side * side == n else Visual(embd, 0, 0)
 

@@ -49,7 +49,7 @@ class Work:
 
 
 def lengths(generate: int) -> list[int]:
-    """The answer's lengths at which the speed is told."""
+    """The answer's lengths at which the speed is measured."""
     return [n for n in LENGTHS if n < generate] + [generate]
 
 

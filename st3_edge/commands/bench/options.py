@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describes the subcommand."""
     parser.description = (
         "One request, again and again: stock llama.cpp and ST3 take turns, each in a process of its own. "
-        "Tells times, speeds and memory, the ratios of both, and what the schedule would allow at best. Run it on an "
-        "idle machine; Ctrl-C tells what was measured so far."
+        "Shows times, speeds and memory, the ratios of both, and what the schedule would allow at best. Run it on an "
+        "idle machine; Ctrl-C shows what was measured so far."
     )
     parser.epilog = "Example: st3-edge bench --shape llava-1.5-7b --type Q4_0"
     files = options.add_model(parser, n_gpu_layers=0)

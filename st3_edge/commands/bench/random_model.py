@@ -147,7 +147,7 @@ def write_text(
     metadata: Mapping[str, str | int | float] | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Writes a `llama` text model. `metadata` adds keys (int as u32, float as f32); `progress` is told the share done.
+    """Writes a `llama` text model. `metadata` adds keys (int as u32, float as f32); `progress` gets the share done.
 
     Raises ValueError where the shape's rows do not divide into blocks of that type.
     """

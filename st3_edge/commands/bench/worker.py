@@ -71,8 +71,8 @@ class Worker:
             libraries.use_stock(Path(job.stock))
         bindings = libraries.load()
         log.route(log.Log())
-        told = _KVSize()
-        log.logger.addHandler(told)
+        size = _KVSize()
+        log.logger.addHandler(size)
         log.logger.setLevel(logging.INFO)
         self._job, self._lib = job, bindings.lib
         threads, threads_batch = (job.n_threads,) * 2 if job.n_threads else machine.default_threads()
@@ -120,7 +120,7 @@ class Worker:
         self._text = _new_batch(self._lib, n_ctx, 0)
         self._embd = _new_batch(self._lib, n_ctx, self._model.n_embd())
         self._at = 0
-        self._kv_told = told.bytes, told.cells
+        self._kv_size = size.bytes, size.cells
         self.setup = {
             "visual": sum(unit.n for unit in units if isinstance(unit, Image)),
             "text": sum(not isinstance(unit, Image) for unit in units),
@@ -170,11 +170,11 @@ class Worker:
 
     def end(self) -> dict[str, Any]:
         """Memory at the end of the answer and, of ST³'s side, the report."""
-        told: dict[str, Any] = {f"kv_{name}_end_bytes": n for name, n in self._kv().items()}
-        told["peak_rss_bytes"] = machine.peak_memory()
+        memory: dict[str, Any] = {f"kv_{name}_end_bytes": n for name, n in self._kv().items()}
+        memory["peak_rss_bytes"] = machine.peak_memory()
         if self._job.st3:
-            told["report"] = st3.report(self._ctx)
-        return told
+            memory["report"] = st3.report(self._ctx)
+        return memory
 
     def _chat_template(self) -> ChatTemplate:
         lib, vocab = self._lib, self._model.vocab
@@ -256,9 +256,9 @@ class Worker:
     def _kv(self) -> dict[str, int]:
         """KV bytes, allocated and in use."""
         if self._job.st3:
-            told = st3.report(self._ctx)["kv_bytes"]
-            return {"allocated": told["allocated"], "live": told["live"]}
-        n_bytes, cells = self._kv_told
+            kv = st3.report(self._ctx)["kv_bytes"]
+            return {"allocated": kv["allocated"], "live": kv["live"]}
+        n_bytes, cells = self._kv_size
         return {"allocated": n_bytes, "live": n_bytes * self._at // cells}
 
 

@@ -40,7 +40,7 @@ def png(seen: Seen) -> bytes:
     for picture in seen.pictures:
         for view in picture.views:
             blocks += _view(seen, view, f"{picture.name}, {view.name}" if view.name else picture.name)
-    facts = [_text(f"{term}: {told}", _SMALL, _SOFT) for term, told in seen.facts()]
+    facts = [_text(f"{term}: {fact}", _SMALL, _SOFT) for term, fact in seen.facts()]
     if seen.unknown:
         blocks.append(_text(f"The patches are not shown: {seen.unknown}.", _SMALL))
         facts = [_text(line, _SMALL) for line in counts(seen)] + facts

@@ -110,7 +110,7 @@ def html(seen: Seen) -> str:
     if seen.unknown:
         sections.append(f"<p>The patches are not shown: {escape(seen.unknown)}.</p>")
     images = "".join(_image(view, f"view{i}") for i, (_, view) in enumerate(views))
-    facts = "".join(f"<dt>{escape(term)}</dt><dd>{escape(told)}</dd>" for term, told in seen.facts())
+    facts = "".join(f"<dt>{escape(term)}</dt><dd>{escape(fact)}</dd>" for term, fact in seen.facts())
     return f"""<!DOCTYPE html>
 <html>
 <head>
@@ -172,10 +172,10 @@ def _table(seen: Seen) -> str:
     lines = []
     for stage, left in zip(seen.stages, seen.left, strict=True):
         held = _held(left, seen.n_steps)
-        told = _list(held)
+        counts = _list(held)
         lines.append(
-            f'<tr><th>{layers(stage)}</th><td data-held="{told}">{held[0]}</td>'
-            f'<td><progress max="{max(1, seen.given)}" value="{held[0]}" data-held="{told}"></progress></td></tr>'
+            f'<tr><th>{layers(stage)}</th><td data-held="{counts}">{held[0]}</td>'
+            f'<td><progress max="{max(1, seen.given)}" value="{held[0]}" data-held="{counts}"></progress></td></tr>'
         )
     return f"<table>{''.join(lines)}</table>"
 

@@ -77,7 +77,7 @@ class Found(NamedTuple):
 
 
 def main(console: Console, arguments: argparse.Namespace) -> int:
-    """Runs the command and returns its exit code. Raises St3Error; what is wrong with files and options is told before
+    """Runs the command and returns its exit code. Raises St3Error; wrong files and options are refused before
     anything is loaded."""
     task = _task(console, arguments)
     n_pictures = len({prompt.picture for prompt in task.prompts})

@@ -35,8 +35,8 @@ class Prompt:
 class Subject:
     """Two model files, prompts, and the folder that keeps what is known of them.
 
-    n_tokens: of an answer, at most; n_ctx, n_ubatch, n_threads, n_gpu_layers: as for `Llava`; stage: told what is being
-    done, and the share of it that is done; what it raises ends that. Nothing is loaded before it is needed.
+    n_tokens: of an answer, at most; n_ctx, n_ubatch, n_threads, n_gpu_layers: as for `Llava`; stage: called with what
+    is being done, and the share of it that is done; what it raises ends that. Nothing is loaded before it is needed.
     """
 
     def __init__(

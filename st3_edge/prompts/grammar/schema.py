@@ -365,20 +365,20 @@ class _Writer:
         space = self._rule(_SPACE)
         pairs: list[tuple[str, bool]] = []
         for name in names:
-            wanted = name in required
+            needed = name in required
             if name not in properties and schema.get("additionalProperties") is False:
                 raise _Impossible(f"{name!r} is required and not allowed, at {at}")
             try:
                 of = properties[name] if name in properties else schema.get("additionalProperties", True)
                 value = self.node(of, f"{at}/properties/{name}", depth + 1)
             except _Impossible:
-                if wanted:
+                if needed:
                     raise
                 continue  # it may be left out, so it is
             key = json.dumps(name, ensure_ascii=False)
             if any("\ud800" <= c <= "\udfff" for c in name):
                 raise ConfigError(f"the name of a property is not valid Unicode in the JSON schema, at {at}")
-            pairs.append((self._rule(f'{gbnf.literal(key)} ":" {space} {value}'), wanted))
+            pairs.append((self._rule(f'{gbnf.literal(key)} ":" {space} {value}'), needed))
         if extra is not False:
             with suppress(_Impossible):
                 value = self.node(extra, f"{at}/additionalProperties", depth + 1)
@@ -392,8 +392,8 @@ class _Writer:
         was written before it and one where none was."""
         comma = f'"," {self._rule(_SPACE)}'
         first, later = '""', '""'
-        for pair, wanted in reversed(pairs):
-            if wanted:
+        for pair, needed in reversed(pairs):
+            if needed:
                 first, later = f"{pair} {later}", f"{comma} {pair} {later}"
             else:
                 first, later = f"{pair} {later} | {first}", f"{comma} {pair} {later} | {later}"
