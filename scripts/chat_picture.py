@@ -1,4 +1,4 @@
-"""Draws docs/img/chat.svg: a conversation with the embedded model, as a terminal showed it. Needs tmux.
+"""Draws docs/img/chat.svg and kept.svg: a conversation with the embedded model, as a terminal showed it. Needs tmux.
 
 python scripts/chat_picture.py
 """
@@ -19,8 +19,8 @@ sys.path.insert(0, str(ROOT))
 from st3_edge import demo  # noqa: E402
 
 COLUMNS, SOCKET, SESSION = 76, "st3-edge-picture", "chat"
-LINES = ("scene.png Describe the image.", "What digit is in the red diamond?", "/kept", "/report")
-CHARACTER, LINE, MARGIN = 8.4, 18, 16
+LINES = ("scene.png Describe the image.", "What digit is in the red diamond?", "/report", "/kept")
+CHARACTER, LINE, MARGIN, SIDE = 8.4, 18, 16, 200
 
 
 def tmux(*words: str) -> str:
@@ -57,22 +57,22 @@ def conversation(picture: Path, folder: Path) -> str:
 
 
 def svg(text: str, picture: Path) -> str:
+    """The text, and the picture beside it. Lengths are given, so that any font keeps the columns."""
     lines = text.splitlines()
-    width, height = COLUMNS * CHARACTER + 2 * MARGIN, len(lines) * LINE + 2 * MARGIN
+    width, height = COLUMNS * CHARACTER + SIDE + 3 * MARGIN, max(len(lines) * LINE, SIDE) + 2 * MARGIN
     data = base64.b64encode(picture.read_bytes()).decode()
     rows = []
     for i, line in enumerate(lines):
-        typed = line.startswith(("> ", "$ "))
-        style = ' fill="#fff" font-weight="bold"' if typed else ""
-        rows.append(f'<text x="{MARGIN}" y="{MARGIN + (i + 0.8) * LINE:.1f}"{style}>{html.escape(line)}</text>')
-    side = 150
-    corner = width - side - MARGIN, MARGIN
+        typed = ' fill="#fff"' if line.startswith(("> ", "$ ")) else ""
+        size = f'y="{MARGIN + (i + 0.8) * LINE:.1f}" textLength="{len(line) * CHARACTER:.1f}"{typed}'
+        if line:
+            rows.append(f'<text x="{MARGIN}" {size} lengthAdjust="spacingAndGlyphs">{html.escape(line)}</text>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}">\n'
         f'<rect width="100%" height="100%" rx="8" fill="#1c1f24"/>\n'
-        f'<g font-family="ui-monospace,Menlo,Consolas,DejaVu Sans Mono,monospace" font-size="14" fill="#c8ccd2" '
+        f'<g font-family="ui-monospace,Menlo,Consolas,\'DejaVu Sans Mono\',monospace" font-size="14" fill="#c8ccd2" '
         f'xml:space="preserve">\n{chr(10).join(rows)}\n</g>\n'
-        f'<image x="{corner[0]:.0f}" y="{corner[1]}" width="{side}" height="{side}" '
+        f'<image x="{width - SIDE - MARGIN:.0f}" y="{MARGIN}" width="{SIDE}" height="{SIDE}" '
         f'href="data:image/png;base64,{data}"/>\n'
         "</svg>\n"
     )
@@ -84,7 +84,9 @@ def main() -> None:
     picture = demo.scenes()[0].picture
     with tempfile.TemporaryDirectory() as folder:
         text = conversation(picture, Path(folder))
-    (ROOT / "docs" / "img" / "chat.svg").write_text(svg(text, picture), encoding="utf-8")
+    talk, map_of = text.split("> /kept\n")
+    for name, shown in (("chat", talk.rstrip()), ("kept", "> /kept\n" + map_of.removesuffix("\n>"))):
+        (ROOT / "docs" / "img" / f"{name}.svg").write_text(svg(shown, picture), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from st3_edge import Llava, ModelError
+from st3_edge import ConfigError, Llava, ModelError
 
 pytest.importorskip("huggingface_hub")
 
@@ -54,3 +54,18 @@ def test_a_pattern_that_fits_several_files_is_refused(cache):
     # broken if the first of them were taken
     with pytest.raises(ModelError, match="2 files"):
         Llava.from_pretrained("a/b", "*.gguf", "p.gguf", cache_dir=cache, local_files_only=True)
+
+
+def test_a_model_is_enough_where_its_mmproj_can_be_found(cache, files, picture):
+    # broken if a person had to name two files that lie in one place
+    snapshot = next((cache / "models--a--b" / "snapshots").iterdir())
+    (snapshot / "p.gguf").rename(snapshot / "mmproj-m.gguf")
+    options = {"cache_dir": cache, "local_files_only": True, "n_threads": 1}
+    with Llava(files[0], n_threads=1) as beside, Llava.from_pretrained("a/b:q8", **options) as named:
+        assert beside.mmproj_path == files[1] and named.mmproj_path == str(snapshot / "mmproj-m.gguf")
+        answers = {llava.ask(picture, "What color is the star?", max_tokens=1) for llava in (beside, named)}
+        assert len(answers) == 1
+    with pytest.raises(ConfigError, match="go together"):
+        Llava.from_pretrained("a/b", "m-q8.gguf", **options)
+    with pytest.raises(ModelError, match="is not in the cache"):
+        Llava.from_pretrained("a/b:Q2_K", **options)
