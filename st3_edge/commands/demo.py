@@ -51,7 +51,7 @@ def _show(console: Console) -> int:
         right = asked = 0
         scenes = demo.scenes()[:_SCENES]
         for scene in scenes:
-            console.say(f"{scene.picture}")
+            console.say(console.strong(str(scene.picture)))
             for question, expected in scene.questions[:_QUESTIONS]:
                 console.say(f"  {question}  ", end="")
                 answer = _ask(console, st3, scene, question)

@@ -56,6 +56,8 @@ def main(console: Console, arguments: argparse.Namespace) -> int:
         found.say(console)
         chat.system = arguments.system or ""
         console.note(f"{found.name}: ask, or drop a picture here. /help shows what else there is.")
+        if pictures:
+            console.note(f"({len(pictures)} to look at, shown with the next question)")
         if arguments.load:
             chat.do(f"/load {arguments.load}")
         return chat.loop()

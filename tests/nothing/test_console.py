@@ -1,0 +1,94 @@
+"""What the command line shows of a wait, and how its lines look in a terminal."""
+
+import io
+import time
+
+import pytest
+
+from st3_edge.commands import which
+from st3_edge.commands.console import Console, amount
+from st3_edge.files import hub
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def console(monkeypatch) -> Console:
+    for name, value in (("TERM", "xterm"), ("COLUMNS", "60"), ("LINES", "20")):
+        monkeypatch.setenv(name, value)
+    made = Console()
+    made.err = Screen()
+    return made
+
+
+def waited(console: Console, seconds: float) -> str:
+    """What is on the line after that many seconds of the stage that was begun."""
+    name, since = console._stage
+    console._stage = name, since - seconds
+    console.err = Screen()
+    console.tick()
+    return console.err.getvalue().replace("\r\x1b[K", "")
+
+
+def test_a_wait_shows_what_is_done_and_what_remains(console):
+    # broken if the time before a download went on counted for its speed, or a line passed the edge
+    console.stage("downloading a/b", 0.5, "1.0 GB of 2.0 GB")
+    assert "s left" not in waited(console, 2)
+    console.stage("downloading a/b", 0.75, "1.5 GB of 2.0 GB, 9.9 MB/s")
+    said = waited(console, 8)
+    assert said.startswith("downloading a/b ") and "1.5 GB of 2.0 GB" in said and len(said) < 60
+    console.stage("b", 0.0)
+    console.stage("b", 0.2)
+    assert waited(console, 10).endswith("... 10 s, 40 s left")
+    console.stage(None)
+    console.tick()
+
+
+def test_a_short_wait_shows_nothing(console):
+    # broken if each command flickered
+    console.stage("x")
+    console.tick()
+    assert console.err.getvalue() == ""
+
+
+def test_lines_end_between_words(console):
+    # broken if a terminal cut a word, or an option at its dash
+    console.note("a word " * 10 + "--an-option-with-dashes")
+    lines = console.err.getvalue().replace("\x1b[2m", "").replace("\x1b[0m", "").splitlines()
+    assert len(lines) == 2 and lines[1].endswith("--an-option-with-dashes")
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_plain_where_that_is_asked_for(console, monkeypatch, name, value):
+    # broken if somebody who cannot use colors got them
+    console.error("no")
+    assert "\x1b[1;31m" in console.err.getvalue()
+    monkeypatch.setenv(name, value)
+    console.err = Screen()
+    console.error("no")
+    assert console.err.getvalue() == "st3-edge: error: no\n"
+
+
+def test_a_download_shows_size_and_rate(console, monkeypatch):
+    # broken if a person did not know whether to wait; what was there before is not the network's speed
+    shown = []
+
+    def pair(name, progress):
+        for done in (1_000_000_000, 1_500_000_000, 2_000_000_000):
+            progress(done, 4_000_000_000)
+            shown.append(console._detail)
+            time.sleep(0.05)
+        return hub.Pair("m", "p", name)
+
+    monkeypatch.setattr(hub, "pair", pair)
+    assert which.download(console, "a/b") == ("m", "p", "a/b")
+    assert [text.partition(",")[0] for text in shown] == [f"{n} GB of 4.0 GB" for n in ("1.0", "1.5", "2.0")]
+    assert shown[0].endswith(" 0.0 MB/s") and not shown[2].endswith(" 0.0 MB/s")
+
+
+def test_amounts():
+    # broken if a small model were 0.0 GB
+    assert [amount(n) for n in (24_400_000, 999_000_000, 4_700_000_000)] == ["24 MB", "999 MB", "4.7 GB"]
