@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-import platformdirs
-
 from ..errors import OutputError, one_line
 
 
@@ -40,6 +38,8 @@ def check_output(target: Path, inputs: Iterable[str | os.PathLike[str]], *, forc
 
 def cache_folder() -> Path:
     """Where this user's programs keep what can be made again."""
+    import platformdirs
+
     return platformdirs.user_cache_path("st3-edge", appauthor=False)
 
 
