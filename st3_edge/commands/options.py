@@ -214,13 +214,11 @@ def config(arguments: argparse.Namespace) -> ST3Config:
     idle = [f"--{name.replace('_', '-')}" for name, value in given.items() if name != "preset" and value is not None]
     if arguments.preset == "off" and idle:
         raise ConfigError(f"--preset off drops nothing, so there is nothing for {', '.join(idle)} to say")
-    settings = {
-        f.name: v for f in fields(ST3Config) if (v := getattr(arguments, "settings", {}).get(f.name)) is not None
-    }
     if arguments.preset is None:  # another preset is another schedule
-        alone = {"budget", "keep"}
+        exclusive = {"budget", "keep"}
         typed = {name for name, value in given.items() if value is not None}
-        given |= {
-            name: v for name, v in settings.items() if name not in typed and not (name in alone and typed & alone)
-        }
+        own = typed | (exclusive if typed & exclusive else set())
+        offered = set(given) | (exclusive if "budget" in given else set())  # st3-edge tune looks for the budget itself
+        settings = getattr(arguments, "settings", {})
+        given |= {f.name: settings[f.name] for f in fields(ST3Config) if f.name in settings.keys() & offered - own}
     return ST3Config(**given)

@@ -11,6 +11,8 @@ import pytest
 from st3_edge import ConfigError, ModelError, demo
 from st3_edge.commands import options, settings, which
 from st3_edge.commands.parser import Parser
+from st3_edge.commands.serve import options as serve_options
+from st3_edge.commands.tune import options as tune_options
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,6 +101,14 @@ def test_pruning_of_the_file_gives_way_to_what_is_said(config):
         made = options.config(parse("--preset", preset))
         assert (made.budget, made.merge, made.preset) == (None, None, preset)
     assert parse("--n-ctx", "100").n_ctx == 100
+    config("keep = 0.5\nmin-share = 0.1")
+    tune = Parser()
+    tune_options.add_arguments(tune)
+    settings.use(tune)
+    made = options.config(tune.parse_args(["folder"]))
+    assert (made.keep, made.min_share) == (None, 0.1)  # it looks for a budget
+    serve = serve_options.parse(Parser, ["--score", "last-mean"])
+    assert options.config(serve.ours).keep == 0.5
 
 
 @pytest.mark.parametrize(
