@@ -1,13 +1,14 @@
 """The native libraries by way of ctypes: models, contexts and `st3_*` calls, for tests and benchmarks.
 
 The user's way in is the package st3_edge; this is the thinner one that tests and timings want. Libraries come
-from $ST3_LIB_DIR, else from the package's lib folder. `lib_dir` must be decided before llama_cpp is imported.
+from $ST3_LIB_DIR, else from the package's lib folder; a process runs on those of one folder.
 $ST3_GPU_LAYERS layers go to a GPU, where the libraries have one.
 """
 
 from __future__ import annotations
 
 import ctypes as C
+import importlib
 import json
 import os
 import sys
@@ -33,19 +34,20 @@ class NativeError(RuntimeError):
 def lib_dir() -> Path | None:
     """The folder of the native libraries, as the package finds it; None where they are not built."""
     folder = libraries.folder()
-    return folder if any(folder.glob("libllama.*")) else None
+    return folder if libraries.path_of("llama").is_file() else None
 
 
-def load(folder: Path) -> ModuleType:
-    """Import llama_cpp on the libraries of that folder. Raises NativeError if it runs on others already."""
-    if "llama_cpp" not in sys.modules:
-        os.environ["LLAMA_CPP_LIB_PATH"] = os.environ["MTMD_CPP_LIB"] = str(folder)
-    import llama_cpp
-
-    runs_on = Path(llama_cpp.llama_cpp._lib._name).resolve().parent
+def load(folder: Path, st3: bool) -> ModuleType:
+    """llama.h on the libraries of that folder. Raises NativeError if this process runs on others already."""
+    if st3:
+        os.environ["ST3_LIB_DIR"] = str(folder)
+    else:
+        libraries.use_stock(folder)
+    bindings = importlib.import_module("st3_edge.native.bindings.llama_cpp")
+    runs_on = Path(bindings._lib._name).resolve().parent
     if runs_on != folder.resolve():
-        raise NativeError(f"llama_cpp was imported before, on {runs_on}")
-    return llama_cpp
+        raise NativeError(f"this process runs on the libraries in {runs_on}")
+    return bindings
 
 
 @dataclass(frozen=True)
@@ -61,19 +63,16 @@ class Runtime:
     """The libraries of one folder. `st3` is False for stock llama.cpp, which has no st3_* functions."""
 
     def __init__(self, folder: Path, st3: bool = True) -> None:
-        self.llama = L = load(folder)
+        self.llama = L = load(folder, st3)
         self.log: list[str] = []
         self._on_log = L.llama_log_callback(self._take_log)
         self._old_log = C.c_void_p(), C.c_void_p()
-        self.lib = C.CDLL(L.llama_cpp._lib._name)  # the same library; argtypes of our own, the package sets others
+        self.lib = C.CDLL(L._lib._name)  # the same library; argtypes of our own, the package sets others
         get_log = C.CFUNCTYPE(None, C.c_void_p, C.c_void_p)(("llama_log_get", self.lib))
         get_log(*(C.addressof(p) for p in self._old_log))
         L.llama_log_set(self._on_log, C.c_void_p(0))
         L.llama_backend_init()
-        suffix = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
-        if any(folder.glob(f"*ggml-cpu*.{suffix}")):
-            base = C.CDLL(str(next(folder.glob(f"*ggml.{suffix}"))))
-            base.ggml_backend_load_all_from_path(str(folder).encode())
+        libraries.load_backends(self.lib)
         if st3:
             f = self.lib
             f.st3_abi_version.restype = C.c_int32
@@ -417,8 +416,7 @@ class Vision:
     """The vision tower and projector of an mmproj file, by way of libmtmd."""
 
     def __init__(self, model: Model, mmproj: Path, threads: int = 2) -> None:
-        import llama_cpp.mtmd_cpp as mtmd
-
+        mtmd = importlib.import_module("st3_edge.native.bindings.mtmd_cpp")
         self.m, self.n_embd = mtmd, model.n_embd
         params = mtmd.mtmd_context_params_default()
         params.use_gpu, params.print_timings, params.warmup, params.n_threads = False, False, False, threads

@@ -34,11 +34,3 @@ command -v ninja >/dev/null || tools="$tools ninja"
 # shellcheck disable=SC2086
 "$python" -m pip install -qq $tools
 PATH=$PWD/.venv/bin:$PATH
-
-# The bindings alone, from the archive that our libraries are built from: no second llama.cpp is compiled.
-archive=$("$python" vendor/upstream.py)
-pinned='import importlib.metadata, json, sys
-sys.exit(importlib.metadata.version("llama-cpp-python") != json.load(open("vendor/upstream.json"))["version"])'
-if ! "$python" -c "$pinned" 2>/dev/null; then
-    CMAKE_ARGS=-DLLAMA_BUILD=OFF "$python" -m pip install -qq --no-build-isolation "$archive"
-fi

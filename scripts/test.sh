@@ -6,6 +6,14 @@ set -eu
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
 
+# llama-cpp-python for tests alone, from the archive that our libraries are built from, without a llama.cpp of its own.
+archive=$("$python" vendor/upstream.py)
+pinned='import importlib.metadata, json, sys
+sys.exit(importlib.metadata.version("llama-cpp-python") != json.load(open("vendor/upstream.json"))["version"])'
+if ! "$python" -c "$pinned" 2>/dev/null; then
+    CMAKE_ARGS=-DLLAMA_BUILD=OFF "$python" -m pip install -qq --no-build-isolation "$archive"
+fi
+
 extras=test,plot
 if [ "${ST3_TEST_HF:-0}" = 1 ]; then
     extras=$extras,hf

@@ -2,7 +2,8 @@
 """Put the pinned upstream, patched, into a folder.
 
     python vendor/upstream.py                       fetch and check the archive, print where it is
-    python vendor/upstream.py --dest DIR            unpack its llama.cpp into DIR, with fixes/ and patches/
+    python vendor/upstream.py --dest DIR            unpack its llama.cpp into DIR, with fixes/ and patches/, and the
+                                                    modules that declare its C interface into DIR/bindings
     python vendor/upstream.py --dest DIR --stock    the same with fixes/ alone
 
 The archive named by --sdist or ST3_SDIST is used when there is one; else pip fetches it, once, into build/.
@@ -30,6 +31,7 @@ REQUIREMENT = f"{PIN['package']}=={PIN['version']}"
 STAMP = ".st3-upstream"
 # Two thirds of the bytes, and nothing that is compiled. (.git points outside of the archive.)
 UNUSED = (".git", "docs/", "models/", "media/", "benches/")
+BINDINGS = ("llama_cpp/_ctypes_extensions.py", "llama_cpp/llama_cpp.py", "llama_cpp/mtmd_cpp.py", "LICENSE.md")
 HUNK = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+\d+(?:,(\d+))? @@")
 
 
@@ -80,12 +82,14 @@ def fetch(folder: Path) -> Path:
 
 
 def read(archive: Path) -> dict[str, bytes]:
-    """The files of llama.cpp in the archive, by path."""
-    root = f"{archive_name().removesuffix('.tar.gz')}/vendor/llama.cpp/"
+    """The files of llama.cpp in the archive, by path, and the bindings below bindings/."""
+    top = f"{archive_name().removesuffix('.tar.gz')}/"
+    root = f"{top}vendor/llama.cpp/"
+    bindings = {top + name: f"bindings/{Path(name).name}" for name in BINDINGS}
     tree = {}
     with tarfile.open(archive) as tar:
         for member in tar:
-            path = member.name.removeprefix(root)
+            path = bindings.get(member.name) or member.name.removeprefix(root)
             if member.isfile() and path != member.name and not path.startswith(UNUSED):
                 file = tar.extractfile(member)
                 assert file is not None

@@ -178,7 +178,7 @@ def _kernel(device: dict[str, Any]) -> str:
 def versions() -> dict[str, str]:
     """Of Python, this package and those that it needs."""
     found = {"python": platform.python_version()}
-    for name in ("st3-edge", "llama-cpp-python", "numpy", "pillow", "huggingface-hub"):
+    for name in ("st3-edge", "numpy", "pillow", "huggingface-hub"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -188,7 +188,7 @@ def versions() -> dict[str, str]:
 
 def _library_files() -> dict[str, Any]:
     folder = libraries.folder()
-    files = sorted(p.name for p in folder.glob("lib*")) if folder.is_dir() else []
+    files = sorted(p.name for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
     return {"folder": str(folder), "files": files}
 
 

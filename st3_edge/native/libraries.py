@@ -1,19 +1,15 @@
-"""Finds our native libraries and makes the stock bindings (llama-cpp-python) run on them.
-
-The bindings load their libraries when they are imported, from the folders that two environment variables name. So
-nothing of this package imports `llama_cpp` before `load()` has set them.
-"""
+"""Finds our native libraries and loads them, with the ctypes modules that describe them (`bindings`)."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import importlib
+import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -22,21 +18,18 @@ from ..errors import LibraryError, one_line
 
 ABI_VERSION = 7
 
-_SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
-_ENV = ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB")
-
+_PREFIX = "" if sys.platform == "win32" else "lib"
+_SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 _GPU_TYPES = (1, 2)  # ggml_backend_dev_type: GPU, IGPU
 
 _stock: Path | None = None
-_lock = threading.RLock()  # the environment is changed while the bindings are imported
+_lock = threading.RLock()
 
 
 class Bindings(NamedTuple):
-    """The stock bindings, on our libraries. llama: llama_cpp; lib: llama_cpp.llama_cpp; internals, mtmd."""
+    """The C interface, in ctypes. lib: llama.h; mtmd: mtmd.h."""
 
-    llama: ModuleType
     lib: ModuleType
-    internals: ModuleType
     mtmd: ModuleType
 
 
@@ -47,16 +40,34 @@ def use_stock(folder: Path) -> None:
 
 
 def folder() -> Path:
-    """The folder of libllama and libmtmd: the package's own, or for developers the one that ST3_LIB_DIR names."""
-    if _stock:
-        return _stock
+    """The folder of the libraries that this process runs on."""
+    return _stock or own_folder()
+
+
+def own_folder() -> Path:
+    """The folder of our libraries and bindings: the package's, or for developers the one that ST3_LIB_DIR names."""
     given = os.environ.get("ST3_LIB_DIR")
     return Path(given).resolve() if given else Path(__file__).resolve().parents[1] / "lib"
 
 
 def path_of(name: str) -> Path:
     """Where the library `name` ("llama", "mtmd") is looked for."""
-    return folder() / f"lib{name}{_SUFFIX}"
+    return stock_path(_stock, name) if _stock else own_folder() / f"{_PREFIX}st3-{name}{_SUFFIX}"
+
+
+def stock_path(folder: Path, name: str) -> Path:
+    """Where it is looked for in a folder of unpatched libraries."""
+    return folder / f"{_PREFIX}{name}{_SUFFIX}"
+
+
+def upstream() -> dict[str, str]:
+    """What our libraries are built from: vendor/upstream.json. Raises LibraryError where they are not there."""
+    path = own_folder() / "bindings" / "upstream.json"
+    try:
+        pin: dict[str, str] = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise LibraryError(f"{path} cannot be read: {one_line(e)}: build the package (pip install .)") from e
+    return pin
 
 
 def check_present() -> None:
@@ -67,7 +78,7 @@ def check_present() -> None:
 
 
 def load() -> Bindings:
-    """Imports the bindings on our libraries, once. Raises LibraryError where that cannot be, and in a process that was
+    """Loads the libraries, once. Raises LibraryError where that cannot be, and in a process that was
     forked after it where there is a GPU: its driver works in the parent alone."""
     with _lock:
         bindings, pid = _load()
@@ -82,36 +93,22 @@ def load() -> Bindings:
 @functools.cache
 def _load() -> tuple[Bindings, int]:
     """The bindings, and the process that loaded them."""
-    ours = path_of("llama")
     check_present()
-    if "llama_cpp" in sys.modules:
-        theirs = Path(str(getattr(sys.modules["llama_cpp.llama_cpp"]._lib, "_name", ""))).resolve()
-        if theirs != ours.resolve():
-            raise LibraryError(
-                f"llama_cpp was imported before st3_edge and runs on {theirs}: import st3_edge and make a Llava "
-                "first, or use a separate process"
-            )
+    package = f"{__package__}.bindings"
     try:
-        with _environment(str(folder())):
-            modules = [
-                importlib.import_module(name)
-                for name in (
-                    "llama_cpp",
-                    "llama_cpp.llama_cpp",
-                    "llama_cpp._internals",
-                    "llama_cpp.mtmd_cpp",
-                )
-            ]
+        bindings = Bindings(*(importlib.import_module(f"{package}.{name}") for name in ("llama_cpp", "mtmd_cpp")))
     except Exception as e:  # a missing symbol, a wrong architecture, a missing dependency: all end here
         raise LibraryError(f"the libraries in {folder()} cannot be loaded: {one_line(e)}") from e
-    bindings = Bindings(*modules)
     _check_abi(bindings)
-    native = bindings.lib._lib
-    if native.ggml_backend_dev_count() == 0:
-        # Backends that are separate files: upstream would look for them beside the Python interpreter.
-        native.ggml_backend_load_all_from_path(str(folder()).encode())
+    load_backends(bindings.lib._lib)
     bindings.lib.llama_backend_init()
     return bindings, os.getpid()
+
+
+def load_backends(lib: ctypes.CDLL) -> None:
+    """Loads ggml's backends where they are separate files: upstream would look beside the Python interpreter."""
+    if lib.ggml_backend_dev_count() == 0:
+        lib.ggml_backend_load_all_from_path(os.fsencode(folder()))
 
 
 def trim() -> None:
@@ -124,20 +121,6 @@ def _has_gpu(bindings: Bindings) -> bool:
     native = bindings.lib._lib
     native.ggml_backend_dev_by_type.argtypes, native.ggml_backend_dev_by_type.restype = [ctypes.c_int], ctypes.c_void_p
     return any(native.ggml_backend_dev_by_type(kind) for kind in _GPU_TYPES)
-
-
-@contextmanager
-def _environment(value: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in _ENV}
-    os.environ.update(dict.fromkeys(_ENV, value))
-    try:
-        yield
-    finally:
-        for name, old in before.items():
-            if old is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = old
 
 
 def _check_abi(bindings: Bindings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from ..config import Override
 from . import libraries
+from .batch import Batch
 
 
 class PieceStruct(ctypes.Structure):
@@ -162,13 +164,9 @@ def anneals(context: Any) -> bool:
 def decode(context: Any, p0: int, tokens: Sequence[int]) -> int:
     """Decodes text tokens into sequence 0 from position p0 on, in one batch that gives logits for each. Returns 0 or an
     error code of llama_decode."""
-    bindings = libraries.load()
-    batch = bindings.internals.LlamaBatch(n_tokens=len(tokens), embd=0, n_seq_max=1, verbose=False)
-    try:
-        batch.set_batch(tokens, n_past=p0, logits_all=True)
-        return int(bindings.lib.llama_decode(context, batch.batch))
-    finally:
-        batch.close()
+    with contextlib.closing(Batch(len(tokens))) as batch:
+        batch.fill(tokens, p0, all_logits=True)
+        return int(libraries.load().lib.llama_decode(context, batch.native))
 
 
 def remove(context: Any, p0: int) -> bool:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import St3Error
 from ..native import libraries, log
+from ..native.batch import Batch
 from ..report import Report
 from . import tracing
 from .conversation import Conversation
 from .prefill import ms_since, report_of
+from .sampling import Chain
 from .text_model import TextModel
 from .text_stream import TextStream
 from .vision import Tokenized
@@ -29,9 +30,8 @@ class Decoder:
     """Decodes a conversation's next token."""
 
     def __init__(self, llama: TextModel, conversation: Conversation) -> None:
-        bindings = libraries.load()
-        self.llama, self.conversation, self.lib = llama, conversation, bindings.lib
-        self._batch = bindings.internals.LlamaBatch(n_tokens=1, embd=0, n_seq_max=1, verbose=False)
+        self.llama, self.conversation, self.lib = llama, conversation, libraries.load().lib
+        self._batch = Batch(1)
 
     def close(self) -> None:
         """Frees its batch."""
@@ -41,8 +41,8 @@ class Decoder:
         """Raises St3Error."""
         log.forget()
         with self.conversation.adding([token]):
-            self._batch.set_batch([token], n_past=self.conversation.n_positions, logits_all=False)
-            code = self.lib.llama_decode(self.llama.ctx, self._batch.batch)
+            self._batch.fill([token], self.conversation.n_positions, all_logits=False)
+            code = self.lib.llama_decode(self.llama.ctx, self._batch.native)
             if code:
                 raise St3Error(f"decoding failed ({code}){log.why()}")
 
@@ -52,7 +52,7 @@ class Generation:
     """What an Answer is made with. token: chosen, and not decoded yet; call: its number among the session's."""
 
     tokenized: Tokenized
-    sampler: Any
+    sampler: Chain
     text: TextStream
     limit: int
     call: int = 0
@@ -64,7 +64,7 @@ class Generation:
         started = time.perf_counter()
         if report.n_generated:
             decoder.decode(self.token)
-        self.token = token = self.sampler.sample(llama, -1)
+        self.token = token = self.sampler.sample(llama.ctx)
         report.ms.decode += ms_since(started)
         if report.trace:
             tracing.note_left(report, llama.ctx)

@@ -17,6 +17,28 @@ _PENALTY_WINDOW = 64
 _MAX_BIAS = 1e9
 
 
+class Chain:
+    """llama.cpp's samplers, one after the other; `sampler` is their llama_sampler. Freed with the object."""
+
+    def __init__(self) -> None:
+        self._lib = lib = libraries.load().lib
+        self.sampler = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+
+    def __del__(self) -> None:
+        self._lib.llama_sampler_free(self.sampler)
+
+    def add(self, name: str, *arguments: Any) -> bool:
+        """Puts llama_sampler_init_`name` of the arguments behind the others; False where it makes none."""
+        sampler = getattr(self._lib, f"llama_sampler_init_{name}")(*arguments)
+        if sampler:  # a null one would crash later
+            self._lib.llama_sampler_chain_add(self.sampler, sampler)
+        return bool(sampler)
+
+    def sample(self, context: Any) -> int:
+        """A token by the logits that the last decode left, which counts as said from then on."""
+        return int(self._lib.llama_sampler_sample(self.sampler, context, -1))
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Sampling options, with the meaning that llama-cpp-python gives them. temperature 0 takes the likeliest token.
@@ -55,45 +77,43 @@ class Sampling:
             at_least = f" of at least {low:g}" if low > -math.inf else ""
             raise ConfigError(f"{name} must be a finite number{at_least}, not {value!r}")
 
-    def chain(self, model: Any, n_vocab: int) -> Any:
-        """A `llama_cpp._internals.LlamaSampler`. `model`: the LlamaModel that the grammar's tokens are of."""
-        bindings = libraries.load()
-        chain = bindings.internals.LlamaSampler()
+    def chain(self, vocab: Any, n_vocab: int) -> Chain:
+        """The samplers. vocab: the llama_vocab that the grammar's tokens are of."""
+        chain = Chain()
         if self.logit_bias:
-            chain.add_logit_bias(n_vocab, _biases(self.logit_bias, n_vocab))
-        chain.add_penalties(
-            n_vocab=n_vocab,
-            penalty_last_n=_PENALTY_WINDOW,
-            penalty_repeat=self.repeat_penalty,
-            penalty_freq=self.frequency_penalty,
-            penalty_present=self.presence_penalty,
+            lib, biases = libraries.load().lib, _biases(self.logit_bias, n_vocab)
+            array = (lib.llama_logit_bias * len(biases))(*(lib.llama_logit_bias(*item) for item in biases.items()))
+            chain.add("logit_bias", n_vocab, len(biases), array)
+        chain.add(
+            "penalties",
+            n_vocab,
+            _PENALTY_WINDOW,
+            self.repeat_penalty,
+            self.frequency_penalty,
+            self.presence_penalty,
         )
         if self.grammar is not None:
-            self._add_grammar(chain, model)
+            self._add_grammar(chain, vocab)
         if self.temperature == 0:
-            chain.add_greedy()
+            chain.add("greedy")
         else:
-            chain.add_top_k(int(self.top_k))
-            chain.add_typical(self.typical_p)
-            chain.add_top_p(self.top_p)
-            chain.add_min_p(self.min_p)
-            chain.add_temp(self.temperature)
+            chain.add("top_k", int(self.top_k))
+            chain.add("typical", self.typical_p, 1)
+            chain.add("top_p", self.top_p, 1)
+            chain.add("min_p", self.min_p, 1)
+            chain.add("temp", self.temperature)
             # Whatever seed is asked for, it is never the one that stands for a new one each time.
-            chain.add_dist(_RANDOM_SEED if self.seed is None or self.seed < 0 else self.seed % _RANDOM_SEED)
+            chain.add("dist", _RANDOM_SEED if self.seed is None or self.seed < 0 else self.seed % _RANDOM_SEED)
         return chain
 
-    def _add_grammar(self, chain: Any, model: Any) -> None:
-        lib = libraries.load().lib
+    def _add_grammar(self, chain: Chain, vocab: Any) -> None:
         text, root = getattr(self.grammar, "_grammar", self.grammar), getattr(self.grammar, "_root", "root")
         if not isinstance(text, str) or not text.strip():
             raise ConfigError("a grammar is GBNF text or a llama_cpp.LlamaGrammar, and not empty")
         gbnf.check(text, root)
         log.forget()
-        # Not LlamaSampler.add_grammar: it would put a null sampler into the chain, which crashes later.
-        sampler = lib.llama_sampler_init_grammar(model.vocab, text.encode(), root.encode())
-        if not sampler:
+        if not chain.add("grammar", vocab, text.encode(), root.encode()):
             raise ConfigError(f"the grammar is not valid GBNF{log.why()}")
-        lib.llama_sampler_chain_add(chain.sampler, sampler)
 
 
 def _biases(given: Mapping[Any, float], n_vocab: int) -> dict[int, float]:

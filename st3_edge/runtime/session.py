@@ -58,7 +58,7 @@ class Session:
         bindings = libraries.load()
         self.lib = bindings.lib
         worker.resources.callback(libraries.trim)
-        self.belongs_to = {**belongs_to, "llama.cpp": f"{bindings.llama.__version__}, st3 {state.NATIVE_VERSION}"}
+        self.belongs_to = {**belongs_to, "llama.cpp": f"{libraries.upstream()['version']}, st3 {state.NATIVE_VERSION}"}
         self.llama = llama = TextModel(
             model,
             overrides,
@@ -124,7 +124,7 @@ class Session:
                 f"the prompt has {answer.n_prompt} tokens and n_ctx is {n_ctx}: "
                 f"set n_ctx to {answer.n_prompt + 1} or more, or ask with less text or fewer pictures"
             )
-        sampler = sampling.chain(self.llama, self.llama.n_vocab)
+        sampler = sampling.chain(self.llama.vocab, self.llama.n_vocab)
         self._worker.keep(answer, Generation(tokenized, sampler, text, min(limit or room, room)))
         return answer
 

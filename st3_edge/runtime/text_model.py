@@ -1,8 +1,4 @@
-"""A text model and its context: llama_model and llama_context.
-
-Not the bindings' `Llama`, which replaces the process's standard streams while it loads, sets how the bindings log, and
-leaves what it has opened to Python's collector where it fails.
-"""
+"""A text model and its context: llama_model and llama_context."""
 
 from __future__ import annotations
 

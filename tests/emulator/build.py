@@ -68,7 +68,7 @@ def runner(backend: str, upstream: Path, out: Path) -> Path:
 def device(upstream: Path, out: Path, libraries: Path, backend: str | None = None) -> Path:
     flags, sources, after = kernels(backend, out) if backend else ([], [], [])
     sources = [HERE / "counting_device.cpp", *sources]
-    after = [*after, f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lggml", "-lggml-base"]
+    after = [*after, f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lst3-ggml", "-lst3-ggml-base"]
     return run_compiler(["-O2", "-shared", "-fPIC", *flags], sources, upstream, out / "libdevice.so", after)
 
 
@@ -96,5 +96,5 @@ def hip_device(upstream: Path, out: Path, libraries: Path) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, [*sources, NATIVE / "attn-span.cu", HERE / "hip_runtime.cpp"]))
     after = [str(NATIVE / "attn-span-gpu.c"), "-x", "none", *objects]
-    after += [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lggml", "-lggml-base", "-Wl,--no-undefined"]
+    after += [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lst3-ggml", "-lst3-ggml-base", "-Wl,--no-undefined"]
     return run_compiler(["-shared", "-fPIC", "-x", "c"], [], upstream, out / "libdevice.so", after)

@@ -50,7 +50,7 @@ def program(upstream: Path, out: Path, level: str) -> Path:
     sources = upstream / "ggml" / "src"
     include = [f"-I{folder}" for folder in (sources, sources.parent / "include", sources / "ggml-cpu")]
     amx = ["-march=native", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]  # -march=native of a CPU with AMX
-    flags = [f"-L{libraries.folder()}", "-lggml-cpu", "-lggml-base", f"-Wl,-rpath,{libraries.folder()}"]
+    flags = [f"-L{libraries.folder()}", "-lst3-ggml-cpu", "-lst3-ggml-base", f"-Wl,-rpath,{libraries.folder()}"]
     command = [*compiler(), "-std=gnu++17", level, "-DNDEBUG", "-w", *amx, *include, HERE / "amx_products.cpp"]
     subprocess.run([*command, *flags, "-o", out], check=True)
     return out

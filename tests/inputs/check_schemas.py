@@ -61,22 +61,25 @@ def one(rng: random.Random, tried: Counter[str]) -> str | None:
 
 @functools.cache
 def _vocabulary() -> Any:
-    bindings = libraries.load()
-    return bindings.llama.Llama(str(demo.model_paths()[0]), vocab_only=True, verbose=False)
+    lib = libraries.load().lib
+    params = lib.llama_model_default_params()
+    params.vocab_only = True
+    model = lib.llama_model_load_from_file(str(demo.model_paths()[0]).encode(), params)
+    return lib.llama_model_get_vocab(model)
 
 
 def _sample(grammar: str) -> int:
     """Samples by a grammar from noise, some tokens long."""
-    lib, llama = libraries.load().lib, _vocabulary()
-    n = llama.n_vocab()
+    lib, vocab = libraries.load().lib, _vocabulary()
+    n = lib.llama_vocab_n_tokens(vocab)
     rng = random.Random(grammar)
-    chain = Sampling(grammar=grammar, temperature=1.0, seed=1).chain(llama._model, n)
+    chain = Sampling(grammar=grammar, temperature=1.0, seed=1).chain(vocab, n)
     for i in range(12):
         data = (lib.llama_token_data * n)(*(lib.llama_token_data(t, rng.gauss(0, 3), 0.0) for t in range(n)))
         array = lib.llama_token_data_array(data=data, size=n, selected=-1, sorted=False)
         lib.llama_sampler_apply(chain.sampler, array)
         token = array.data[array.selected].id
-        if lib.llama_vocab_is_eog(llama._model.vocab, token):
+        if lib.llama_vocab_is_eog(vocab, token):
             return i
         lib.llama_sampler_accept(chain.sampler, token)
     return 12

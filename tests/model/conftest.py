@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -9,12 +10,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
 from st3_edge import Llava, ST3Config, demo
+from st3_edge.native import libraries
 
 ROOT = Path(__file__).parents[2]
 # One thread: where a machine is busy, several wait for each other longer than they compute on so small a model.
@@ -36,6 +39,15 @@ def load(files: tuple[str, str]) -> Callable[..., Llava]:
 def llava(load: Callable[..., Llava]) -> Iterator[Llava]:
     with load() as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def llama_cpp() -> ModuleType:
+    """llama-cpp-python, on our libraries."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB"):
+            environment.setenv(name, str(libraries.folder()))
+        return importlib.import_module("llama_cpp")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from st3_edge.native import libraries
+
 QUICK = ("bench", "--threads", "1", "--pairs", "2", "--generate", "20", "--json")
 
 
@@ -66,7 +68,7 @@ def test_a_small_ubatch_is_pruned_all_the_same(command):
 def test_stock_is_another_library(command):
     # broken if both sides ran on one: a slower build of ours would go unseen
     stock = os.environ.get("ST3_STOCK_LIB_DIR")
-    if not stock or not (Path(stock) / "libmtmd.so").is_file():
+    if not stock or not libraries.stock_path(Path(stock), "mtmd").is_file():
         pytest.skip("ST3_STOCK_LIB_DIR has no libmtmd")
     got = measured(command(*QUICK))
     assert got["setup"]["libraries"]["stock"] == got["setup"]["libraries"]["st3"]  # the same upstream and compiler
@@ -75,8 +77,6 @@ def test_stock_is_another_library(command):
 
 def test_our_own_libraries_are_not_stock(command):
     # broken if a person compared ST3 with itself by mistake
-    from st3_edge.native import libraries
-
     done = command(*QUICK, "--stock", str(libraries.folder()))
     assert done.returncode == 1 and "is not stock llama.cpp" in done.stderr and done.stdout == ""
 

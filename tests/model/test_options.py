@@ -40,11 +40,12 @@ def sample(logits: list[float], said: Iterable[int] = (), **options) -> tuple[di
 def left(chain: Any, logits: list[float], said: Iterable[int]) -> tuple[dict[int, float], int]:
     """What `sample` returns, of a chain."""
     lib = libraries.load().lib
+    sampler = ctypes.cast(chain.sampler, lib.llama_sampler_p_ctypes)  # theirs are of other ctypes classes
     for token in said:
-        lib.llama_sampler_accept(chain.sampler, token)
+        lib.llama_sampler_accept(sampler, token)
     data = (lib.llama_token_data * len(logits))(*(lib.llama_token_data(i, x, 0.0) for i, x in enumerate(logits)))
     array = lib.llama_token_data_array(data=data, size=len(logits), selected=-1, sorted=False)
-    lib.llama_sampler_apply(chain.sampler, ctypes.byref(array))
+    lib.llama_sampler_apply(sampler, ctypes.byref(array))
     return {array.data[i].id: array.data[i].logit for i in range(array.size)}, array.data[array.selected].id
 
 
@@ -65,9 +66,9 @@ def test_unlikely_tokens_are_left_out(options: dict, tokens: set[int]) -> None:
     assert set(sample(LOGITS, **options)[0]) == tokens
 
 
-def test_the_defaults_are_llama_cpp_pythons() -> None:
+def test_the_defaults_are_llama_cpp_pythons(llama_cpp) -> None:
     # broken if a call without options sampled otherwise than the same call there
-    theirs = inspect.signature(libraries.load().llama.Llama.create_chat_completion).parameters
+    theirs = inspect.signature(llama_cpp.Llama.create_chat_completion).parameters
     ours = inspect.signature(Llava.create_chat_completion).parameters
     for option in fields(Sampling):
         if option.name != "logit_bias":
@@ -75,11 +76,11 @@ def test_the_defaults_are_llama_cpp_pythons() -> None:
             assert ours[option.name].default is None, option.name  # which stands for Sampling's
 
 
-def test_the_chain_is_llama_cpp_pythons() -> None:
+def test_the_chain_is_llama_cpp_pythons(llama_cpp) -> None:
     # broken if our chain had its samplers in another order, or left more or less than theirs
     rng = np.random.default_rng(SEED)
     print("seed", SEED)
-    llama = libraries.load().llama.Llama
+    llama = llama_cpp.Llama
     stand_in = SimpleNamespace(_n_vocab=50, last_n_tokens_size=64, _seed=SEED)
     for _ in range(200):
         logits, said = rng.normal(0, 2, 50).tolist(), rng.integers(0, 50, 90).tolist()

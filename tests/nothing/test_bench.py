@@ -202,7 +202,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 @pytest.fixture
 def libraries(tmp_path) -> str:
     """A folder with files of the right names: nothing is loaded before all else is right."""
-    for name in ("libllama.so", "libmtmd.so"):
+    for name in ("libst3-llama.so", "libst3-mtmd.so"):
         (tmp_path / name).write_bytes(b"not a library")
     return str(tmp_path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import json
 import sys
 import tarfile
 from pathlib import Path
@@ -12,7 +13,8 @@ from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "vendor" / "upstream.py"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "vendor" / "upstream.py"
 SOURCE = b"one\ntwo\nthree\nfour\nfive\nsix\n"
 PATCH = "why\n\n--- a/src/a.c\n+++ b/src/a.c\n@@ -2,3 +2,4 @@ f()\n two\n-three\n+THREE\n+3\n four\n"
 
@@ -110,3 +112,10 @@ def test_a_folder_with_other_files_is_left_alone(upstream: ModuleType) -> None:
     with pytest.raises(SystemExit, match="empty folder"):
         run(upstream)
     assert (upstream.HERE / "dest/mine.txt").read_text() == "mine"
+
+
+def test_the_llama_cpp_python_of_the_tests_is_of_the_pin() -> None:
+    # broken if it were run on libraries whose structures are others
+    pin = json.loads((ROOT / "vendor" / "upstream.json").read_text())
+    assert f'"{pin["package"]}=={pin["version"]}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"llama-cpp-python {pin['version']}" in (ROOT / "docs" / "serve.md").read_text()

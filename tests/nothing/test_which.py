@@ -135,8 +135,8 @@ def test_every_command_reads_the_file(config, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ST3_LIB_DIR": str(tmp_path)}
     picture = str(demo.scenes()[0].picture)
     for words in (["ask", picture, "?"], ["chat"], ["inspect", picture, "?"], ["tune", str(demo.FOLDER)], ["bench"]):
-        (tmp_path / "libllama.so").write_bytes(b"")
-        (tmp_path / "libmtmd.so").write_bytes(b"")
+        (tmp_path / "libst3-llama.so").write_bytes(b"")
+        (tmp_path / "libst3-mtmd.so").write_bytes(b"")
         done = subprocess.run(
             [sys.executable, "-m", "st3_edge", *words], capture_output=True, text=True, env=environment, timeout=60
         )

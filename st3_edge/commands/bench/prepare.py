@@ -33,10 +33,10 @@ def find_stock(against: str | None, given: str | None) -> tuple[Path | None, str
     asked = given or os.environ.get("ST3_STOCK_LIB_DIR")
     checkout = Path(__file__).resolve().parents[3] / "build" / "stock" / "lib"
     folder = Path(asked or checkout).resolve()
-    missing = [name for name in ("llama", "mtmd") if not (folder / libraries.path_of(name).name).is_file()]
+    missing = [name for name in ("llama", "mtmd") if not libraries.stock_path(folder, name).is_file()]
     if not missing:
         return folder, None
-    library = folder / libraries.path_of(missing[0]).name
+    library = libraries.stock_path(folder, missing[0])
     how = "build it in a checkout (cmake -S . -B build/stock -G Ninja -DST3_STOCK=ON && cmake --build build/stock)"
     if asked or against:
         raise LibraryError(

@@ -81,19 +81,17 @@ class Worker:
         params.n_gpu_layers, params.use_extra_bufts = job.n_gpu_layers, job.repack
         self._overrides = st3.native_overrides(self._lib, job.keys)
         params.kv_overrides = self._overrides
-        log.forget()
-        try:
-            self._model = bindings.internals.LlamaModel(path_model=job.model, params=params)
-        except ValueError as e:
-            raise ModelError(f"model {job.model!r} cannot be used{log.why()}") from e
+        self._model = self._made(self._lib.llama_model_load_from_file, os.fsencode(job.model), params)
         self._vision = None
         if job.mmproj:
             use_gpu = job.n_gpu_layers != 0
-            self._vision = Vision(job.mmproj, self._model.model, n_threads=threads_batch, use_gpu=use_gpu)
-        self._n_vocab = self._model.n_vocab()
+            self._vision = Vision(job.mmproj, self._model, n_threads=threads_batch, use_gpu=use_gpu)
+        self._vocab = self._lib.llama_model_get_vocab(self._model)
+        self._n_vocab = self._lib.llama_vocab_n_tokens(self._vocab)
+        n_embd = self._lib.llama_model_n_embd(self._model)
         self._template = self._chat_template()
         self._pictures = [load(picture) for picture in job.pictures]
-        self._random = np.random.default_rng(1).standard_normal((job.visual, self._model.n_embd()), np.float32)
+        self._random = np.random.default_rng(1).standard_normal((job.visual, n_embd), np.float32)
         self._words = self._draw(job.text, 1)
         self._answer = self._draw(job.generate, 2)
 
@@ -111,20 +109,15 @@ class Worker:
         params.n_threads, params.n_threads_batch = threads, threads_batch
         params.type_k = params.type_v = KV_TYPES[job.kv_type]
         params.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        log.forget()
-        try:
-            self._context = bindings.internals.LlamaContext(model=self._model, params=params)
-        except ValueError as e:
-            raise ModelError(f"model {job.model!r} cannot be used{log.why()}") from e
-        self._ctx = self._context.ctx
+        self._ctx = self._made(self._lib.llama_init_from_model, self._model, params)
         self._text = _new_batch(self._lib, n_ctx, 0)
-        self._embd = _new_batch(self._lib, n_ctx, self._model.n_embd())
+        self._embd = _new_batch(self._lib, n_ctx, n_embd)
         self._at = 0
         self._kv_size = size.bytes, size.cells
         self.setup = {
             "visual": sum(unit.n for unit in units if isinstance(unit, Image)),
             "text": sum(not isinstance(unit, Image) for unit in units),
-            "layers": self._lib.llama_model_n_layer(self._model.model),
+            "layers": self._lib.llama_model_n_layer(self._model),
             "n_ctx": self._lib.llama_n_ctx(self._ctx),
             "n_ubatch": self._lib.llama_n_ubatch(self._ctx),
             "threads": [threads, threads_batch],
@@ -176,8 +169,16 @@ class Worker:
             memory["report"] = st3.report(self._ctx)
         return memory
 
+    def _made(self, make: Callable[..., Any], *arguments: Any) -> Any:
+        """What llama.cpp makes of the arguments; it lives as long as the process."""
+        log.forget()
+        made = make(*arguments)
+        if not made:
+            raise ModelError(f"model {self._job.model!r} cannot be used{log.why()}")
+        return made
+
     def _chat_template(self) -> ChatTemplate:
-        lib, vocab = self._lib, self._model.vocab
+        lib, vocab = self._lib, self._vocab
 
         def text(token: int) -> str:
             return "" if token < 0 else lib.llama_vocab_get_text(vocab, token).decode("utf-8", "replace")
@@ -202,7 +203,7 @@ class Worker:
         content = [{"type": "image", "image": picture} for picture in self._pictures]
         content.append({"type": "text", "text": self._job.question})
         prompt = self._template.render(read_messages([{"role": "user", "content": content}]))
-        bos = self._lib.llama_vocab_bos(self._model.vocab) if prompt.bos else None
+        bos = self._lib.llama_vocab_bos(self._vocab) if prompt.bos else None
         return self._vision.tokenize(prompt.parts, bos)
 
     def _units(self, tokenized: Tokenized | None) -> list[Unit]:

@@ -1,0 +1,28 @@
+"""The C interface in ctypes, which the build puts beside the libraries."""
+
+import subprocess
+import sys
+
+WITHOUT = """
+import importlib.abc, sys
+from pathlib import Path
+
+class Gone(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name in ("llama_cpp", "diskcache", "typing_extensions", "jinja2"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Gone())
+from st3_edge.native import libraries
+bindings = libraries.load()
+for module in bindings:
+    assert Path(module.__file__).parent == libraries.folder() / "bindings", module.__file__
+print(bindings.lib.llama_context_default_params().offload_kqv, bindings.mtmd.mtmd_default_marker().decode())
+"""
+
+
+def test_no_other_package_is_needed():
+    # broken if llama-cpp-python or what it needs had to be installed: a wheel brings all that it uses
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "<__media__>"]
