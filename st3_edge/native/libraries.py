@@ -113,7 +113,7 @@ def load_backends(lib: ctypes.CDLL) -> None:
 
 def trim() -> None:
     """Gives freed memory back to the system, where the C library keeps it (glibc)."""
-    with suppress(AttributeError):
+    with suppress(AttributeError, TypeError):  # on Windows None is no library
         ctypes.CDLL(None).malloc_trim(0)
 
 

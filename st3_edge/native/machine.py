@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
-import resource
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 from . import libraries
+
+if sys.platform != "win32":
+    import resource
 
 _ROOT = Path(__file__).resolve().parents[2]
 _COMPILER = re.compile(rb"GCC: \([ -~]{1,80}\) [\d.]+|(?:[A-Za-z]+ )?clang version [ -~]{1,80}")
@@ -53,8 +56,29 @@ def peak_memory() -> int:
     peak = _kib("/proc/self/status", "VmHWM")
     if peak is not None:
         return peak
+    if sys.platform == "win32":
+        return _windows_peak()
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def _windows_peak() -> int:
+    """PeakWorkingSetSize of PROCESS_MEMORY_COUNTERS."""
+
+    class Counters(ctypes.Structure):
+        _fields_ = [
+            ("size", ctypes.c_uint32),
+            ("faults", ctypes.c_uint32),
+            ("peak", ctypes.c_size_t),
+            ("others", ctypes.c_size_t * 7),
+        ]
+
+    kernel = getattr(ctypes, "windll").kernel32  # noqa: B009
+    kernel.GetCurrentProcess.restype = ctypes.c_void_p
+    kernel.K32GetProcessMemoryInfo.argtypes = [ctypes.c_void_p, ctypes.POINTER(Counters), ctypes.c_uint32]
+    counters = Counters(size=ctypes.sizeof(Counters))
+    kernel.K32GetProcessMemoryInfo(kernel.GetCurrentProcess(), ctypes.byref(counters), counters.size)
+    return int(counters.peak)
 
 
 def reset_peak_memory() -> None:

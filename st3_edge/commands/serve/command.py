@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -42,12 +45,24 @@ def main(console: Console, arguments: Arguments) -> NoReturn:
         found.say(console)
     if not ours.host.endswith(".sock"):
         console.note(hints(ours, found.words if found else [], port))
-    os.execv(program, command)
+    become(command)
+
+
+def become(command: list[str]) -> NoReturn:
+    """Puts a program in the place of this process. Windows cannot: there this one waits for it, leaves Ctrl-C, which
+    reaches both, to it, and ends with its exit code."""
+    if sys.platform != "win32":
+        os.execv(command[0], command)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(subprocess.run(command, check=False).returncode)
 
 
 def find(program: str) -> Path:
     """The path of one of llama.cpp's programs. Raises LibraryError where this installation has none."""
+    # Windows finds a program's libraries in its own folder alone
     path = libraries.folder().parent / "bin" / program
+    if sys.platform == "win32":
+        path = libraries.folder() / f"{program}.exe"
     if not path.is_file() or not path.stat().st_mode & stat.S_IXUSR:
         raise LibraryError(f"{path} is missing: build the package without ST3_TOOLS=OFF")
     libraries.check_present()
