@@ -32,5 +32,5 @@ fi
 CMAKE_ARGS="${CMAKE_ARGS:-} $options" "$python" -m pip wheel -qq --no-deps --no-build-isolation \
     --config-settings "build-dir=build/wheel-$machine" --wheel-dir build/wheel-$machine/dist .
 mkdir -p dist
-"$python" -m auditwheel repair --strip --plat "manylinux_$(echo "$glibc" | tr . _)_$machine" --wheel-dir dist \
+"$python" -m auditwheel repair --plat "manylinux_$(echo "$glibc" | tr . _)_$machine" --wheel-dir dist \
     build/wheel-"$machine"/dist/*.whl
