@@ -1,9 +1,10 @@
 """The visual tokens that the embedded model keeps on a GPU and on the CPU, picture by picture.
 
-python scripts/gpu_parity.py [--images 200] [--budget 0.30] [--quantized] [--emulate cuda|metal] [--json OUT]
+python scripts/gpu_parity.py [--images N] [--budget 0.3] [--quantized] [--emulate cuda|metal] [--cpu NAME] [--json OUT]
 
 With --emulate there is no GPU: the decoder runs on a device that computes by the CPU backend, and scores by a GPU
-backend's kernels on emulated lanes (tests/emulator).
+backend's kernels on emulated lanes (tests/emulator). With --cpu it is another CPU in place of a GPU, by qemu-user (7.2
+or newer; Nehalem has no AVX, Haswell has AVX2), for libraries with ggml's variants, as scripts/wheel.sh builds them.
 
 Both start from the same embeddings, made on the CPU. The decoder is the package's with its weights as F32; with
 --quantized they stay Q8_0, and then products round activations, which each backend does in its own way, if at all.
@@ -20,6 +21,7 @@ import ctypes
 import dataclasses
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -44,6 +46,8 @@ from st3_edge.native.machine import provenance  # noqa: E402
 
 NEAR_TIE = 1e-3
 HIDE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES")
+# NumPy's OpenBLAS chooses kernels by the CPU, too, and is wrong about emulated ones
+OPENBLAS = {"OPENBLAS_NUM_THREADS": "1", "OPENBLAS_CORETYPE": "PRESCOTT"}
 WHERE = {"cpu": dict.fromkeys(HIDE, ""), "gpu": {"ST3_GPU_LAYERS": "999"}}
 
 
@@ -66,7 +70,7 @@ def work(args: argparse.Namespace, where: str) -> None:
     rt, (_, mmproj) = Runtime(folder), demo.model_paths()
     if args.device:
         ctypes.CDLL(str(args.device)).device_register(b"")
-    if where == "gpu" and not rt.llama.llama_supports_gpu_offload():
+    if where == "gpu" and not args.cpu and not rt.llama.llama_supports_gpu_offload():
         raise SystemExit(f"no GPU for the libraries in {folder}")
     with Model(rt, args.work / "model.gguf", keys(args.budget)) as model:
         file = args.work / "embeddings.npy"
@@ -83,6 +87,10 @@ def work(args: argparse.Namespace, where: str) -> None:
                 n_cuts = len(ctx.report()["cuts"])
                 out.append({"kept": [k.tolist() for k in ctx.kept(n_cuts)], "token": int(np.argmax(ctx.logits()))})
     devices = [d for d in backends.devices(rt.lib) if d["backend"] != "CPU"]
+    if args.cpu:
+        variants = {Path(word).stem for word in Path("/proc/self/maps").read_text().split() if "ggml-cpu" in word}
+        devices = [{"description": f"{' '.join(variants)} on {args.cpu if where == 'gpu' else 'this CPU'}"}]
+        print(devices[0]["description"])
     (args.work / f"{where}.json").write_text(json.dumps({"devices": devices, "pictures": out}))
 
 
@@ -125,6 +133,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.3)
     parser.add_argument("--quantized", action="store_true")
     parser.add_argument("--emulate", choices=build.BACKENDS)
+    parser.add_argument("--cpu", metavar="NAME")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -142,6 +151,10 @@ def main() -> None:
             command += ["--threads", str(args.threads)]
             if args.emulate and where == "gpu":
                 command += ["--device", str(emulated_device(args.emulate, args.work))]
+            if args.cpu:
+                command, env = [*command, "--cpu", args.cpu], {}
+            if args.cpu and where == "gpu":
+                command, env = [f"qemu-{platform.machine()}", "-cpu", args.cpu, *command], OPENBLAS
             subprocess.run([*command, "--work", folder, "--where", where], env=os.environ | env, check=True)
         cpu, gpu = (json.loads((args.work / f"{where}.json").read_text()) for where in WHERE)
         both = list(zip(cpu["pictures"], gpu["pictures"], strict=True))

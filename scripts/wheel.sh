@@ -5,7 +5,8 @@
 #
 # It asks for glibc 2.28 (GLIBC names another) and any CPU: ggml's variants for newer ones are inside, and the best is taken
 # when it runs. llama-server, its page and the other programs are inside, too. Needs GCC (for aarch64 Debian's
-# g++-aarch64-linux-gnu); half an hour on two cores.
+# g++-aarch64-linux-gnu); half an hour on two cores. Tried so far: the system root, the build's configuration, and three
+# of the variants with the other libraries, for x86_64. Not yet: the whole of it, auditwheel, and aarch64.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
