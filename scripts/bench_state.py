@@ -66,7 +66,7 @@ def side(model_path: str, keys: str, positions: int, images: int) -> None:
     assert folder
     rt = native_runtime.Runtime(folder, st3=own is not None)
     with (
-        native_runtime.Model(rt, Path(model_path), own or {}, repack=False) as model,
+        native_runtime.Model(rt, Path(model_path), own or {}) as model,
         native_runtime.Context(model, n_ctx=positions, n_batch=positions, n_ubatch=512, threads=2) as ctx,
         tempfile.TemporaryDirectory() as scratch,
     ):
@@ -116,15 +116,7 @@ def main() -> None:
         path = Path(folder) / "model.gguf"
         write_text(path, SHAPE)
         command = [sys.executable, __file__, "--positions", str(args.positions), "--images", str(args.images)]
-        running = {
-            name: subprocess.Popen(
-                [*command, "--side", str(path), json.dumps(own)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for name, own in sides.items()
-        }
+        running: dict[str, subprocess.Popen[str]] = {}
 
         def take(name: str) -> Any:
             out = running[name].stdout
@@ -134,7 +126,9 @@ def main() -> None:
                 sys.exit(f"{name} failed")
             return json.loads(line)
 
-        for name in sides:
+        for name, own in sides.items():
+            words = [*command, "--side", str(path), json.dumps(own)]
+            running[name] = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             found[name] |= take(name)
         for _ in range(args.rounds):
             for name, process in running.items():
