@@ -1,0 +1,195 @@
+#!/usr/bin/env python3
+"""Time llama-server and llama-mtmd-cli beside stock: prompts, and what is answered.
+
+python scripts/bench_server.py [--shape llava-1.5-7b] [--budget 0.2] [--rounds 3] [--cases cli one four] [--json OUT]
+
+Four sides, a process each: `stock` (llama.cpp of $ST3_STOCK_LIB_DIR, a build with -DST3_STOCK=ON), `off`, `evict` (a
+batch that does not hold the prompt, so that cells go after the compute), `st3`. In each round every side starts,
+answers, and ends. Without --shape it is the embedded model and its pictures; with one, random weights and a picture of
+576 tokens.
+
+cli   llama-mtmd-cli, one picture: "total time" of its own log, from the loaded text model to the last of a few tokens
+one   llama-server -np 1, one picture after another: `timings.prompt_ms`, the vision encoder in it
+four  llama-server -np 4, pictures and texts mixed, all at once: milliseconds until the last is answered
+
+Stock's time by st3's is what is compared with `st3-edge bench`. Answers are greedy; "same" counts those that are
+stock's in the same round, which pruning may change and `off` must not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "server")]
+
+from serving import Server, free_port, message, text  # noqa: E402
+
+from st3_edge import demo  # noqa: E402
+from st3_edge.commands.bench.cache import random_text, random_vision  # noqa: E402
+from st3_edge.commands.bench.shapes import SHAPES, TYPES  # noqa: E402
+from st3_edge.commands.serve import command  # noqa: E402
+from st3_edge.files.output import cache_folder  # noqa: E402
+from st3_edge.native.machine import provenance  # noqa: E402
+from st3_edge.prompts.templates import VICUNA  # noqa: E402
+
+SIDES = ("stock", "off", "evict", "st3")
+CASES = ("cli", "one", "four")
+QUESTION = "Describe the image."
+N_VISUAL = 576  # of a picture, either way
+
+
+class Bench:
+    """The files, and how a side is started on them."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.args, self.folder = args, folder
+        self.scenes = demo.scenes()
+        self.pictures = [scene.picture for scene in self.scenes]
+        if args.shape:
+            cache = cache_folder()
+            self.files = random_text(args.shape, args.type, cache), random_vision(SHAPES[args.shape].n_embd, cache)
+            self.n_predict = 4
+            self.words = " ".join(f"t{i}" for i in range(20))  # three tokens each in a vocabulary without words
+        else:
+            self.files = demo.model_paths()
+            self.n_predict = 24
+            self.words = QUESTION
+
+    def program(self, side: str, name: str) -> str:
+        """The path of a program of a side."""
+        if side == "stock":
+            return str(Path(os.environ["ST3_STOCK_LIB_DIR"]).parent / "bin" / name)
+        return str(command.find(name))
+
+    def options(self, side: str) -> list[str]:
+        """What both programs take."""
+        model, mmproj = map(str, self.files)
+        options = [
+            "-m",
+            model,
+            "--mmproj",
+            mmproj,
+            "-t",
+            str(self.args.threads),
+            "-c",
+            "8192",
+            "--chat-template",
+            VICUNA,
+        ]
+        batch = N_VISUAL if side == "evict" else 2048
+        options += ["-b", str(batch), "-ub", str(min(batch, 512))]
+        if side in ("evict", "st3"):
+            options += ["--override-kv", f"st3.preset=str:st3,st3.budget=float:{self.args.budget}"]
+        return options
+
+    @contextlib.contextmanager
+    def server(self, side: str, slots: int) -> Iterator[Server]:
+        """A running server, asked once to be warm."""
+        port = free_port()
+        words = [self.program(side, "llama-server"), *self.options(side), "-np", str(slots), "--port", str(port)]
+        server = Server([*words, "--host", "127.0.0.1", "--no-webui"], port, self.folder / f"log-{side}")
+        try:
+            server.wait()
+            server.chat(message("Hello."), max_tokens=1)
+            yield server
+        finally:
+            server.stop()
+
+    def cli(self, side: str) -> tuple[float, list[str]]:
+        """(milliseconds, answers)"""
+        words = [self.program(side, "llama-mtmd-cli"), *self.options(side), "--image", str(self.pictures[0])]
+        words += ["-p", self.words, "--temp", "0", "-n", str(self.n_predict), "-lv", "4"]
+        done = subprocess.run(words, capture_output=True, text=True)
+        found = re.search(r"total time = +([\d.]+) ms", done.stderr + done.stdout)
+        if done.returncode or not found:
+            raise SystemExit(f"{side}: llama-mtmd-cli failed:\n{done.stderr[-2000:]}")
+        return float(found[1]), [done.stdout.strip()]
+
+    def ask(self, server: Server, asked: dict[str, Any]) -> dict[str, Any]:
+        """A chat completion that may take minutes."""
+        body = {"messages": [asked], "temperature": 0, "max_tokens": self.n_predict, "cache_prompt": False}
+        status, answer = server.request("POST", "/v1/chat/completions", body, timeout=900)
+        if status != 200:
+            raise SystemExit(f"llama-server: {answer}")
+        return dict(answer)
+
+    def one(self, side: str) -> tuple[float, list[str]]:
+        """(milliseconds a prompt, answers)"""
+        pictures = self.pictures[:1] if self.args.shape else self.pictures
+        with self.server(side, 1) as server:
+            got = [self.ask(server, message(self.words, picture)) for picture in pictures]
+        return statistics.median(answer["timings"]["prompt_ms"] for answer in got), [text(answer) for answer in got]
+
+    def four(self, side: str) -> tuple[float, list[str]]:
+        """(milliseconds until all were answered, answers)"""
+        n = 2 if self.args.shape else 8
+        asked = [message(self.words, self.pictures[i % len(self.pictures)]) for i in range(n)]
+        asked += [message(f"{self.words} {i}") for i in range(n)]
+        with self.server(side, 4) as server, ThreadPoolExecutor(4) as pool:
+            begin = time.perf_counter()
+            got = list(pool.map(lambda part: self.ask(server, part), asked))
+            ms = 1e3 * (time.perf_counter() - begin)
+        return ms, [text(answer) for answer in got]
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Median, smallest and largest."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def main() -> None:
+    """Rounds of all sides and cases; prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--type", choices=TYPES, default="Q4_0")
+    parser.add_argument("--budget", type=float, default=0.2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if "ST3_STOCK_LIB_DIR" not in os.environ:
+        parser.error("ST3_STOCK_LIB_DIR names no libraries of stock llama.cpp (scripts/test.sh builds them)")
+    found: dict[str, dict[str, dict[str, Any]]] = {
+        case: {side: {"ms": [], "answers": []} for side in args.sides} for case in args.cases
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, Path(folder))
+        for _ in range(args.rounds):
+            for case in args.cases:
+                for side in args.sides:
+                    ms, answers = getattr(bench, case)(side)
+                    found[case][side]["ms"].append(ms)
+                    found[case][side]["answers"].append(answers)
+                    print(f"{case} {side}: {ms:.0f} ms", file=sys.stderr)
+    print("| | side | ms | stock / side (rounds) | same answers |")
+    print("|---|---|---|---|---|")
+    first = args.sides[0]
+    for case, sides in found.items():
+        stock = sides[first]
+        for side, got in sides.items():
+            ratios = [a / b for a, b in zip(stock["ms"], got["ms"], strict=True)]
+            rounds = zip(stock["answers"], got["answers"], strict=True)
+            same = [a == b for one, other in rounds for a, b in zip(one, other, strict=True)]
+            print(f"| {case} | {side} | {spread(got['ms'], 0)} | {spread(ratios, 2)} | {sum(same)} of {len(same)} |")
+    if args.json:
+        args.json.write_text(json.dumps({**provenance(), "found": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
