@@ -30,8 +30,9 @@ st3_memory::st3_memory(
 }
 
 void st3_memory::synchronize() const {
-    if (lctx) {
-        lctx->synchronize();
+    // the context's own function would end what it times, in the middle of a decode
+    if (lctx && lctx->get_sched()) {
+        ggml_backend_sched_synchronize(lctx->get_sched());
     }
 }
 

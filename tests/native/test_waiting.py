@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes as C
+import time
 
 import cases
 import numpy as np
@@ -381,6 +382,23 @@ def test_the_same_again_is_the_same(model, fresh) -> None:
         assert ctx.decode(question[4:], 70) == 0 and ctx.report()["mode"] == "pruned-prefill"
 
 
+def test_what_was_cut_down_afterwards_is_not_read_again(model) -> None:
+    """Breaks if an evict-only image waits again, or a question that is answered from what the first one left of it is
+    reported to be answered from all of it."""
+    question = words(0, 50)
+    with Context(model, n_ctx=512, n_batch=100) as ctx:
+        assert give(ctx, [[1, 5], picture()], ask=False) == 0
+        assert ctx.decode(question, 66) == 0
+        report, left = ctx.report(), held(ctx)
+        for end in (question[40:], words(8, 10)):
+            assert ctx.seq_rm(0, 106, -1)
+            assert ctx.report()["waiting"] == 0
+            assert ctx.decode(end, 106) == 0
+            again = ctx.report()
+            assert (again["mode"], again["reason"]) == ("evict-only", report["reason"])
+            assert held(ctx) == left
+
+
 def test_st3_prefill_keeps_no_embeddings(model) -> None:
     """Breaks if the caller's pictures are held twice."""
     with Context(model, n_ctx=512) as ctx:
@@ -420,6 +438,22 @@ def test_a_pruned_cache_is_not_shifted(model) -> None:
             change()
             assert any("positions" in line for line in ctx.rt.log)
             assert held(ctx) == before and ctx.positions() == (0, 85)
+
+
+def test_llama_cpp_times_its_work(model, rt) -> None:
+    """Breaks if what llama-cli and others print of a prompt and an answer leaves out the compute."""
+    with Context(model, n_ctx=512) as ctx:
+        begin = time.perf_counter()
+        assert give(ctx, PROMPTS["one"]) == 0
+        ctx.logits()
+        prompt = time.perf_counter() - begin
+        begin = time.perf_counter()
+        follow(ctx, length(PROMPTS["one"]))
+        answer = time.perf_counter() - begin
+        told = rt.llama.llama_perf_context(ctx.ptr)
+        assert (told.n_p_eval, told.n_eval) == (length(PROMPTS["one"]), 8)
+        assert 1e-3 * told.t_p_eval_ms > 0.2 * prompt
+        assert 1e-3 * told.t_eval_ms > 0.2 * answer
 
 
 @pytest.mark.parametrize("pooling", [1, 2, 3], ids=["mean", "cls", "last"])
