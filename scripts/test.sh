@@ -14,7 +14,7 @@ if ! "$python" -c "$pinned" 2>/dev/null; then
     CMAKE_ARGS=-DLLAMA_BUILD=OFF "$python" -m pip install -qq --no-build-isolation "$archive"
 fi
 
-extras=test,plot
+extras=test,server,plot
 if [ "${ST3_TEST_HF:-0}" = 1 ]; then
     extras=$extras,hf
 fi
@@ -28,7 +28,7 @@ fi
 {
     cmake -S . -B build/stock -G Ninja ${CMAKE_ARGS:-} -DST3_STOCK=ON -DGGML_CUDA=OFF \
         -DPython_EXECUTABLE="$PWD/$python" &&
-        cmake --build build/stock --target llama mtmd llama-server ggml-rpc-server
+        cmake --build build/stock --target llama mtmd llama-server llama-mtmd-cli ggml-rpc-server
 } >build/stock.log 2>&1 || die "the stock build failed: see build/stock.log"
 
 ST3_STOCK_LIB_DIR=$PWD/build/stock/lib exec "$python" -m pytest "$@"
