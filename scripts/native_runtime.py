@@ -188,6 +188,7 @@ class Context:
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = KV_TYPES[kv]
         params.flash_attn_type = L.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else L.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.no_perf = False
         self._keep_alive: object = None
         self.rt.log.clear()
         self.ptr = L.llama_init_from_model(model.ptr, params)

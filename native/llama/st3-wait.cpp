@@ -314,6 +314,7 @@ int st3_seam::ask(const llama_batch_ext & in, llama_seq_id seq_id, const share_t
     }
 
     ctx.sched_need_reserve |= mem.make_room_in_graph((uint32_t) prompt.images.size(), prompt.n_rows());
+    ctx.sched_reserve();  // now: in the middle of the decode it would end what the context times
 
     mem.expect(prompt.images);
     const int res = ctx.decode_now(batch);
