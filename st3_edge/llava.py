@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, overload
 
@@ -28,6 +29,7 @@ from .prompts.templates import ChatTemplate
 from .report import Report
 from .runtime import sampling, state
 from .runtime.generation import Answer
+from .runtime.prefill import ms_since
 from .runtime.session import Session
 from .runtime.text_model import MAX_CTX, trained_n_ctx
 from .runtime.text_stream import TextStream
@@ -54,6 +56,9 @@ class Llava:
     revisit                   what a new question sees of pictures that an earlier one asked about: "never": what the
                               first question left of them; "turn": all of them, pruned anew by this question
     image_cache_bytes         visual tokens that are kept for the next time that a picture is seen, at most
+    image_cache_dir           a folder where encoded pictures stay for the next process that loads this mmproj, 1 GiB at
+                              most, in files that only this user can read; None: nowhere. It holds what was encoded,
+                              not the pictures, but tells what is on them
     chat_template             Jinja; None: the model file's own, and where it has none Vicuna's
     verbose                   llama.cpp's log of this Llava to standard error
     on_stage                  called with "encode", "prefill" and "decode" as each of a call begins; without "encode"
@@ -79,6 +84,7 @@ class Llava:
         seed: int | None = None,
         revisit: str = REVISIT[0],
         image_cache_bytes: int = 256 * 2**20,
+        image_cache_dir: Path | None = None,
         chat_template: str | None = None,
         verbose: bool = False,
         on_stage: Callable[[str], None] | None = None,
@@ -131,6 +137,7 @@ class Llava:
                 type_k=type_k,
                 type_v=type_v,
                 image_cache_bytes=image_cache_bytes,
+                image_cache_dir=image_cache_dir,
                 belongs_to=belongs_to,
                 verbose=verbose,
                 on_stage=lambda stage: worker.call_back(functools.partial(on_stage, stage)),
@@ -257,6 +264,7 @@ class Llava:
         and TypeError for those that there are not; St3Error where llama.cpp fails. The conversation so far can go on
         after each of them, and after an answer that was not read to its end.
         """
+        started = time.perf_counter()
         openai.check_others(others)
         form = sampling.response_grammar(response_format)
         if form is not None and grammar is not None:
@@ -282,7 +290,7 @@ class Llava:
             _check_revisit(revisit)
         prompt = self._template.render(read_messages(messages))
         answer = self._worker.run(self._session.prepare, prompt, chosen, TextStream(stops), limit)
-        pieces = self._generate(answer, revisit or self._revisit, trace)
+        pieces = self._generate(answer, revisit or self._revisit, trace, time.perf_counter() - started)
         name = self.model_path if model is None else model
         if stream:
             return openai.chunks(name, answer.n_prompt, pieces, usage)
@@ -341,14 +349,17 @@ class Llava:
         what = f"{name}, {preset}, {self._session.conversation.n_positions} of {self.n_ctx} positions"
         return f"<Llava {what if self._worker.is_open else f'{name}, closed'}>"
 
-    def _generate(self, answer: Answer, revisit: str, trace: bool) -> Iterator[tuple[Report, str]]:
-        """Prefills, then yields the answer piece by piece, each with this call's report, which grows with them."""
+    def _generate(self, answer: Answer, revisit: str, trace: bool, prepared: float) -> Iterator[tuple[Report, str]]:
+        """Prefills, then yields the answer piece by piece, each with this call's report, which grows with them.
+        prepared: seconds that the call has taken before."""
         session, run = self._session, self._worker.run
+        started = time.perf_counter() - prepared
         self.last_report = report = run(session.begin, answer, revisit=revisit, trace=trace)
         self._on_stage("decode")
         ended = False
         while not ended:
             piece, ended = run(session.step, answer)
+            report.ms.first_token = report.ms.first_token or ms_since(started)
             yield report, piece
 
 

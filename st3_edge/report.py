@@ -66,13 +66,16 @@ class Flops:
 
 @dataclass
 class Milliseconds:
-    """Wall time. load: both model files; encode: the vision tower, pictures it had not seen lately (0.0: none);
-    prefill: what was not reused of the prompt through the decoder; decode: from the first sampled token to the last."""
+    """Wall time. load: both model files; encode: the vision tower, pictures whose encoding was not kept (0.0: none);
+    prefill: what was not reused of the prompt through the decoder; decode: from the first sampled token to the last;
+    first_token: from the question to the first token of the answer, with the reading and scaling of pictures, and
+    without load."""
 
     load: float
     encode: float
     prefill: float
     decode: float
+    first_token: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,10 @@ class Report:
         }[self.mode]
         parts = [f"{kept} ({self.reason})" if self.reason else kept]
         parts += [f"{self.reused} positions of the prompt reused"] if self.reused else []
-        parts.append(f"pictures {ms.encode:.0f} ms, prompt {ms.prefill:.0f} ms, answer {ms.decode:.0f} ms")
+        parts.append(
+            f"first token after {ms.first_token:.0f} ms (pictures {ms.encode:.0f}, prompt {ms.prefill:.0f}), "
+            f"answer {ms.decode:.0f} ms"
+        )
         if self.n_generated > 1 and ms.decode > 0:
             parts[-1] += f" ({1e3 * (self.n_generated - 1) / ms.decode:.1f} tokens a second)"
         parts.append(f"KV cache {kv.live / 1e6:.1f} MB, {kv.full / 1e6:.1f} MB without ST3")
@@ -184,7 +190,8 @@ class Report:
             "prompt reused": f"{self.reused} positions",
             "prefill": f"{flops.prefill / 1e9:.1f} GFLOP of {flops.prefill_full / 1e9:.1f} without ST3",
             "KV cache": f"{kv.live / 1e6:.1f} MB of {kv.full / 1e6:.1f} without ST3",
-            "time": f"encode {ms.encode:.0f} ms, prefill {ms.prefill:.0f} ms, decode {ms.decode:.0f} ms",
+            "first token": f"{ms.first_token:.0f} ms, of which encode {ms.encode:.0f}, prefill {ms.prefill:.0f}",
+            "decode": f"{ms.decode:.0f} ms",
         }
         return "\n".join(f"{name:<13}  {what}".rstrip() for name, what in rows.items())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from typing import TYPE_CHECKING, Any
 
 from . import options
@@ -50,9 +51,11 @@ def _ask(console: Console, arguments: argparse.Namespace) -> int:
     *pictures, question = arguments.inputs
     config = options.config(arguments)
 
+    started = time.perf_counter()
     # Check pictures before the slow model load.
     content = [{"type": "image", "image": images.load_argument(picture)} for picture in pictures]
     messages = [*options.system(arguments), {"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+    read_ms = 1e3 * (time.perf_counter() - started)
     found = which.find(console, arguments)
     with loading.load(console, arguments, config, found) as llava:
         found.say(console)
@@ -68,6 +71,7 @@ def _ask(console: Console, arguments: argparse.Namespace) -> int:
                 console.say(piece, end="")
         report = llava.last_report
         assert report is not None
+        report.ms.first_token += read_ms
     if arguments.json:
         console.say(json.dumps(report.to_dict()))
         return 0

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ..config import REVISIT, ST3Config
+from ..files.output import cache_folder
 from .console import Console
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def load(console: Console, arguments: argparse.Namespace, config: ST3Config, fou
         n_gpu_layers=arguments.n_gpu_layers,
         on_stage=lambda stage: console.stage(_STAGES[stage]),
         revisit=getattr(arguments, "revisit", REVISIT[0]),
+        image_cache_dir=cache_folder() / "pictures" if arguments.cache else None,
     )
     console.stage(None)
     return llava

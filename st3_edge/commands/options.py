@@ -118,7 +118,14 @@ def add_shared(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     model = add_model(parser)
     answer = add_answer(parser)
     add_schedule(parser)
-    add_context(model, parser.add_argument_group("advanced: memory"))
+    memory = parser.add_argument_group("advanced: memory")
+    add_context(model, memory)
+    memory.add_argument(
+        "--cache",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep encoded pictures (not the pictures themselves) in files that only you can read, for the next time",
+    )
     return answer
 
 

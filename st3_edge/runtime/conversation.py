@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -160,20 +160,36 @@ class Conversation:
         return loaded
 
 
-class Embeddings:
-    """Visual tokens by image. Those used longest ago are forgotten when all take more than `max_bytes`."""
+class Store(Protocol):
+    """What keeps visual tokens beyond the process."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+    def get(self, image: Image) -> Visual | None: ...
+
+    def put(self, image: Image, visual: Visual) -> None: ...
+
+
+class Embeddings:
+    """Visual tokens by image. Those used longest ago are forgotten when all take more than `max_bytes`; `store`, if
+    there is one, has them longer."""
+
+    def __init__(self, max_bytes: int, store: Store | None = None) -> None:
+        self._max_bytes, self._store = max_bytes, store
         self._held: OrderedDict[Image, Visual] = OrderedDict()
 
     def get(self, image: Image) -> Visual | None:
         visual = self._held.get(image)
         if visual is not None:
             self._held.move_to_end(image)
+        elif self._store and (visual := self._store.get(image)):
+            self._hold(image, visual)
         return visual
 
     def put(self, image: Image, visual: Visual) -> None:
+        if self._store:
+            self._store.put(image, visual)
+        self._hold(image, visual)
+
+    def _hold(self, image: Image, visual: Visual) -> None:
         self._held[image] = visual
         self._held.move_to_end(image)
         n_bytes = sum(v.embd.nbytes for v in self._held.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from ..prompts.templates import Prompt
 from ..report import Milliseconds, Report
 from . import state, tracing
 from .conversation import Conversation, Embeddings, Image, Record, n_positions, pieces_of
+from .encodings import Encodings
 from .generation import Answer, Decoder, Generation
 from .prefill import Prefill
 from .sampling import Sampling
@@ -24,6 +26,7 @@ from .text_model import TextModel
 from .text_stream import TextStream
 from .vision import Tokenized, Vision
 
+_MAX_ENCODINGS = 2**30  # bytes
 _SHORT_TOKEN = 16  # bytes: the longest one is looked for where a text is longer than so much for each
 _CONTROL_OR_UNKNOWN = 1 << 3 | 1 << 0  # llama_token_attr
 
@@ -47,6 +50,7 @@ class Session:
         n_threads: int | None,
         n_gpu_layers: int,
         image_cache_bytes: int,
+        image_cache_dir: str | os.PathLike[str] | None,
         belongs_to: Mapping[str, str],
         on_stage: Callable[[str], None],
         verbose: bool,
@@ -78,7 +82,15 @@ class Session:
         )
         worker.resources.callback(self.vision.close)
         self.conversation = Conversation(lambda p0: st3.remove(llama.ctx, p0))
-        self.embeddings = Embeddings(image_cache_bytes)
+        encodings = None
+        if image_cache_dir is not None:
+            of = {
+                **{name: self.belongs_to[name] for name in ("vision half", "llama.cpp")},
+                "schedule": {key: overrides.get(f"st3.{key}") for key in ("preset", "vision_type")},
+                "device": [machine.processor(), n_gpu_layers != 0],
+            }
+            encodings = Encodings(image_cache_dir, json.dumps(of), self.vision.n_embd, _MAX_ENCODINGS)
+        self.embeddings = Embeddings(image_cache_bytes, encodings)
         self._prefill = Prefill(llama, self.conversation, on_stage)
         self._decoder = Decoder(llama, self.conversation)
         worker.resources.callback(self._decoder.close)

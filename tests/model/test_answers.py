@@ -1,5 +1,7 @@
 """The embedded model answers what it was trained for. The large measurement is scripts/quality.py."""
 
+import time
+
 import pytest
 
 from st3_edge import ST3Config
@@ -25,3 +27,21 @@ def test_a_shipped_picture_is_described_right(load, scenes):
     words = set(got.split())
     expected = set(scenes[0].caption.split())
     assert len(words & expected) >= 0.7 * len(expected), got
+
+
+def test_the_first_token_has_its_whole_time(llava, picture):
+    # broken if a part were left out, or if time that the caller takes were counted
+    llava.reset()
+    llava.last_report = None
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is there?"}]
+    chunks = llava.create_chat_completion([{"role": "user", "content": content}], stream=True, max_tokens=4)
+    time.sleep(3)
+    started = time.perf_counter()
+    while not llava.last_report or not llava.last_report.ms.first_token:
+        next(chunks)
+    took = 1e3 * (time.perf_counter() - started)
+    ms = llava.last_report.ms
+    first = ms.first_token
+    assert ms.encode + ms.prefill < first < took + 2900
+    list(chunks)
+    assert llava.last_report.ms.first_token == first

@@ -46,7 +46,7 @@ KEYS = {
     "visual_tokens": {"given": int, "per_layer": list, "held": list},
     "kv_bytes": {"allocated": int, "live": int, "full": int},
     "flops": {"prefill": int, "prefill_full": int},
-    "ms": {"load": float, "encode": float, "prefill": float, "decode": float},
+    "ms": {"load": float, "encode": float, "prefill": float, "decode": float, "first_token": float},
     "reused": int,
     "kv_bytes_end": {"allocated": int, "live": int, "full": int},
 }
@@ -103,13 +103,14 @@ def test_a_report_prints_as_a_short_table():
     # broken if print() showed the nested objects, or a number of another field
     report = Report.from_native(
         {**NATIVE, "per_layer": [4, 2, 2, 2], "flops": {"prefill": 7e9, "prefill_full": 9e9}},
-        Milliseconds(1.0, 20.4, 30.6, 4.0),
+        Milliseconds(1.0, 20.4, 30.6, 4.0, 60.2),
     )
     lines = str(report).splitlines()
     assert [line[:13].strip() for line in lines] == [
-        "answer", "mode", "visual tokens", "by layer", "prompt reused", "prefill", "KV cache", "time"
+        "answer", "mode", "visual tokens", "by layer", "prompt reused", "prefill", "KV cache",
+        "first token", "decode",
     ]  # fmt: skip
     said = {line[:13].strip(): line[15:] for line in lines}
     assert said["visual tokens"] == "4, 75% of them kept (mean over layers)"
     assert said["by layer"] == "0: 4, 1-3: 2" and said["prefill"] == "7.0 GFLOP of 9.0 without ST3"
-    assert said["time"] == "encode 20 ms, prefill 31 ms, decode 4 ms"
+    assert said["first token"] == "60 ms, of which encode 20, prefill 31" and said["decode"] == "4 ms"
