@@ -23,7 +23,8 @@ def measured(done: subprocess.CompletedProcess[str]) -> dict:
 def test_both_sides_do_the_same_work(command):
     # broken if a side read another prompt, generated less, or bytes were counted another way
     got = measured(command(*QUICK, "--against", "off"))
-    assert list(got) == ["machine", "setup", "pairs", "summary"]
+    assert list(got) == ["machine", "setup", "pairs", "first", "summary"]
+    assert all(len(runs) == 1 and runs[0]["first_token_ms"] > 0 for runs in got["first"].values())
     setup = got["setup"]
     assert (setup["visual"], setup["layers"], setup["threads"], setup["kv_type"]) == (576, 16, [1, 1], "f16")
     assert setup["schedule"]["mode"] == "pruned-prefill" and setup["per_layer"][0] == 576 > setup["per_layer"][-1]

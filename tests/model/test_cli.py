@@ -253,7 +253,7 @@ def test_a_chat_goes_on_from_question_to_question_and_from_day_to_day(environmen
     second = chat(environment, f"/load {kept}\nIs there a blue ring?\n/report\n", "--revisit", "never")
     assert second.returncode == 0 and len(second.stdout.splitlines()) == 1
     assert "2 questions so far" in second.stderr and "error" not in second.stderr
-    told = re.search(r"; (\d+) positions of the prompt reused; pictures 0 ms", second.stderr)
+    told = re.search(r"; (\d+) positions of the prompt reused; first token after \d+ ms \(pictures 0,", second.stderr)
     assert told and int(told[1]) > 576, second.stderr
 
 

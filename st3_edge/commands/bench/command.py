@@ -108,6 +108,7 @@ class _Bench:
                 {name: {**of_side, "steps_ms": raw[name]["steps_ms"]} for name, of_side in pair.items()}
                 for pair, raw in zip(runs, self._pairs, strict=True)
             ],
+            "first": {side.name: side.first for side in self._sides},
             "summary": figures.summary(runs, self._work()) if runs else {},
         }
 
@@ -186,4 +187,4 @@ def _describe(found: dict[str, Any]) -> list[str]:
     ]
     if machine["load_before"] > _BUSY:
         lines.append(f"other programs were running (load {machine['load_before']:.1f}): the figures are noisy")
-    return [*lines, "", *figures.table(found["summary"], setup["against"])]
+    return [*lines, "", *figures.table(found["summary"], setup["against"]), figures.first_requests(found["first"])]

@@ -13,7 +13,7 @@ from typing import Any
 LENGTHS = (16, 64, 128, 256)
 _GAIN_FROM = 1.01  # below, the share of the gain says more about noise
 
-_BEFORE = {"encode_ms": "vision encode", "prefill_ms": "prefill", "first_token_ms": "first token"}
+_BEFORE = {"first_token_ms": "first token", "encode_ms": "vision encode", "prefill_ms": "prefill"}
 _AFTER = {
     "answer_ms": "whole answer",
     "peak_rss_bytes": "peak memory",
@@ -86,6 +86,13 @@ def summary(pairs: Sequence[Mapping[str, Mapping[str, float]]], work: Work) -> d
             "gain_share": gain,
         }
     return out
+
+
+def first_requests(first: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """A line about the first requests of processes, of each side."""
+    stock, st3 = (statistics.median(run["first_token_ms"] for run in first[side]) for side in ("stock", "st3"))
+    name = "first_token_ms"
+    return f"the first request of a process: first token {_with_unit(name, stock)}, ST3 {_with_unit(name, st3)}"
 
 
 def ideals(stock: Mapping[str, float], work: Work) -> dict[str, float]:

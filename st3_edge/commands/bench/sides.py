@@ -28,8 +28,8 @@ class Stopped(Exception):
 
 class Side:
     """A worker that is started when it is needed, with `environment` beside the process's own. `setup`: Worker.setup;
-    `report`: st3_report's object at the end of an answer, and `live`: the KV bytes in use after each of its tokens
-    (ST³'s side)."""
+    `first`: what `begin` told of the first request of each process; `report`: st3_report's object at the end of an
+    answer, and `live`: the KV bytes in use after each of its tokens (ST³'s side)."""
 
     def __init__(
         self, name: str, job: Job, environment: Mapping[str, str] | None = None, new_session: bool = True
@@ -38,6 +38,7 @@ class Side:
         self._environment, self._new_session = {**os.environ, **(environment or {})}, new_session
         self._label = "ST3" if job.st3 else "stock" if job.stock else "pruning off"
         self.setup: dict[str, Any] = {}
+        self.first: list[dict[str, float]] = []
         self.report: dict[str, Any] = {}
         self.live: list[int] = []
         self._process: subprocess.Popen[str] | None = None
@@ -45,7 +46,7 @@ class Side:
         self._stopped = threading.Event()
 
     def open(self) -> None:
-        """Loads the model and does its work once, unmeasured. Raises St3Error, or Stopped."""
+        """Loads the model and does its work once, which is measured apart. Raises St3Error, or Stopped."""
         if self._process:
             return
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed with the worker
@@ -61,7 +62,7 @@ class Side:
             start_new_session=self._new_session,  # a terminal's Ctrl-C is for the parent alone
         )
         self.setup = self._ask(asdict(self._job))
-        self.call("begin")
+        self.first.append(self.call("begin"))
         if self._job.st3 and not self.live:
             self.live = self.call("decode", n=self._job.generate, watch=True)["live"]
             self.report = self.call("end")["report"]

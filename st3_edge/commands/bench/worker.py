@@ -90,7 +90,7 @@ class Worker:
         self._n_vocab = self._lib.llama_vocab_n_tokens(self._vocab)
         n_embd = self._lib.llama_model_n_embd(self._model)
         self._template = self._chat_template()
-        self._pictures = [load(picture) for picture in job.pictures]
+        self._pictures = [load(picture) for picture in job.pictures]  # read anew for each request
         self._random = np.random.default_rng(1).standard_normal((job.visual, n_embd), np.float32)
         self._words = self._draw(job.text, 1)
         self._answer = self._draw(job.generate, 2)
@@ -129,10 +129,11 @@ class Worker:
 
     def begin(self) -> dict[str, float]:
         """A request up to its first token, on an empty cache: milliseconds of the vision encoder (where there is one),
-        of the prefill, and of all together, in which text and pictures are made ready too; KV bytes."""
+        of the prefill, and of all together, reading and scaling of pictures and tokenizing too; KV bytes."""
         st3.remove(self._ctx, 0)
         machine.reset_peak_memory()
         started = time.perf_counter()
+        self._pictures = [load(picture) for picture in self._job.pictures]
         tokenized = self._tokenize()
         units = self._units(tokenized)
         ready = time.perf_counter()
