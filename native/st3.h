@@ -30,9 +30,9 @@
 //   st3.anneal_score     str  as st3.score (-sum: averaged over the layers of the stage, else its last layer), or "random";
 //                             st3.score if not given
 //
-//   st3.vision_type  str  "auto": where the CPU multiplies BF16 fast (AVX512-BF16), the vision encoder's products and attention
-//                         are computed in it, whatever type its file has; "file": as stock does. Read when mtmd loads it, with
-//                         this model; GPUs compute as stock in any case. "auto" if not given
+//   st3.vision_type  str  "auto": the vision encoder's products and attention are computed in the type that the CPU multiplies
+//                         fastest (AVX512-BF16: BF16; AVX-512, AVX2: F32), whatever its file has; "file": as stock does. Read
+//                         when mtmd loads it for this model; GPUs and other CPUs compute as stock. "auto" if not given
 //
 // Integer keys may be given as any integer GGUF type, real keys as f32 or f64 or integer, bool as bool or as the string
 // "true" or "false".
@@ -75,9 +75,9 @@ LLAMA_API bool st3_device_has_kernel(ggml_backend_dev_t device, enum ggml_type t
 // Returns 0, or -1 with st3_last_error() set (llama_init_from_model then fails with the same message).
 LLAMA_API int32_t st3_check_model(const struct llama_model * model);
 
-// Whether the st3.* metadata of a text model lets the vision encoder that is loaded for it compute in BF16 (st3.vision_type):
-// false without such keys, with st3.preset = "off", or where they are not valid.
-LLAMA_API bool st3_vision_bf16(const struct llama_model * model);
+// Whether st3.vision_type is "auto" for the vision encoder that is loaded for a text model: false without st3.* keys, with
+// st3.preset = "off", or where they are not valid.
+LLAMA_API bool st3_vision_fast(const struct llama_model * model);
 
 // Multiplications and additions of a model's decoder, counted as two, for n_rows positions after n_before others: all of them
 // computed, weights and attention, one row of logits. -1 for bad arguments.

@@ -56,7 +56,7 @@ class ST3Config:
 
     Before all that, the vision encoder:
 
-    vision_type one of VISION_TYPES; "auto": BF16 where the CPU is fast at it; "file": the type of its file, as stock
+    vision_type one of VISION_TYPES; "auto": the one that the CPU is fastest in; "file": its file's, as stock
 
     Raises ConfigError where a value is of the wrong type or outside its range.
     """

@@ -182,10 +182,10 @@ int32_t st3_check_model(const llama_model * model) {
     });
 }
 
-bool st3_vision_bf16(const llama_model * model) {
+bool st3_vision_fast(const llama_model * model) {
     return guarded(false, [&] {
         require(model, "no model");
-        return st3_make_schedule(model->gguf_kv, model->hparams.n_layer()).vision_bf16;
+        return st3_make_schedule(model->gguf_kv, model->hparams.n_layer()).vision_fast;
     });
 }
 

@@ -25,7 +25,7 @@ const char * const KEYS[] = {
 };
 
 const char * const RANKS[]        = { "score", "distance" };                        // as st3_schedule::distance
-const char * const VISION_TYPES[] = { "file", "auto" };                             // as st3_schedule::vision_bf16
+const char * const VISION_TYPES[] = { "file", "auto" };                             // as st3_schedule::vision_fast
 const char * const CURVES[]       = { "none", "linear", "cosine", "exponential" };  // as st3_curve
 
 // A preset is a set of defaults. start and stride are fractions of the layers where they are at most 1.
@@ -350,7 +350,7 @@ st3_schedule st3_make_schedule(const meta_map & meta, uint32_t n_layer) {
 
     size_t vision_type = 1;
     get_name(meta, "st3.vision_type", VISION_TYPES, vision_type);
-    s.vision_bf16 = vision_type == 1;
+    s.vision_fast = vision_type == 1;
 
     s.cuts = cut_layers(s.start, s.stride, n_layer);
     if (solved && p->sure && s.start < n_layer) {

@@ -56,7 +56,7 @@ struct st3_schedule {
 
     bool anneals() const { return anneal != ST3_CURVE_NONE && anneal_floor < 1.0; }
 
-    bool vision_bf16 = false;  // the vision encoder may compute in BF16
+    bool vision_fast = false;  // the vision encoder may compute in another type than its file's
 
     bool off() const { return cuts.empty() && !anneals(); }
 

@@ -1,12 +1,13 @@
-// st3-vision.cpp - the vision encoder's graph with products and attention in BF16.
+// st3-vision.cpp - the vision encoder's graph with products and attention by kernels of ours.
 
 #include "st3-vision.h"
 
 #include "clip-graph.h"
-#include "st3-bf16.h"
+#include "st3-kernels.h"
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <new>
@@ -26,7 +27,7 @@ struct op_state {
     float                scale;
 };
 
-constexpr size_t OP_STATE_AT = 32;
+constexpr size_t OP_STATE_AT = 24;  // sizeof(ggml_custom_op_params)
 static_assert(OP_STATE_AT + sizeof(op_state) <= GGML_MAX_OP_PARAMS, "no room in op_params");
 
 op_state & state_of(ggml_tensor * t) { return *(op_state *) ((char *) t->op_params + OP_STATE_AT); }
@@ -51,33 +52,34 @@ int64_t row_pieces(int64_t n, int64_t others, int nth) {
     return std::max(pieces(n, MAX_ROWS), std::min(wanted, pieces(n, 2 * MIN_ROWS)));
 }
 
-void multiply(ggml_tensor * dst, int, int nth, void *) {
+void multiply(ggml_tensor * dst, int, int nth, void * kernels) {
     const ggml_tensor * x = dst->src[0];
     const ggml_tensor * w = dst->src[1];
 
-    st3_bf16_product p;
-    p.x          = (const ggml_bf16_t *) x->data;
+    st3_product p;
+    p.x          = x->data;
     p.w          = w->data;
     p.w_row      = w->nb[1];
     p.w_type     = w->type;
     p.bias       = dst->src[2] ? (const float *) dst->src[2]->data : nullptr;
     p.activation = (st3_activation) state_of(dst).activation;
     p.y          = dst->data;
-    p.y_bf16     = dst->type == GGML_TYPE_BF16;
+    p.y_type     = dst->type;
     p.k          = w->ne[0];
-    p.n_total    = w->ne[1];
+    p.n          = w->ne[1];
 
     const int64_t m       = ggml_nrows(x);
-    const int64_t columns = pieces(p.n_total, ST3_BF16_COLUMNS);
+    const int64_t columns = pieces(p.n, ST3_COLUMNS);
     const int64_t rows    = row_pieces(m, columns, nth);
     share(dst, nth, rows * columns, [&](int64_t i) {
-        const int64_t n0 = i % columns * ST3_BF16_COLUMNS;
+        const int64_t n0 = i % columns * ST3_COLUMNS;
         const int64_t j  = i / columns;
-        st3_bf16_multiply(p, m * j / rows, m * (j + 1) / rows, n0, std::min(n0 + ST3_BF16_COLUMNS, p.n_total));
+        ((const st3_kernels *) kernels)
+                ->multiply(p, m * j / rows, m * (j + 1) / rows, n0, std::min(n0 + ST3_COLUMNS, p.n));
     });
 }
 
-void attend(ggml_tensor * dst, int, int nth, void *) {
+void attend(ggml_tensor * dst, int, int nth, void * kernels) {
     const ggml_tensor * q = dst->src[0];  // [d, n, n_head, n_picture]
     const ggml_tensor * k = dst->src[1];
     const ggml_tensor * v = dst->src[2];
@@ -94,7 +96,7 @@ void attend(ggml_tensor * dst, int, int nth, void *) {
         const int64_t head    = i % heads % q->ne[2];
         const int64_t picture = i % heads / q->ne[2];
 
-        st3_bf16_attention a;
+        st3_attention a;
         a.q      = head_of(q, head, picture);
         a.k      = head_of(k, head / group, picture);
         a.v      = head_of(v, head / group, picture);
@@ -103,17 +105,17 @@ void attend(ggml_tensor * dst, int, int nth, void *) {
         a.v_row  = v->nb[1] / sizeof(float);
         a.y      = (char *) dst->data + head * dst->nb[1] + picture * dst->nb[3];
         a.y_row  = dst->nb[2] / ggml_type_size(dst->type);
-        a.y_bf16 = dst->type == GGML_TYPE_BF16;
+        a.y_type = dst->type;
         a.d      = q->ne[0];
         a.n_kv   = k->ne[1];
         a.scale  = state_of(dst).scale;
-        st3_bf16_attend(a, n * j / rows, n * (j + 1) / rows);
+        ((const st3_kernels *) kernels)->attend(a, n * j / rows, n * (j + 1) / rows);
     });
 }
 
 class rewriter {
   public:
-    rewriter(ggml_context * ctx, ggml_cgraph * gf) : ctx(ctx), gf(gf) {
+    rewriter(ggml_context * ctx, ggml_cgraph * gf, const st3_kernels & kernels) : ctx(ctx), gf(gf), kernels(kernels) {
         for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
             ggml_tensor * node = ggml_graph_node(gf, i);
             nodes.push_back(node);
@@ -215,20 +217,20 @@ class rewriter {
         });
     }
 
-    static void make_bf16(ggml_tensor * t) {
-        t->type = GGML_TYPE_BF16;
+    void make_narrow(ggml_tensor * t) const {
+        t->type = kernels.type;
         for (int i = 0; i < GGML_MAX_DIMS; ++i) {
             t->nb[i] = i == 0 ? ggml_type_size(t->type) : t->nb[i - 1] * t->ne[i - 1];
         }
     }
 
-    ggml_tensor * to_bf16(ggml_tensor * x) {
-        if (x->type == GGML_TYPE_BF16) {
+    ggml_tensor * narrow(ggml_tensor * x) {
+        if (x->type == kernels.type) {
             return x;
         }
         ggml_tensor *& cast = casts[x];
         if (!cast) {
-            cast = ggml_cast(ctx, x, GGML_TYPE_BF16);
+            cast = ggml_cast(ctx, x, kernels.type);
         }
         return cast;
     }
@@ -237,7 +239,7 @@ class rewriter {
     void make(ggml_tensor * node, ggml_custom_op_t fun, std::initializer_list<ggml_tensor *> args) {
         std::vector<ggml_tensor *> list(args);
         const ggml_tensor *        op = ggml_custom_4d(
-                       ctx, GGML_TYPE_F32, 1, 1, 1, 1, list.data(), list.size(), fun, GGML_N_TASKS_MAX, nullptr);
+                       ctx, GGML_TYPE_F32, 1, 1, 1, 1, list.data(), list.size(), fun, GGML_N_TASKS_MAX, (void *) &kernels);
         node->op = op->op;
         std::memcpy(node->op_params, op->op_params, sizeof(op->op_params));
         std::memcpy(node->src, op->src, sizeof(op->src));
@@ -254,14 +256,14 @@ class rewriter {
 
         ggml_tensor * view = user_of(node);
         if (view && view->op == GGML_OP_RESHAPE && is_for_products(view)) {
-            make_bf16(node);
-            make_bf16(view);
+            make_narrow(node);
+            make_narrow(view);
         }
     }
 
     void rewrite_product(ggml_tensor * node) {
         ggml_tensor * w    = node->src[0];
-        ggml_tensor * x    = to_bf16(node->src[1]);
+        ggml_tensor * x    = narrow(node->src[1]);
         ggml_tensor * bias = nullptr;
 
         ggml_tensor * next = user_of(node);
@@ -283,12 +285,13 @@ class rewriter {
         make(node, multiply, { x, w, bias });
         state_of(node).activation = activation;
         if (is_for_products(node)) {
-            make_bf16(node);
+            make_narrow(node);
         }
     }
 
-    ggml_context * ctx;
-    ggml_cgraph *  gf;
+    ggml_context *      ctx;
+    ggml_cgraph *       gf;
+    const st3_kernels & kernels;
 
     std::vector<ggml_tensor *>                                nodes;
     std::vector<ggml_tensor *>                                products;  // as they were in the graph
@@ -297,12 +300,25 @@ class rewriter {
     std::map<const ggml_tensor *, ggml_tensor *>              casts;
 };
 
+// The fastest that this CPU has; null: none. $ST3_VISION_KERNELS, for tests, names others.
+const st3_kernels * choose_kernels() {
+    const char * wanted = std::getenv("ST3_VISION_KERNELS");
+    const auto   is     = [&](const char * name) { return !wanted || std::strcmp(wanted, name) == 0; };
+
+    const st3_kernels * found = is("avx512-bf16") ? st3_kernels_avx512_bf16() : nullptr;
+    if (!found && is("avx512")) {
+        found = st3_kernels_avx512();
+    }
+    return !found && is("avx2") ? st3_kernels_avx2() : found;
+}
+
 }  // namespace
 
-ggml_cgraph * st3_vision_build(clip_graph & builder, bool bf16) {
-    ggml_cgraph * gf = builder.build();
-    if (bf16 && st3_bf16_available() && builder.model.modality == CLIP_MODALITY_VISION) {
-        rewriter(builder.ctx0, gf).run();
+ggml_cgraph * st3_vision_build(clip_graph & builder, bool fast) {
+    ggml_cgraph *       gf      = builder.build();
+    const st3_kernels * kernels = fast && builder.model.modality == CLIP_MODALITY_VISION ? choose_kernels() : nullptr;
+    if (kernels) {
+        rewriter(builder.ctx0, gf, *kernels).run();
     }
     return gf;
 }

@@ -107,8 +107,8 @@ def add_schedule(parser: argparse.ArgumentParser, *, budget: bool = True) -> arg
     st3.add_argument(
         "--vision-type",
         metavar="T",
-        help=f"{' or '.join(VISION_TYPES)} (auto: the vision encoder computes in BF16 where the CPU is fast at it; "
-        "file: in the type of its file, as stock)",
+        help=f"{' or '.join(VISION_TYPES)} (auto: the vision encoder computes in the type that the CPU is fastest in; "
+        "file: in that of its file, as stock)",
     )
     return first
 
