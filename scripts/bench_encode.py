@@ -1,7 +1,7 @@
 """Time the vision encoder beside stock llama.cpp's, in interleaved pairs, on random weights of CLIP ViT-L/14-336.
 
 python scripts/bench_encode.py [--stock build/stock/lib] [--types F16 Q8_0] [--pictures 1 5] [--pairs 5] [--threads N]
-                               [--json OUT]
+                               [--kernels avx512-bf16 | avx512 | avx2] [--json OUT]
 
 LLaVA-1.5 encodes one picture, 1.6 a picture as up to five tiles, each like one. The peak is the speed of products in
 BF16 by PyTorch (oneDNN) on the same threads, where it is installed. tests/native/test_vision.py compares what is
@@ -90,7 +90,7 @@ def side(args: argparse.Namespace, ours: bool, file_type: str, n: int) -> Side:
         kv_type="f16",
         repack=True,
     )
-    return Side("ours" if ours else "stock", job)
+    return Side("ours" if ours else "stock", job, {"ST3_VISION_KERNELS": args.kernels} if args.kernels else None)
 
 
 def main() -> None:
@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=machine.usable_cpus())
+    parser.add_argument("--kernels", help="of ours (default: the fastest that this CPU has)")
     parser.add_argument("--cache", type=Path, default=cache_folder())
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     args = parser.parse_args()
@@ -136,7 +137,7 @@ def main() -> None:
     if best:
         print(f"peak: {best / 1e9:.0f} GFLOP/s in BF16 on {args.threads} threads")
     if args.json:
-        setup = {"threads": args.threads, "peak": best, "rows": rows, **machine.provenance()}
+        setup = {"threads": args.threads, "kernels": args.kernels, "peak": best, "rows": rows, **machine.provenance()}
         args.json.write_text(json.dumps(setup, indent=1) + "\n")
 
 
