@@ -2,7 +2,14 @@
 
 #include "st3-vision.h"
 
+#ifdef __GNUC__
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-function"  // upstream's header defines some
+#endif
 #include "clip-graph.h"
+#ifdef __GNUC__
+#pragma GCC diagnostic pop
+#endif
 #include "st3-kernels.h"
 
 #include <algorithm>
