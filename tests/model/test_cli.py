@@ -52,7 +52,7 @@ def refused(done, says: str) -> None:
 
 def test_json_is_one_object_of_the_documented_shape(ask, picture):
     # broken if a key were renamed, or a log line or the streamed answer came on standard output
-    got = answered(ask(picture, QUESTION, "--json"))
+    got = answered(ask(picture, QUESTION, "--json", "--no-cache"))
     assert list(got) == KEYS
     assert got["mode"] == "pruned-prefill" and got["reason"] is None
     assert got["n_generated"] <= 6
