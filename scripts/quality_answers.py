@@ -27,6 +27,7 @@ import scenes  # noqa: E402
 FACT_TOKENS, CAPTION_TOKENS, LONG_TOKENS = 10, 130, 512
 LONG = (128, 256)  # generated tokens: where `early`, `middle` and `late` descriptions begin
 CHUNK = 20  # scenes of one task
+BANDS = "bands"  # a key of a configuration beside the st3.* ones: in how many images a picture is given
 
 Keys = dict[str, native_runtime.Value]
 Asked = tuple[str, list[int] | None]  # a question, and the answer that stands in for the model's own, if any
@@ -58,6 +59,8 @@ class Reader:
     """Greedy answers of one configuration."""
 
     def __init__(self, rt: native_runtime.Runtime, job: Job, keys: Keys) -> None:
+        keys = dict(keys)
+        self.bands = int(keys.pop(BANDS, 1))
         self.model = native_runtime.Model(rt, job.model, keys)
         self.ctx = native_runtime.Context(self.model, n_ctx=1024, threads=job.threads)
         L = rt.llama
@@ -65,9 +68,10 @@ class Reader:
         self.eos = L.llama_vocab_eos(self.model.vocab)
 
     def prompt(self, embd: np.ndarray, question: str) -> list[st3.Piece]:
-        """The prompt of a question about one image, float32 [576, width]."""
+        """The prompt of a question about one image, float32 [576, width], given as so many images of whole rows."""
         after = np.array(self.after(question))
-        return [st3.Text(np.array(self.before)), st3.Visual(embd, 24, 24), st3.Text(after)]
+        bands = [st3.Visual(part, 24, 24 // self.bands) for part in np.split(embd, self.bands)]
+        return [st3.Text(np.array(self.before)), *bands, st3.Text(after)]
 
     def after(self, question: str) -> list[int]:
         """What follows the image in a prompt."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import native_runtime
+from quality_answers import BANDS
 
 OTHERS = ("paper", "fastv", "pyramiddrop", "random", "downsample")
 CURVES, FLOORS, LENGTHS = ("linear", "cosine", "exponential"), (0.5, 0.3, 0.1), (32, 64, 128)
@@ -109,6 +110,17 @@ def long_grid(budgets: tuple[float, ...]) -> list[Config]:
     return out
 
 
+def tile_grid(budgets: tuple[float, ...]) -> list[Config]:
+    """A picture as one image, and as several with a quota each: bands of whole rows, so that no token moves."""
+    out = [config("off")]
+    for b in budgets:
+        whole = config(f"one image @ {b:g}", {"off": "off"}, preset="pvtp", budget=b)
+        against = {"off": "off", "one image": whole.name}
+        out.append(whole)
+        out += [Config(f"{n} images @ {b:g}", (*whole.keys, (BANDS, n)), against) for n in (2, 4, 8)]
+    return out
+
+
 @dataclass(frozen=True)
 class Grid:
     """What a page compares: its configurations by budgets, and what they are asked (quality_answers.run)."""
@@ -157,6 +169,16 @@ GRIDS = {
         "Descriptions under annealing, embedded model",
         "`all kept`: nothing dropped in prefill; `budget`: a pruned prefill. Then the curve, the floor that it falls "
         "to, and the generated tokens T over which it does; `random`: as many tokens leave, but drawn by lot.",
+    ),
+    "tiles": Grid(
+        tile_grid,
+        (0.3, 0.2, 0.1),
+        100,
+        ("facts", "captions"),
+        "A quota for each tile or for the picture, embedded model",
+        "The preset `pvtp`, which is `st3` without annealing. `one image`: all 576 tokens share one quota; `n images`: the "
+        "same tokens at the same positions, announced as n bands of whole rows with a quota each, as tiles are. "
+        "`- one image`: above zero, a quota for each is better.",
     ),
     "long": Grid(
         long_grid,

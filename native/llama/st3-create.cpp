@@ -5,8 +5,6 @@
 #include "llama-model.h"
 #include "st3-memory.h"
 
-#include <algorithm>
-
 void st3_merge_overrides(
         const std::unordered_map<std::string, llama_model_kv_override> & overrides,
         std::unordered_map<std::string, std::string> &                   meta) {
@@ -23,10 +21,33 @@ void st3_merge_overrides(
     }
 }
 
+// Whether the graph of an architecture calls st3_cut (docs/models.md has what each is known from).
+static bool has_cuts(llm_arch arch) {
+    switch (arch) {
+        case LLM_ARCH_LLAMA:
+        case LLM_ARCH_QWEN2:
+        case LLM_ARCH_QWEN3:
+        case LLM_ARCH_QWEN3MOE:
+        case LLM_ARCH_QWEN2VL:
+        case LLM_ARCH_QWEN3VL:
+        case LLM_ARCH_QWEN3VLMOE:
+        case LLM_ARCH_MISTRAL3:
+        case LLM_ARCH_PHI2:
+        case LLM_ARCH_PHI3:
+        case LLM_ARCH_INTERNLM2:
+        case LLM_ARCH_STABLELM:
+        case LLM_ARCH_MINICPM:
+        case LLM_ARCH_GRANITE:
+        case LLM_ARCH_GRANITE_MOE:
+        case LLM_ARCH_GEMMA:
+        case LLM_ARCH_CHATGLM: return true;
+        default: return false;
+    }
+}
+
 std::string st3_unsupported(const llama_model & model, const llama_memory_params * params) {
-    const auto cut_in = { LLM_ARCH_LLAMA, LLM_ARCH_QWEN2VL, LLM_ARCH_QWEN3VL, LLM_ARCH_QWEN3VLMOE };
-    if (std::count(cut_in.begin(), cut_in.end(), model.arch) == 0) {
-        return format("architecture %s is not supported yet", model.arch_name().c_str());
+    if (!has_cuts(model.arch)) {
+        return format("architecture %s is not among those that can be pruned", model.arch_name().c_str());
     }
     if (model.hparams.is_swa_any()) {
         return "models with sliding-window attention are not supported yet";

@@ -1,5 +1,6 @@
 // st3-cut.cpp - the cut at the end of a layer: ranks, selects, merges and gathers rows with stock ops.
 
+#include "llama-model.h"
 #include "st3-graph-input.h"
 #include "st3-ops.h"
 
@@ -24,7 +25,15 @@ void st3_graph_input::add_weights(ggml_context * ctx0, uint32_t stage) {
     }
 }
 
-ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& inp_pos, int il) {
+// What the attention of layer il sees of rows F32 [n_embd, n].
+static ggml_tensor * seen_by(const llm_graph_context & g, const llama_layer & layer, ggml_tensor * rows, int il) {
+    const auto norm = layer.attn_norm_b ? LLM_NORM : LLM_NORM_RMS;
+
+    return g.build_norm(rows, layer.attn_norm, layer.attn_norm_b, norm, il);
+}
+
+ggml_tensor *
+st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& inp_pos, int il, ggml_tensor ** inp_scale) {
     auto * inp  = st3_find_input(g);
     auto * plan = inp ? inp->ctx->plan() : nullptr;
     if (!plan) {
@@ -72,11 +81,10 @@ ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& i
             part.weights = of_image(inp->weights);
         }
         if (n_keep > 0 && n_keep < n) {
-            ggml_tensor * rows = view_rows(ctx, cur, plan->row(stage, i), n);
-            ggml_tensor * direction =
-                    schedule.merge || schedule.distance ?
-                            directions(ctx, rows, inp->ctx->attn_norm(il + 1), g.hparams.f_norm_rms_eps) :
-                            nullptr;
+            ggml_tensor * rows      = view_rows(ctx, cur, plan->row(stage, i), n);
+            ggml_tensor * direction = schedule.merge || schedule.distance ?
+                                              directions(ctx, seen_by(g, inp->ctx->layer(il + 1), rows, il + 1)) :
+                                              nullptr;
 
             ggml_tensor * rank = ggml_view_1d(ctx, bias, plan->spans[i].n, first_orig * ggml_element_size(bias));
             if (inp->ids[i]) {
@@ -180,12 +188,16 @@ ggml_tensor * st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& i
     }
 
     const int64_t n_pos = g.hparams.n_pos_per_embd();
-    if (n_pos > 1) {
+    if (inp_pos && n_pos > 1) {
         ggml_tensor * pos = ggml_reshape_2d(ctx, inp_pos, g.n_tokens, n_pos);
         pos               = gather(ggml_cont(ctx, ggml_transpose(ctx, pos)), true);
         inp_pos           = as_vector(ctx, ggml_cont(ctx, ggml_transpose(ctx, pos)));
-    } else {
+    } else if (inp_pos) {
         inp_pos = as_vector(ctx, gather(as_column(ctx, inp_pos), true));
+    }
+    if (inp_scale && *inp_scale) {
+        ggml_tensor * scale = gather(ggml_reshape_2d(ctx, *inp_scale, 1, (*inp_scale)->ne[2]), true);
+        *inp_scale          = ggml_reshape_3d(ctx, scale, 1, 1, scale->ne[1]);
     }
     if (g.hparams.n_deepstack_layers > 0) {
         // what the layers to come add to the rows lies behind the rows' own input

@@ -49,7 +49,7 @@ ggml_backend_dev_t st3_memory::device(int32_t il) const {
             ggml_backend_buffer_get_type(stages[schedule.stage(il)]->get_k_storage(il)->buffer));
 }
 
-ggml_tensor * st3_memory::attn_norm(int32_t il) const { return model.layers[il].attn_norm; }
+const llama_layer & st3_memory::layer(int32_t il) const { return model.layers[il]; }
 
 uint32_t st3_memory::n_used(llama_seq_id seq_id) const {
     uint32_t res = 0;

@@ -19,6 +19,7 @@
 #include <vector>
 
 struct llama_cparams;
+struct llama_layer;
 
 // What comes with a ubatch besides its computation.
 struct st3_work {
@@ -104,8 +105,8 @@ class st3_memory : public llama_memory_i {
         }
     }
 
-    // Weight of the norm before a layer's attention, F32 [n_embd].
-    ggml_tensor * attn_norm(int32_t il) const;
+    // Weights of a layer.
+    const llama_layer & layer(int32_t il) const;
 
     // Tokens that were computed for a sequence, whether they left or not.
     uint32_t n_given(llama_seq_id seq_id) const;
@@ -246,7 +247,7 @@ class st3_memory_context : public llama_memory_context_i {
 
     ggml_backend_dev_t device(int32_t il) const { return mem->device(il); }
 
-    ggml_tensor * attn_norm(int32_t il) const { return mem->attn_norm(il); }
+    const llama_layer & layer(int32_t il) const { return mem->layer(il); }
 
     // Adds to the mask that the host wrote for a stage the logarithms of the weights of images that were there before.
     void add_weights(uint32_t stage, const llama_ubatch & ubatch, ggml_tensor * mask) const;

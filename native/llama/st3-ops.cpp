@@ -75,9 +75,7 @@ static ggml_tensor * cosines(ggml_context * ctx, ggml_tensor * a, ggml_tensor * 
     return ggml_scale(ctx, res, 1.0f / (float) a->ne[0]);
 }
 
-ggml_tensor * directions(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * attn_norm, float eps) {
-    return ggml_rms_norm(ctx, ggml_mul(ctx, ggml_rms_norm(ctx, rows, eps), attn_norm), 1e-12f);
-}
+ggml_tensor * directions(ggml_context * ctx, ggml_tensor * rows) { return ggml_rms_norm(ctx, rows, 1e-12f); }
 
 ggml_tensor * by_distance(ggml_context * ctx, ggml_tensor * score, ggml_tensor * direction) {
     const int n = (int) score->ne[0];

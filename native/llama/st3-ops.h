@@ -27,9 +27,8 @@ ggml_tensor * attention_of(
         ggml_context * ctx, ggml_backend_dev_t dev, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
         ggml_tensor * ids, float scale, bool max);
 
-// What the next layer's attention sees of rows F32 [n_embd, n], scaled to a mean square of 1. attn_norm F32 [n_embd]: the weight
-// of that layer's norm.
-ggml_tensor * directions(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * attn_norm, float eps);
+// Rows F32 [n_embd, n], each scaled to a mean square of 1.
+ggml_tensor * directions(ggml_context * ctx, ggml_tensor * rows);
 
 // Scores F32 [n], each times its token's distance to the most similar one of a higher score: 1 - the largest cosine of their
 // directions F32 [n_embd, n], where that is above 0.

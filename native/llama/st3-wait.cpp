@@ -27,7 +27,8 @@ std::string st3_why_not(const llama_context & ctx, uint32_t n) {
     return "";
 }
 
-// Rows of token_embd, dequantized as ggml_get_rows does. out F32 [n_embd]. Of a wider input (deepstack) the rest is 0.
+// Rows of token_embd, dequantized as ggml_get_rows does, and scaled where the graph scales tokens but not embeddings (as
+// llm_graph_context::build_inp_embd). out F32 [n_embd]. Of a wider input (deepstack) the rest is 0.
 static void embed_token(const llama_model & model, llama_token token, std::vector<uint8_t> & row, float * out) {
     const ggml_tensor * t    = model.tok_embd;
     const auto          cast = ggml_get_type_traits(t->type)->to_float;
@@ -38,6 +39,9 @@ static void embed_token(const llama_model & model, llama_token token, std::vecto
         memcpy(out, row.data(), row.size());
     } else {
         cast(row.data(), out, t->ne[0]);
+    }
+    if (const float scale = model.hparams.f_embedding_scale; scale != 0.0f && model.hparams.n_deepstack_layers > 0) {
+        std::for_each(out, out + t->ne[0], [=](float & x) { x *= scale; });
     }
 }
 

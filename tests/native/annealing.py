@@ -27,9 +27,14 @@ AGAIN = 12  # runs with noise, at most
 
 
 @lru_cache(maxsize=8)
-def decoder(path: Path) -> oracle.Decoder:
+def of_file(path: Path) -> oracle.Decoder:
     """The oracle of a file."""
     return mrope.Decoder(path) if mrope.is_for(path) else oracle.Decoder(path)
+
+
+def decoder(source: Path | oracle.Decoder) -> oracle.Decoder:
+    """The oracle of a file, or itself."""
+    return source if isinstance(source, oracle.Decoder) else of_file(source)
 
 
 def native(pieces: list[oracle.Piece]) -> list:
@@ -58,7 +63,7 @@ class Conversation:
     """
 
     ctx: Context
-    path: Path
+    path: Path | oracle.Decoder
     schedule: Schedule
     kv: str
     tally: dict[str, int]

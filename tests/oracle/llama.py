@@ -231,6 +231,8 @@ class Decoder:
         self.n_head = int(key("attention.head_count"))
         self.n_head_kv = int(key("attention.head_count_kv", self.n_head))
         self.head = self.n_embd // self.n_head
+        self.scale = self.head**-0.5
+        self.mask = "F16"  # the type of a mask of flash attention; without that it is F32
         self.eps = float(key("attention.layer_norm_rms_epsilon"))
         base = float(key("rope.freq_base", 10000.0))
         n_rot = int(key("rope.dimension_count", self.head))
@@ -257,6 +259,10 @@ class Decoder:
         table = self.w("token_embd.weight")
         return np.concatenate([p.embd.astype(np.float64) if isinstance(p, Image) else table[p] for p in pieces])
 
+    def seen_by(self, i: int, x: Array) -> Array:
+        """What the attention of layer i sees of rows x."""
+        return self._norm(x, f"blk.{i}.attn_norm.weight")
+
     def _norm(self, x: Array, name: str) -> Array:
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + self.eps) * self.w(name)
 
@@ -280,7 +286,7 @@ class Decoder:
         turn_v = rounding.rotation_size(self.head, False) if quantized else 0
         if self.noise is not None:
             x = x * (1 + 1e-6 * self.noise.standard_normal(x.shape))
-        y = self._norm(x, f"blk.{i}.attn_norm.weight")
+        y = self.seen_by(i, x)
         q = rounding.rotate(self._heads(y, f"blk.{i}.attn_q.weight", pos), turn_k)
         k = rounding.stored(rounding.rotate(self._heads(y, f"blk.{i}.attn_k.weight", pos), turn_k), kv)
         v = rounding.stored(rounding.rotate(self._heads(y, f"blk.{i}.attn_v.weight", None), turn_v), kv)
@@ -303,9 +309,9 @@ class Decoder:
     def _attention(self, q: Array, layer: Layer) -> Array:
         """Causal probabilities [n_head, n_q, n] of queries that belong to the newest cells."""
         n, n_kv = q.shape[1], layer.k.shape[1]
-        counts = rounding.stored(np.log(layer.weight), "F16")  # as a mask of flash attention holds it
+        counts = rounding.stored(np.log(layer.weight), self.mask)
         mask = np.where(np.arange(n_kv)[None, :] > np.arange(n_kv - n, n_kv)[:, None], -np.inf, counts)
-        return probabilities(q, layer.k, mask, self.head**-0.5)
+        return probabilities(q, layer.k, mask, self.scale)
 
     def _received(self, term: Term, q: Array, layer: Layer, n_text: int, n_visual: int) -> Array:
         """What a term makes of the attention that each visual token of the layer gets: [n_visual], 0 where dropped."""
@@ -352,7 +358,7 @@ class Decoder:
                 received[t].append(self._received(t, q, layer, n_text, result.n_visual))
                 each[t].append(received[t][-1] / layer_weights(layer, result.n_visual))
             if pruned and i in cuts:
-                toward = self._norm(x, f"blk.{i + 1}.attn_norm.weight")
+                toward = self.seen_by(i + 1, x)
                 toward = toward / np.sqrt((toward * toward).sum(-1, keepdims=True))
                 stay = self._cut(result, i, asked, each, follow, (visual, toward))
                 if schedule.merge:
@@ -533,7 +539,7 @@ class Decoder:
         side = math.isqrt(last.n)
         likely = (side, side) if side**2 == last.n else (last.n, 1)
         last.nx, last.ny = (image.nx, image.ny) if image.nx * image.ny == last.n else likely
-        self._batch(result, image.embd.astype(np.float64), last.ids[-len(image.embd) :], kv, [])
+        self._batch(result, self.embed([image]), last.ids[-len(image.embd) :], kv, [])
         result.continues = True
 
     def text(
@@ -549,9 +555,8 @@ class Decoder:
         These images are cut down by the rule of the cuts in prefill, once all layers have run.
         """
         waiting = [im for im in result.images if im.waits] if result.schedule else []
-        self._batch(
-            result, self.w("token_embd.weight")[tokens], np.full(len(tokens), -1), kv, waiting, follow, weights=weights
-        )
+        none = np.full(len(tokens), -1)
+        self._batch(result, self.embed([tokens]), none, kv, waiting, follow, weights=weights)
         result.continues = False
         return result.logits
 
@@ -572,7 +577,7 @@ class Decoder:
             cut = self._choose(schedule, images, left, score, counts, annealing=True)
             result.steps.append(cut)
             result._keep(stage, images, cut.kept if follow is None else result.visual(follow[stage], images))
-        self._batch(result, self.w("token_embd.weight")[[token]], np.array([-1]), kv, [])
+        self._batch(result, self.embed([[token]]), np.array([-1]), kv, [])
         result.continues = False
         for im in images:
             im.t += 1

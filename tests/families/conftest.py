@@ -1,0 +1,88 @@
+"""Fixtures of the tests of model families: the libraries, upstream's converter, and the models that were made."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+for folder in (ROOT / "tests", ROOT / "tests" / "native", ROOT / "scripts"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+torch = pytest.importorskip("torch", reason="torch is not installed: no reference to compare with")
+pytest.importorskip("transformers", reason="transformers is not installed: no reference")
+pytest.importorskip("safetensors", reason="safetensors is not installed: no reference")
+
+import native_runtime  # noqa: E402
+
+from families import recipes  # noqa: E402
+from families.convert import Converter  # noqa: E402
+from families.reference import HfDecoder  # noqa: E402
+
+TALLY: dict[str, int] = {}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A decoder of a family: its file and its oracle."""
+
+    name: str
+    path: Path
+    oracle: HfDecoder
+    most_error: float
+
+
+@pytest.fixture(scope="session")
+def rt() -> Iterator[native_runtime.Runtime]:
+    """The libraries."""
+    folder = native_runtime.lib_dir()
+    if folder is None:
+        pytest.fail("no native libraries: build the package (pip install .) or set ST3_LIB_DIR", pytrace=False)
+    made = native_runtime.Runtime(folder)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def converter(upstream: Path) -> Iterator[Converter]:
+    """Upstream's converter."""
+    made = Converter(upstream)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def text_model(converter: Converter, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+    """Makes a family's decoder once: text_model(name)."""
+    torch.set_num_threads(1)  # small matrices: more threads only wait for each other
+    folder, made = tmp_path_factory.mktemp("families"), {}
+
+    def make(name: str) -> Made:
+        if name not in made:
+            recipe = recipes.TEXT[name]
+            lm = recipe.make()
+            recipes.save(lm, folder / name, recipe.change)
+            path = converter(folder / name, folder / f"{name}.gguf")
+            decoder = HfDecoder(lm.model, lm.lm_head, recipe.image_scale)
+            made[name] = Made(name, path, decoder, recipe.most_error)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tally() -> dict[str, int]:
+    """Counters that the end of the run prints."""
+    return TALLY
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the counters and the seed."""
+    if TALLY:
+        words = ", ".join(f"{v} {k}" for k, v in TALLY.items())
+        terminalreporter.write_line(f"families against their oracles (seed {recipes.SEED}): {words}")

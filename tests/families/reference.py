@@ -1,0 +1,138 @@
+"""A Hugging Face decoder as the oracle of a pruned prompt: rows leave and merge between its own layers, in double.
+
+The cuts, records and steps are the oracle's (tests/oracle/llama.py). What a layer computes is Hugging Face's: only its
+attention goes through a function of ours, registered as its library foresees, which remembers keys and values and adds
+the logarithms of weights to the mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from oracle import rounding
+from oracle.llama import TILE_ROWS, Array, Decoder, Image, Layer, Piece
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+ATTENTION = "st3_oracle"
+
+
+class Call:
+    """One layer at work: what it remembers and what becomes of it."""
+
+    now: Call
+
+    def __init__(self, decoder: HfDecoder, past: Layer, pos: Array, visual: Array, weight: Array, kv: str) -> None:
+        self.decoder, self.past, self.pos, self.visual, self.weight, self.kv = decoder, past, pos, visual, weight, kv
+        self.q: Array = np.zeros(0)
+        self.layer: Layer = past
+        Call.now = self
+
+    def attend(self, q: Array, k: Array, v: Array) -> Array:
+        """The attention [n_head, n, head] of queries of that shape; k and v are remembered first."""
+        past, kv = self.past, self.kv
+        self.q = q
+        self.layer = Layer(
+            np.concatenate([past.k, rounding.stored(k, kv)], 1),
+            np.concatenate([past.v, rounding.stored(v, kv)], 1),
+            np.append(past.pos, self.pos),
+            np.append(past.visual, self.visual),
+            np.append(past.weight, self.weight),
+        )
+        p = self.decoder._attention(rounding.stored(q, kv) if len(self.pos) < TILE_ROWS else q, self.layer)
+        return p @ np.repeat(self.layer.v, len(q) // len(v), 0)
+
+
+def attention(
+    module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scaling: float, **_: Any
+) -> Any:
+    """As Hugging Face's attention functions: q [1, n_head, n, head] -> [1, n, n_head, head], and no probabilities."""
+    assert q.dtype == torch.float64
+    Call.now.decoder.scale = scaling
+    out = Call.now.attend(q[0].numpy(), k[0].numpy(), v[0].numpy())
+    return torch.from_numpy(out).swapaxes(0, 1)[None].contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
+
+
+class HfDecoder(Decoder):
+    """The text model of a Hugging Face model: `model` has the layers and what is around them, `head` gives logits.
+
+    image_scale: what upstream's graph multiplies embeddings of images by, where the model does so with tokens alone.
+    A subclass says what else a family needs: `rotary` (several positions a token), `run_layer` (what is added to rows).
+    """
+
+    def __init__(self, model: Any, head: Any, image_scale: float = 1.0) -> None:
+        config = model.config
+        self.model, self.head_of, self.config = model.double().eval(), head.double().eval(), config
+        config._experts_implementation = "eager"  # others have no kernel for double precision
+        self.image_scale = image_scale
+        self.input_scale = getattr(config, "embedding_multiplier", 1.0)  # of all rows, at the graph's beginning
+        self.n_layer = config.num_hidden_layers
+        self.n_embd = config.hidden_size
+        self.n_head = config.num_attention_heads
+        self.n_head_kv = getattr(config, "num_key_value_heads", None) or self.n_head
+        self.head = getattr(config, "head_dim", None) or self.n_embd // self.n_head
+        self.scale = self.head**-0.5
+        self.mask = "F32"
+        self.noise = None
+
+    def embed(self, pieces: list[Piece]) -> Array:
+        """The residual stream's first rows."""
+        with torch.no_grad():
+            rows = [
+                torch.from_numpy(p.embd).double() * self.image_scale
+                if isinstance(p, Image)
+                else self.model.get_input_embeddings()(torch.tensor(p)).double()
+                for p in pieces
+            ]
+        return torch.cat(rows).numpy() * self.input_scale
+
+    def rotary(self, x: torch.Tensor, pos: Array) -> Any:
+        """Cosines and sines for rows x [1, n, width] at positions [n]."""
+        return self.model.rotary_emb(x, position_ids=torch.from_numpy(pos)[None])
+
+    def run_layer(self, i: int, x: torch.Tensor, pos: Array, **kwargs: Any) -> torch.Tensor:
+        """Hugging Face's layer i on rows x [1, n, width]."""
+        out = self.model.layers[i](
+            x,
+            attention_mask=None,
+            position_ids=torch.from_numpy(pos)[None],
+            position_embeddings=self.rotary(x, pos),
+            **kwargs,
+        )
+        return out[0] if isinstance(out, tuple) else out
+
+    def seen_by(self, i: int, x: Array) -> Array:
+        """What the attention of layer i sees of rows x."""
+        with torch.no_grad():
+            return self.model.layers[i].input_layernorm(torch.from_numpy(x)).numpy()
+
+    def _layer(
+        self, i: int, x: Array, pos: Array, past: Layer, visual: Array, weight: Array, kv: str
+    ) -> tuple[Array, Array, Layer]:
+        if self.noise is not None:
+            x = x * (1 + 1e-6 * self.noise.standard_normal(x.shape))
+        call, before = Call(self, past, pos, visual, weight, kv), self.config._attn_implementation
+        self.config._attn_implementation = ATTENTION
+        try:
+            with torch.no_grad():
+                out = self.run_layer(i, torch.from_numpy(x)[None], pos)
+        finally:
+            self.config._attn_implementation = before
+        return out[0].numpy(), call.q, call.layer
+
+    def _logits(self, row: Array) -> Array:
+        norm = self.model.norm if hasattr(self.model, "norm") else self.model.final_layernorm
+        with torch.no_grad():
+            out = self.head_of(norm(torch.from_numpy(row)[None]))[0].numpy()
+        return out / getattr(self.config, "logits_scaling", 1.0)
+
+    def whole(self, pieces: list[Piece]) -> Array:
+        """Logits [n, vocabulary] of all rows by Hugging Face's own forward pass, with nothing of ours in it."""
+        x = torch.from_numpy(self.embed(pieces) / self.input_scale)[None]
+        with torch.no_grad():
+            out = self.head_of(self.model(inputs_embeds=x, use_cache=False).last_hidden_state)[0].numpy()
+        return out / getattr(self.config, "logits_scaling", 1.0)
