@@ -176,8 +176,8 @@ GRIDS = {
         100,
         ("facts", "captions"),
         "A quota for each tile or for the picture, embedded model",
-        "The preset `pvtp`, which is `st3` without annealing. `one image`: all 576 tokens share one quota; `n images`: the "
-        "same tokens at the same positions, announced as n bands of whole rows with a quota each, as tiles are. "
+        "The preset `pvtp`, which is `st3` without annealing. `one image`: all 576 tokens share one quota; `n images`: "
+        "the same tokens at the same positions, announced as n bands of whole rows with a quota each, as tiles are. "
         "`- one image`: above zero, a quota for each is better.",
     ),
     "long": Grid(

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 import transformers as hf
+from cases import SEED
 from safetensors.torch import load_file, save_file
 
 from .convert import MARKERS
 
-SEED = 20241220
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
     "num_hidden_layers": 6,

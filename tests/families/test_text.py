@@ -9,14 +9,19 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from annealing import Conversation, native
-from native_runtime import Context, Model, lib_dir
-from oracle import llama as oracle
-from oracle import schedule
-from test_off_is_stock import run
 
-from families import recipes
-from families.conftest import Made
+for package in ("torch", "transformers", "safetensors"):
+    pytest.importorskip(package, reason=f"{package} is not installed: no reference to compare with")
+
+from annealing import Conversation, native  # noqa: E402
+from cases import SEED  # noqa: E402
+from native_runtime import Context, Model, lib_dir  # noqa: E402
+from oracle import llama as oracle  # noqa: E402
+from oracle import schedule  # noqa: E402
+from test_off_is_stock import run  # noqa: E402
+
+from families import recipes  # noqa: E402
+from families.conftest import Made  # noqa: E402
 
 KEYS: dict[str, str | int | float] = {
     "st3.preset": "st3",
@@ -33,12 +38,12 @@ families = pytest.mark.parametrize("name", recipes.TEXT)
 
 
 def words(number: int, n: int) -> list[int]:
-    return [int(t) for t in np.random.default_rng([recipes.SEED, number]).integers(3, 300, n)]
+    return [int(t) for t in np.random.default_rng([SEED, number]).integers(3, 300, n)]
 
 
 def picture(made: Made, number: int = 0, nx: int = 9, ny: int = 7) -> oracle.Image:
     """Embeddings of about the size that the model's own tokens have."""
-    rng = np.random.default_rng([recipes.SEED, 9, number])
+    rng = np.random.default_rng([SEED, 9, number])
     size = np.sqrt(np.square(made.oracle.embed([[5, 6, 7]])).mean()) / made.oracle.input_scale
     return oracle.Image((size * rng.standard_normal((nx * ny, made.oracle.n_embd))).astype(np.float32), nx, ny)
 
