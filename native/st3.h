@@ -48,7 +48,7 @@
 extern "C" {
 #endif
 
-#define ST3_ABI_VERSION 7
+#define ST3_ABI_VERSION 8
 
 // A run of prompt tokens: text, or one image.
 // Exactly one of tokens and embd is set. For an image, embd is F32 [n][llama_model_n_embd_inp], and nx * ny == n gives its patch
@@ -85,7 +85,8 @@ LLAMA_API double st3_prefill_flops(const struct llama_model * model, int32_t n_r
 
 // Says that the next n embeddings given to llama_decode are the tokens of one image, of a patch grid nx * ny == n, row by row
 // (nx == ny == 0: unknown, a square where n is one and else a row); n == 0: that they are no image (audio). Embeddings that
-// nobody announced are none either, and never pruned. mtmd's helper announces its images.
+// nobody announced are none either, and never pruned. mtmd's helper announces its images. picture (NULL or "": none) names the
+// picture that they are of: tiles of one picture, one right after the other, are one image, with one quota.
 //
 // An announced image of one sequence, asked for no outputs, waits: llama_decode returns 0, its positions count as decoded, and
 // it is computed as one pruned prompt together with the tokens that ask for an output, so both must fit n_batch (n_ubatch is
@@ -95,7 +96,8 @@ LLAMA_API double st3_prefill_flops(const struct llama_model * model, int32_t n_r
 //
 // A pruned prompt whose question is taken back, or a part of it (llama_memory_seq_rm up to the sequence's end), waits again, so
 // that another question chooses other tokens, and the same one gives the same answer. For that its embeddings are kept.
-LLAMA_API void st3_announce_image(struct llama_context * ctx, int32_t n, int32_t nx, int32_t ny);
+LLAMA_API void
+st3_announce_image(struct llama_context * ctx, int32_t n, int32_t nx, int32_t ny, const char * picture);
 
 // Prefills pieces into sequence seq_id from position p0 on, where the sequence ends (0 if it is empty; with M-RoPE at or after
 // its end); logits of the last

@@ -12,7 +12,8 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -86,7 +87,7 @@ class Runtime:
             f.st3_owners.argtypes = f.st3_kept.argtypes
             f.st3_report.argtypes = [C.c_void_p, C.c_int32, C.c_char_p, C.c_size_t]
             f.st3_report.restype = C.c_size_t
-            f.st3_announce_image.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.c_int32]
+            f.st3_announce_image.argtypes = [C.c_void_p, C.c_int32, C.c_int32, C.c_int32, C.c_char_p]
             f.st3_announce_image.restype = None
             f.st3_prefill_flops.argtypes = [C.c_void_p, C.c_int32, C.c_int32]
             f.st3_prefill_flops.restype = C.c_double
@@ -143,6 +144,14 @@ class Model:
     def check(self) -> str | None:
         """What st3_check_model has against the metadata; None if nothing."""
         return self.rt.last_error() if self.rt.lib.st3_check_model(self.ptr) else None
+
+    def adapter(self, path: Path) -> object:
+        """A LoRA adapter, which the model frees. Raises NativeError."""
+        self.rt.log.clear()
+        made = self.rt.llama.llama_adapter_lora_init(self.ptr, str(path).encode())
+        if not made:
+            raise NativeError(f"cannot load {path.name}: {''.join(self.rt.log)}")
+        return made
 
     def tokenize(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text, without BOS."""
@@ -275,9 +284,9 @@ class Context:
             raise NativeError(f"no embeddings of sequence {seq}")
         return np.ctypeslib.as_array(p, (self.model.n_embd,)).copy()
 
-    def announce(self, n: int, nx: int = 0, ny: int = 0) -> None:
+    def announce(self, n: int, nx: int = 0, ny: int = 0, picture: str = "") -> None:
         """st3_announce_image."""
-        self.rt.lib.st3_announce_image(self.ptr, n, nx, ny)
+        self.rt.lib.st3_announce_image(self.ptr, n, nx, ny, picture.encode())
 
     def picture(self, image: Image, p0: int, seq: int = 0) -> int:
         """An image as mtmd's helper decodes it: announced, in batches of n_batch; returns llama_decode's code."""
@@ -314,6 +323,12 @@ class Context:
     @property
     def _memory(self) -> object:
         return self.rt.llama.llama_get_memory(self.ptr)
+
+    def adapt(self, adapters: dict[object, float]) -> int:
+        """llama_set_adapters_lora with these strengths; returns its code."""
+        n = len(adapters)
+        pointers, scales = (C.c_void_p * n)(*adapters), (C.c_float * n)(*adapters.values())
+        return self.rt.llama.llama_set_adapters_lora(self.ptr, pointers, n, scales)
 
     def clear(self) -> None:
         """Empty the cache."""
@@ -429,35 +444,64 @@ class Vision:
         if not self.ctx:
             raise NativeError(f"cannot load {mmproj.name}")
 
-    def encode(self, rgb: np.ndarray) -> Image:
-        """Embeddings of a picture, uint8 [height, width, 3]. Raises NativeError."""
-        m = self.m
-        raw = np.ascontiguousarray(rgb, np.uint8)
-        bitmap = m.mtmd_bitmap_init(raw.shape[1], raw.shape[0], raw.ctypes.data_as(C.POINTER(C.c_uint8)))
+    @contextmanager
+    def chunks(self, text: str, *pictures: np.ndarray) -> Iterator[object]:
+        """The mtmd chunks of a prompt: text with "<__media__>" where each picture, uint8 [height, width, 3], goes.
+        Raises NativeError."""
+        m, raw = self.m, [np.ascontiguousarray(rgb, np.uint8) for rgb in pictures]
+        bitmaps = [m.mtmd_bitmap_init(r.shape[1], r.shape[0], r.ctypes.data_as(C.POINTER(C.c_uint8))) for r in raw]
         chunks = m.mtmd_input_chunks_init()
         try:
-            marker = m.mtmd_default_marker()
-            text = m.mtmd_input_text(marker, len(marker), False, True)
-            if m.mtmd_tokenize(self.ctx, chunks, C.byref(text), (C.c_void_p * 1)(bitmap), 1):
+            for i, bitmap in enumerate(bitmaps):
+                m.mtmd_bitmap_set_id(bitmap, f"picture {i}".encode())
+            words = m.mtmd_input_text(text.encode(), len(text.encode()), False, True)
+            if m.mtmd_tokenize(self.ctx, chunks, C.byref(words), (C.c_void_p * len(raw))(*bitmaps), len(raw)):
                 raise NativeError("the picture was refused")
-            for i in range(m.mtmd_input_chunks_size(chunks)):
-                chunk = m.mtmd_input_chunks_get(chunks, i)
-                if m.mtmd_input_chunk_get_type(chunk) != m.MTMD_INPUT_CHUNK_TYPE_IMAGE:
-                    continue
-                if m.mtmd_encode_chunk(self.ctx, chunk):
-                    raise NativeError("the picture was not encoded")
-                tokens = m.mtmd_input_chunk_get_tokens_image(chunk)
-                n = m.mtmd_image_tokens_get_n_tokens(tokens)
-                nx, ny = m.mtmd_image_tokens_get_nx(tokens), m.mtmd_image_tokens_get_ny(tokens)
-                out = np.ctypeslib.as_array(m.mtmd_get_output_embd(self.ctx), (n, self.n_embd)).copy()
-                side = int(n**0.5)
-                if ny == 1 and side * side == n:  # mtmd tells the grid of LLaVA as one row
-                    nx = ny = side
-                return Image(out, nx, ny) if nx * ny == n else Image(out)
-            raise NativeError("no image in the prompt")
+            yield chunks
         finally:
             m.mtmd_input_chunks_free(chunks)
-            m.mtmd_bitmap_free(bitmap)
+            for bitmap in bitmaps:
+                m.mtmd_bitmap_free(bitmap)
+
+    def pieces(self, chunks: object) -> list[list[int] | Image]:
+        """Text tokens, and the embeddings of each image chunk, in order. Raises NativeError."""
+        m, out = self.m, []
+        for i in range(m.mtmd_input_chunks_size(chunks)):
+            chunk = m.mtmd_input_chunks_get(chunks, i)
+            if m.mtmd_input_chunk_get_type(chunk) == m.MTMD_INPUT_CHUNK_TYPE_IMAGE:
+                out.append(self._encode(chunk))
+            else:
+                n = C.c_size_t()
+                tokens = m.mtmd_input_chunk_get_tokens_text(chunk, C.byref(n))
+                out.append([int(t) for t in tokens[: n.value]])
+        return out
+
+    def _encode(self, chunk: object) -> Image:
+        m = self.m
+        if m.mtmd_encode_chunk(self.ctx, chunk):
+            raise NativeError("the picture was not encoded")
+        tokens = m.mtmd_input_chunk_get_tokens_image(chunk)
+        n = m.mtmd_image_tokens_get_n_tokens(tokens)
+        nx, ny = m.mtmd_image_tokens_get_nx(tokens), m.mtmd_image_tokens_get_ny(tokens)
+        out = np.ctypeslib.as_array(m.mtmd_get_output_embd(self.ctx), (n, self.n_embd)).copy()
+        side = int(n**0.5)
+        if ny == 1 and side * side == n:  # mtmd tells the grid of LLaVA as one row
+            nx = ny = side
+        return Image(out, nx, ny) if nx * ny == n else Image(out)
+
+    def encode(self, rgb: np.ndarray) -> Image:
+        """Embeddings of a picture, uint8 [height, width, 3], the first image of several. Raises NativeError."""
+        with self.chunks("<__media__>", rgb) as chunks:
+            return next(p for p in self.pieces(chunks) if isinstance(p, Image))
+
+    def evaluate(self, ctx: Context, chunks: object, p0: int = 0, seq: int = 0) -> int:
+        """Chunks into a sequence by mtmd's helper, as front ends do; returns the position that follows. Raises
+        NativeError."""
+        m, end = self.m, ctx.rt.llama.llama_pos(0)
+        n_batch = ctx.rt.llama.llama_n_batch(ctx.ptr)
+        if code := m.mtmd_helper_eval_chunks(self.ctx, ctx.ptr, chunks, p0, seq, n_batch, True, C.byref(end)):
+            raise NativeError(f"the prompt was not decoded ({code})")
+        return int(end.value)
 
     def close(self) -> None:
         """Free the tower."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -17,7 +18,7 @@ from . import demo
 from .config import KV_TYPES, REVISIT, ST3Config, check_whole
 from .errors import ConfigError, StateError
 from .files import choose
-from .files.pair import check_pair
+from .files.pair import check_adapter, check_pair
 from .native import libraries, st3
 from .native.st3 import Visual
 from .native.worker import Worker
@@ -51,6 +52,7 @@ class Llava:
     n_ubatch                  tokens of a prompt that can be prefilled at once and so pruned; None: min(n_ctx, 4096)
     n_threads                 CPU threads; None: by the CPUs that this process may use
     n_gpu_layers              layers to offload where a GPU backend was built; -1: all
+    lora                      LoRA adapters of the text model in GGUF: a path, several, or a strength (1.0) for each
     type_k, type_v            KV cache types, of KV_TYPES
     seed                      of sampling, where a call gives none; None: another one each call
     revisit                   what a new question sees of pictures that an earlier one asked about: "never": what the
@@ -79,6 +81,7 @@ class Llava:
         n_ubatch: int | None = None,
         n_threads: int | None = None,
         n_gpu_layers: int = 0,
+        lora: Path | Iterable[Path] | Mapping[Path, float] = (),
         type_k: str = "f16",
         type_v: str = "f16",
         seed: int | None = None,
@@ -103,6 +106,7 @@ class Llava:
                 raise ConfigError(f"{name} is one of {', '.join(KV_TYPES)}, not {kv_type!r}")
         model_name = os.fspath(model_path)
         mmproj_name = choose.beside(model_name) if mmproj_path is None else os.fspath(mmproj_path)
+        adapters = _adapters(lora)
         header = check_pair(model_name, mmproj_name)
 
         self.config = config = config or ST3Config()
@@ -115,6 +119,7 @@ class Llava:
         belongs_to = {
             "model": state.fingerprint(model_name),
             "vision half": state.fingerprint(mmproj_name),
+            **{f"adapter {i}": f"{state.fingerprint(p)} at {s:g}" for i, (p, s) in enumerate(adapters.items())},
             "schedule": json.dumps({**header.schedule, **overrides}, sort_keys=True),
             "KV cache type": f"{type_k}, {type_v}",
         }
@@ -134,6 +139,7 @@ class Llava:
                 n_ubatch=n_ubatch,
                 n_threads=n_threads,
                 n_gpu_layers=n_gpu_layers,
+                lora=adapters,
                 type_k=type_k,
                 type_v=type_v,
                 image_cache_bytes=image_cache_bytes,
@@ -366,3 +372,16 @@ class Llava:
 def _check_revisit(value: Any) -> None:
     if value not in REVISIT:
         raise ConfigError(f"revisit is one of {', '.join(REVISIT)}, not {value!r}")
+
+
+def _adapters(lora: Path | Iterable[Path] | Mapping[Path, float]) -> dict[str, float]:
+    """Paths of adapters and their strengths. Raises ConfigError for a strength that is no number, ModelError for a file
+    that is no adapter."""
+    if isinstance(lora, str | os.PathLike):
+        lora = (lora,)
+    result = {}
+    for path, strength in lora.items() if isinstance(lora, Mapping) else ((path, 1.0) for path in lora):
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
+            raise ConfigError(f"the strength of an adapter is a number, not {strength!r}")
+        result[check_adapter(os.fspath(path))] = float(strength)
+    return result

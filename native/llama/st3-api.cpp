@@ -196,11 +196,12 @@ double st3_prefill_flops(const llama_model * model, int32_t n_rows, int32_t n_be
     });
 }
 
-void st3_announce_image(llama_context * ctx, int32_t n, int32_t nx, int32_t ny) {
+void st3_announce_image(llama_context * ctx, int32_t n, int32_t nx, int32_t ny, const char * picture) {
     guarded(0, [&] {
         require(ctx && n >= 0 && nx >= 0 && ny >= 0, "no context, or a negative number");
         if (auto * mem = pruned_memory(ctx)) {
-            mem->waits.announced = { (uint32_t) n, (uint32_t) nx, (uint32_t) ny, (uint32_t) n, /*keep*/ true };
+            mem->waits.announced = { (uint32_t) n,  (uint32_t) nx,         (uint32_t) ny, (uint32_t) n,
+                                     /*keep*/ true, picture ? picture : "" };
         }
         return 0;
     });

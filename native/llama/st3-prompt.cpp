@@ -17,6 +17,13 @@ std::pair<uint32_t, uint32_t> st3_announced::grid(const std::vector<st3_place> &
     return side * side == n_came && nx == 0 ? std::pair(side, side) : std::pair(n_came, 1u);
 }
 
+void st3_announced::join(uint32_t n_before, uint32_t nx_before, uint32_t ny_before) {
+    std::tie(nx, ny) = grid(std::vector<st3_place>(n));
+    ny               = nx == nx_before ? ny + ny_before : 1;
+    n += n_before;
+    nx = n / ny;
+}
+
 //
 // st3_prompt
 //

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -17,13 +18,19 @@ struct st3_span {
     uint32_t ny;
 };
 
-// What the next embeddings are, as st3_announce_image() says: `left` of the n tokens of an image are still to come.
+// What the next embeddings are, as st3_announce_image() says: `left` of the n tokens of an image are still to come, which
+// besides theirs may have those that came before of the same picture.
 struct st3_announced {
     uint32_t n    = 0;
     uint32_t nx   = 0;  // 0: unknown
     uint32_t ny   = 0;
     uint32_t left = 0;
     bool     keep = true;  // st3_prompt::keep
+
+    std::string picture = "";  // whose tokens they are; empty: a picture of their own
+
+    // The tokens that came before, of a patch grid, are of the same image: their rows lie on top.
+    void join(uint32_t n_before, uint32_t nx_before, uint32_t ny_before);
 
     bool begins() const { return left == n; }
 
@@ -69,7 +76,14 @@ struct st3_waits {
     // computed and pruned, in order: what to read again when a part of a question is taken back
     std::map<llama_seq_id, std::vector<std::shared_ptr<const st3_prompt>>> asked;
 
-    st3_announced announced;
+    st3_announced                       announced;
+    std::map<llama_seq_id, std::string> pictures;  // whose tokens came last
+
+    // Whether what is announced and begins is of the picture that came last in a sequence, as which it is noted.
+    bool same_picture(llama_seq_id seq_id) {
+        const auto last = std::exchange(pictures[seq_id], announced.picture);
+        return !last.empty() && last == announced.picture;
+    }
 
     const st3_prompt * of(llama_seq_id seq_id) const {
         const auto it = waiting.find(seq_id);

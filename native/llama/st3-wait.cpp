@@ -3,6 +3,7 @@
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-model.h"
+#include "st3-embed.h"
 #include "st3-memory.h"
 
 #include <algorithm>
@@ -25,24 +26,6 @@ std::string st3_why_not(const llama_context & ctx, uint32_t n) {
         return "attention is not causal";
     }
     return "";
-}
-
-// Rows of token_embd, dequantized as ggml_get_rows does, and scaled where the graph scales tokens but not embeddings (as
-// llm_graph_context::build_inp_embd). out F32 [n_embd]. Of a wider input (deepstack) the rest is 0.
-static void embed_token(const llama_model & model, llama_token token, std::vector<uint8_t> & row, float * out) {
-    const ggml_tensor * t    = model.tok_embd;
-    const auto          cast = ggml_get_type_traits(t->type)->to_float;
-
-    row.resize(ggml_row_size(t->type, t->ne[0]));
-    ggml_backend_tensor_get(t, row.data(), token * t->nb[1], row.size());
-    if (t->type == GGML_TYPE_F32) {
-        memcpy(out, row.data(), row.size());
-    } else {
-        cast(row.data(), out, t->ne[0]);
-    }
-    if (const float scale = model.hparams.f_embedding_scale; scale != 0.0f && model.hparams.n_deepstack_layers > 0) {
-        std::for_each(out, out + t->ne[0], [=](float & x) { x *= scale; });
-    }
 }
 
 class st3_seam {
@@ -173,6 +156,20 @@ int st3_seam::decode_image(const llama_batch_ext & in, llama_seq_id seq_id) {
     const uint32_t held   = prompt ? prompt->n_rows() : 0;
     const uint32_t lead   = prompt ? prompt->n_lead() : 0;
     const auto     left   = mem.waits.announced.left;
+
+    // tiles of a picture with nothing between them are one image
+    if (mem.waits.announced.begins() && mem.waits.same_picture(seq_id)) {
+        const auto & list = mem.images.of(seq_id);
+        if (prompt && prompt->ends_in_image()) {
+            const auto & span = prompt->images.back();
+            mem.waits.announced.join(span.n, span.nx, span.ny);
+        } else if (
+                !prompt && !list.empty() && !list.back().pruned &&
+                list.back().places.back().pos + 1 == in.tokens[0].pos[0]) {
+            const auto & image = list.back();
+            mem.waits.announced.join((uint32_t) image.places.size(), image.nx, image.ny);
+        }
+    }
 
     // the rest of an image whose beginning was computed is computed as well
     const bool rest   = !mem.waits.announced.begins() && !(prompt && prompt->ends_in_image());
@@ -372,9 +369,9 @@ bool st3_seam::fits(llama_seq_id seq_id, uint32_t n) const {
 }
 
 llama_batch_ext st3_seam::make_batch(const st3_prompt & prompt, llama_seq_id seq_id, bool as_embeddings) const {
-    llama_batch_ext      res(&ctx);
-    const float *        image = prompt.embd.data();
-    std::vector<uint8_t> buffer;
+    llama_batch_ext    res(&ctx);
+    const float *      image = prompt.embd.data();
+    const st3_embedder text(ctx.model, *ctx.loras);
 
     for (uint32_t i = 0; i < prompt.n_rows(); ++i) {
         llama_batch_ext::token row;
@@ -390,7 +387,7 @@ llama_batch_ext st3_seam::make_batch(const st3_prompt & prompt, llama_seq_id seq
                 std::copy_n(image, res.n_embd, res.embd.begin() + row.embd_off);
                 image += res.n_embd;
             } else {
-                embed_token(ctx.model, row.id, buffer, res.embd.data() + row.embd_off);
+                text.embed(row.id, res.embd.data() + row.embd_off);
                 row.id = LLAMA_TOKEN_NULL;
             }
         }

@@ -29,9 +29,19 @@ def load(console: Console, arguments: argparse.Namespace, config: ST3Config, fou
         n_ubatch=arguments.n_ubatch,
         n_threads=arguments.threads,
         n_gpu_layers=arguments.n_gpu_layers,
+        lora=dict(map(_adapter, arguments.lora)),
         on_stage=lambda stage: console.stage(_STAGES[stage]),
         revisit=getattr(arguments, "revisit", REVISIT[0]),
         image_cache_dir=cache_folder() / "pictures" if arguments.cache else None,
     )
     console.stage(None)
     return llava
+
+
+def _adapter(text: str) -> tuple[str, float]:
+    """A path and the strength behind its last "=", if that is a number."""
+    path, equals, strength = text.rpartition("=")
+    try:
+        return (path, float(strength)) if equals else (text, 1.0)
+    except ValueError:
+        return text, 1.0

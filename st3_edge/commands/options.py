@@ -117,6 +117,13 @@ def add_shared(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """What every command that asks a model takes; returns the group of the answer's options."""
     model = add_model(parser)
     answer = add_answer(parser)
+    model.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="A.gguf[=S]",
+        help="a LoRA adapter of the text model, and its strength (default 1); may be given several times",
+    )
     add_schedule(parser)
     memory = parser.add_argument_group("advanced: memory")
     add_context(model, memory)

@@ -77,6 +77,14 @@ def check_pair(model: str, mmproj: str) -> gguf.Header:
     return header
 
 
+def check_adapter(path: str) -> str:
+    """The path of a LoRA adapter; raises ModelError where its header is no adapter's."""
+    metadata = gguf.read_header(path, "adapter").metadata
+    if (metadata.get("general.type"), metadata.get("adapter.type")) != ("adapter", "lora"):
+        raise ModelError(f"adapter {path!r} is no LoRA adapter: convert_lora_to_gguf.py of llama.cpp writes them")
+    return path
+
+
 def _check_text(model: str, header: gguf.Header) -> None:
     """llama.cpp checks a text model's shapes itself, and for these values it aborts, or goes on and crashes."""
 

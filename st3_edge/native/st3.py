@@ -46,6 +46,11 @@ class Visual:
     nx: int
     ny: int
 
+    def above(self, other: Visual) -> Visual:
+        """One image of both, the other's rows below."""
+        embd = np.concatenate([self.embd, other.embd])
+        return Visual(embd, self.nx, self.ny + other.ny) if self.nx == other.nx else Visual(embd, 0, 0)
+
 
 Piece = Text | Visual
 

@@ -45,18 +45,24 @@ def n_positions(units: Sequence[Unit]) -> int:
 
 
 def pieces_of(units: Sequence[Unit], visual: Mapping[Image, Visual]) -> list[Piece]:
-    """Units as `st3.prefill` takes them: runs of text, and images between."""
+    """Units as `st3.prefill` takes them: runs of text, and images between. Tiles of one picture with nothing between
+    are one image, as they are for mtmd's helper (st3.h, st3_announce_image)."""
     pieces: list[Piece] = []
     text: list[int] = []
+    before: Unit | None = None
     for unit in (*units, None):
         if isinstance(unit, int):
             text.append(unit)
-            continue
-        if text:
+        elif text:
             pieces.append(Text(np.array(text, np.int32)))
             text = []
-        if unit is not None:
-            pieces.append(visual[unit])
+        if isinstance(unit, Image):
+            last = pieces[-1] if isinstance(before, Image) and before.digest == unit.digest else None
+            if isinstance(last, Visual) and isinstance(before, Image) and before.part + 1 == unit.part:
+                pieces[-1] = last.above(visual[unit])
+            else:
+                pieces.append(visual[unit])
+        before = unit
     return pieces
 
 

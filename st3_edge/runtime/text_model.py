@@ -27,7 +27,7 @@ class TextModel:
     n_vocab             tokens of the vocabulary
     stop                a flag that ends loading and computing, as `Worker`'s
 
-    Other options as `Llava`'s, and checked there. Raises ModelError.
+    lora: adapters and their strengths. Other options as `Llava`'s, and checked there. Raises ModelError.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class TextModel:
         n_ubatch: int | None = None,
         n_threads: int | None = None,
         n_gpu_layers: int = 0,
+        lora: Mapping[str, float] | None = None,
         type_k: str = "f16",
         type_v: str = "f16",
         stop: ctypes.c_bool | None = None,
@@ -72,10 +73,26 @@ class TextModel:
             if not self.ctx:
                 raise _unusable(path)
             opened.callback(lib.llama_free, self.ctx)
+            self._adapt(lora or {})
 
             self.vocab = lib.llama_model_get_vocab(self.model)
             self.n_vocab: int = lib.llama_vocab_n_tokens(self.vocab)
             self._opened = opened.pop_all()
+
+    def _adapt(self, lora: Mapping[str, float]) -> None:
+        """Loads adapters, which the model frees, and applies them."""
+        adapters = []
+        for path in lora:
+            log.forget()
+            adapter = self._lib.llama_adapter_lora_init(self.model, os.fsencode(path))
+            if not adapter:
+                raise ModelError(f"adapter {path!r} cannot be used{log.why()}")
+            adapters.append(adapter)
+        if adapters:
+            n = len(adapters)
+            scales = (ctypes.c_float * n)(*lora.values())
+            if self._lib.llama_set_adapters_lora(self.ctx, (ctypes.c_void_p * n)(*adapters), n, scales):
+                raise ModelError("the adapters cannot be applied together")
 
     def close(self) -> None:
         """Frees context and model. Called again it does nothing."""

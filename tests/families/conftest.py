@@ -56,8 +56,8 @@ def converter(upstream: Path) -> Iterator[Converter]:
 
 
 @pytest.fixture(scope="session")
-def text_model(converter: Converter, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
-    """Makes a family's decoder once: text_model(name)."""
+def text_model(converter: Converter, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
+    """Makes a family's decoder once: text_model(name), or of another recipe under a name of its own."""
     import torch
 
     from families import recipes
@@ -66,15 +66,17 @@ def text_model(converter: Converter, tmp_path_factory: pytest.TempPathFactory) -
     torch.set_num_threads(1)  # small matrices: more threads only wait for each other
     folder, made = tmp_path_factory.mktemp("families"), {}
 
-    def make(name: str) -> Made:
-        if name not in made:
-            recipe = recipes.TEXT[name]
+    def make(name: str, recipe: recipes.Text | None = None) -> Made:
+        asked = recipe is None
+        if (name, asked) not in made:
+            recipe = recipe or recipes.TEXT[name]
             lm = recipe.make()
-            recipes.save(lm, folder / name, recipe.change)
-            path = converter(folder / name, folder / f"{name}.gguf")
+            at = folder / f"{len(made)}-{name}"
+            recipes.save(lm, at, recipe.change)
+            path = converter(at, at.with_suffix(".gguf"))
             decoder = HfDecoder(lm.model, lm.lm_head, recipe.image_scale)
-            made[name] = Made(name, path, decoder, recipe.most_error)
-        return made[name]
+            made[name, asked] = Made(name, path, decoder, recipe.most_error)
+        return made[name, asked]
 
     return make
 

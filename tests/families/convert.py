@@ -49,7 +49,7 @@ class Converter:
 def vocabulary(n: int, markers: list[str]) -> tuple[list[str], list[float], list[int]]:
     """Tokens, scores and types of a vocabulary of n, the last of which are the markers."""
     sys.path.append(str(Path(__file__).resolve().parents[2]))
-    from st3_edge.bench.random_model import vocabulary as plain
+    from st3_edge.commands.bench.random_model import vocabulary as plain
 
     tokens, scores, kinds = plain(n - len(markers))
     control = kinds[1]

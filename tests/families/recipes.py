@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,10 @@ class Text:
     image_scale: float = 1.0
     change: Change | None = None
     most_error: float = 1e-9
+
+    def with_markers(self, markers: tuple[str, ...]) -> Text:
+        """The same with special tokens at the end of its vocabulary."""
+        return replace(self, extra={**self.extra, MARKERS: [*self.extra.get(MARKERS, []), *markers]})
 
     def make(self) -> Any:
         """The model, F32, with weights that keep the residual stream of one size and its attention peaked."""
