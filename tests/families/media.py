@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Media:
 
     text: the decoder's name in recipes.TEXT; build: a model of a text config; features: embeddings [n, width] of a
     tile, float32 [1, 3, height, width]; tiles: what mtmd shows of a picture, uint8 [height, width, 3], in the order of
-    its image chunks; size: of the picture, height and width; joined: tiles follow each other, so that they are one image;
+    its image chunks; size: of the picture, height and width; joined: tiles follow each other and are one image;
     markers: special tokens that the family's prompts have.
     """
 
@@ -56,7 +56,6 @@ class Media:
     size: tuple[int, int] = (SIDE, SIDE)
     joined: bool = False
     markers: tuple[str, ...] = ()
-    
 
     def make(self, lm: Any) -> Any:
         """The model around a decoder, F32."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cases import SEED
-from native_runtime import Model, Vision
+from native_runtime import Context, Image, Model, Vision
 
 from st3_edge.commands.bench import random_model
-from st3_edge.commands.bench.shapes import CLIP_L_336, SHAPES, Shape, Tower
+from st3_edge.commands.bench.shapes import SHAPES, Shape, Tower
 
 TEXT = Shape(2, 256, 4, 2, 512, n_vocab=272)
 TOWER = Tower(n_layer=2, n_embd=64, n_head=2, n_ff=128, image_size=56, patch_size=14)
@@ -32,12 +33,23 @@ def test_rows_that_do_not_divide_into_blocks_are_refused(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("file_type", ["Q4_0", "Q4_K", "Q8_0"])
-def test_every_shape_can_be_written_in_every_type(file_type: str) -> None:
-    """Breaks if a shape of the command line had rows that its type cannot hold."""
+def test_every_shape_can_be_written_in_its_types(file_type: str) -> None:
+    """Breaks if a shape of the command line had rows that its type cannot hold, and is not refused."""
     block = random_model.gguf.GGML_QUANT_SIZES[random_model.Kind[file_type]][0]
-    for shape in SHAPES.values():
-        assert all(t.dims[-1] % block == 0 for t in random_model.text_tensors(shape) if len(t.dims) > 1)
-        assert shape.n_visual % CLIP_L_336.n_visual == 0
+    for name, shape in SHAPES.items():
+        fits = all(t.dims[-1] % block == 0 for t in random_model.text_tensors(shape) if len(t.dims) > 1)
+        assert fits == (file_type in shape.types), name
+
+
+def test_biases_of_qwen2(rt, tmp_path: Path) -> None:
+    """Breaks if the file of another architecture than llama lacks what that has, or is not pruned."""
+    random_model.write_text(tmp_path / "a.gguf", replace(TEXT, n_layer=4, arch="qwen2"), "F16", SEED)
+    rng = np.random.default_rng(SEED)
+    image = Image(rng.standard_normal((64, TEXT.n_embd)).astype(np.float32), 8, 8)
+    keys = {"st3.preset": "st3", "st3.keep": 0.5, "st3.start": 1, "st3.stride": 1}
+    with Model(rt, tmp_path / "a.gguf", keys) as model, Context(model) as ctx:
+        assert ctx.prefill([[1, 5], image, [7, 8]]) == 0
+        assert ctx.report()["mode"] == "pruned-prefill" and np.isfinite(ctx.logits()).all()
 
 
 def test_a_picture_is_encoded(rt, tmp_path: Path) -> None:

@@ -59,6 +59,11 @@ def make_jobs(console: Console, arguments: argparse.Namespace, tell: Tell) -> tu
         if arguments.model or arguments.hf or arguments.image or arguments.question is not None:
             raise ConfigError("--shape is in place of --model, --mmproj, --image and --question")
         shape = SHAPES[arguments.shape]
+        if (arguments.type or TYPES[0]) not in shape.types:
+            raise ConfigError(
+                f"--type {arguments.type} does not divide the rows of {arguments.shape}: take "
+                + " or ".join(shape.types)
+            )
         visual, text, question = arguments.visual or shape.n_visual, arguments.text or TEXT, None
         folder = arguments.cache or cache_folder()
         model, mmproj, pictures = str(random_text(arguments.shape, arguments.type or TYPES[0], folder, tell)), None, []

@@ -95,6 +95,8 @@ def text_tensors(shape: Shape) -> Iterator[Tensor]:
         yield Tensor(f"blk.{i}.attn_q.weight", (s.n_embd, s.n_embd), s.qk_gain * in_std)
         yield Tensor(f"blk.{i}.attn_k.weight", (kv, s.n_embd), s.qk_gain * in_std)
         yield Tensor(f"blk.{i}.attn_v.weight", (kv, s.n_embd), in_std)
+        for name, n in (("q", s.n_embd), ("k", kv), ("v", kv)) if s.arch == "qwen2" else ():
+            yield Tensor(f"blk.{i}.attn_{name}.bias", (n,), 0.1)
         yield Tensor(f"blk.{i}.attn_output.weight", (s.n_embd, s.n_embd), 2 * calm * in_std)
         yield Tensor(f"blk.{i}.ffn_norm.weight", (s.n_embd,), 0.1, 1.0)
         yield Tensor(f"blk.{i}.ffn_gate.weight", (s.n_ff, s.n_embd), in_std)
@@ -147,11 +149,11 @@ def write_text(
     metadata: Mapping[str, str | int | float] | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Writes a `llama` text model. `metadata` adds keys (int as u32, float as f32); `progress` gets the share done.
+    """Writes a text model. `metadata` adds keys (int as u32, float as f32); `progress` gets the share done.
 
     Raises ValueError where the shape's rows do not divide into blocks of that type.
     """
-    w = gguf.GGUFWriter(path, "llama")
+    w = gguf.GGUFWriter(path, shape.arch)
     w.add_name("random weights")
     w.add_file_type(FILE_TYPES[file_type])
     w.add_quantization_version(gguf.GGML_QUANT_VERSION)
