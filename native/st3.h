@@ -96,8 +96,7 @@ LLAMA_API double st3_prefill_flops(const struct llama_model * model, int32_t n_r
 //
 // A pruned prompt whose question is taken back, or a part of it (llama_memory_seq_rm up to the sequence's end), waits again, so
 // that another question chooses other tokens, and the same one gives the same answer. For that its embeddings are kept.
-LLAMA_API void
-st3_announce_image(struct llama_context * ctx, int32_t n, int32_t nx, int32_t ny, const char * picture);
+LLAMA_API void st3_announce_image(struct llama_context * ctx, int32_t n, int32_t nx, int32_t ny, const char * picture);
 
 // Prefills pieces into sequence seq_id from position p0 on, where the sequence ends (0 if it is empty; with M-RoPE at or after
 // its end); logits of the last

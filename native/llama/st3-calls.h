@@ -48,8 +48,8 @@ void st3_record_attention(
 // At the end of a layer: drops visual tokens where the schedule cuts. Returns the rows that go on, of cur F32 [n_embd, n_rows];
 // inp_pos I32 [n_rows], null where there is none, *inp_scale F32 [1, 1, n_rows], which layers read by row as well, and g.n_tokens
 // follow.
-ggml_tensor * st3_cut(
-        llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& inp_pos, int il, ggml_tensor ** inp_scale = nullptr);
+ggml_tensor *
+st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& inp_pos, int il, ggml_tensor ** inp_scale = nullptr);
 
 // In build_inp_out_ids: the output rows as the last stage numbers them, or null for the stock ones.
 ggml_tensor * st3_build_inp_out_ids(const llm_graph_context & g);

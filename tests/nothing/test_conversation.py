@@ -14,6 +14,7 @@ from st3_edge.runtime.conversation import (
     Span,
     common_prefix,
     n_positions,
+    pieces_of,
     reusable,
 )
 
@@ -206,3 +207,16 @@ def test_a_visual_token_is_at_the_position_that_its_image_gives_it(units):
         pass
     expected = [unit for unit in units for _ in range(unit.n if isinstance(unit, Image) else 1)]
     assert conversation.n_visual == sum(isinstance(unit, Image) for unit in expected)
+
+
+def test_tiles_of_a_picture_with_nothing_between_are_one_image() -> None:
+    """Breaks if tiles are given to the runtime one by one, or other pictures, or text between, are joined."""
+    a = [Image("a", part, 4) for part in range(3)]
+    b = Image("b", 0, 4)
+    visual = {unit: Visual(np.full((4, 2), i, np.float32), 2, 2) for i, unit in enumerate((*a, b))}
+    pieces = pieces_of([1, *a, b, 7, a[0], 8, a[1]], visual)
+    images = [piece for piece in pieces if isinstance(piece, Visual)]
+    assert [(len(v.embd), v.nx, v.ny) for v in images] == [(12, 2, 6), (4, 2, 2), (4, 2, 2), (4, 2, 2)]
+    assert images[0].embd[:, 0].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    wide = {a[0]: Visual(np.zeros((4, 2), np.float32), 2, 2), a[1]: Visual(np.zeros((6, 2), np.float32), 3, 2)}
+    assert [(p.nx, p.ny) for p in pieces_of(a[:2], wide) if isinstance(p, Visual)] == [(0, 0)]
