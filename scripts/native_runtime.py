@@ -324,11 +324,12 @@ class Context:
     def _memory(self) -> object:
         return self.rt.llama.llama_get_memory(self.ptr)
 
-    def adapt(self, adapters: dict[object, float]) -> int:
+    def adapt(self, adapters: Sequence[tuple[object, float]]) -> int:
         """llama_set_adapters_lora with these strengths; returns its code."""
-        n = len(adapters)
-        pointers, scales = (C.c_void_p * n)(*adapters), (C.c_float * n)(*adapters.values())
-        return self.rt.llama.llama_set_adapters_lora(self.ptr, pointers, n, scales)
+        L, n = self.rt.llama, len(adapters)
+        pointers = (L.llama_adapter_lora_p_ctypes * n)(*(adapter for adapter, _ in adapters))
+        scales = (C.c_float * n)(*(strength for _, strength in adapters))
+        return L.llama_set_adapters_lora(self.ptr, pointers, n, scales)
 
     def clear(self) -> None:
         """Empty the cache."""

@@ -108,6 +108,8 @@ class Llava:
         mmproj_name = choose.beside(model_name) if mmproj_path is None else os.fspath(mmproj_path)
         adapters = _adapters(lora)
         header = check_pair(model_name, mmproj_name)
+        for adapter in adapters:
+            check_adapter(adapter, header)
 
         self.config = config = config or ST3Config()
         self.model_path, self.mmproj_path = model_name, mmproj_name
@@ -375,13 +377,12 @@ def _check_revisit(value: Any) -> None:
 
 
 def _adapters(lora: Path | Iterable[Path] | Mapping[Path, float]) -> dict[str, float]:
-    """Paths of adapters and their strengths. Raises ConfigError for a strength that is no number, ModelError for a file
-    that is no adapter."""
+    """Paths of adapters and their strengths. Raises ConfigError for a strength that is no number."""
     if isinstance(lora, str | os.PathLike):
         lora = (lora,)
     result = {}
     for path, strength in lora.items() if isinstance(lora, Mapping) else ((path, 1.0) for path in lora):
         if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
             raise ConfigError(f"the strength of an adapter is a number, not {strength!r}")
-        result[check_adapter(os.fspath(path))] = float(strength)
+        result[os.fspath(path)] = float(strength)
     return result

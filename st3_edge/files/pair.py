@@ -77,12 +77,13 @@ def check_pair(model: str, mmproj: str) -> gguf.Header:
     return header
 
 
-def check_adapter(path: str) -> str:
-    """The path of a LoRA adapter; raises ModelError where its header is no adapter's."""
-    metadata = gguf.read_header(path, "adapter").metadata
-    if (metadata.get("general.type"), metadata.get("adapter.type")) != ("adapter", "lora"):
+def check_adapter(path: str, model: gguf.Header) -> None:
+    """Raises ModelError where a file is no LoRA adapter, or one that upstream aborts the process for."""
+    header = gguf.read_header(path, "adapter")
+    if tuple(header.metadata.get(key) for key in ("general.type", "adapter.type")) != ("adapter", "lora"):
         raise ModelError(f"adapter {path!r} is no LoRA adapter: convert_lora_to_gguf.py of llama.cpp writes them")
-    return path
+    if "token_embd.weight.lora_a" in header.tensors and "output.weight" not in model.tensors:
+        raise ModelError(f"adapter {path!r} adapts token_embd, which llama.cpp cannot where it is the output as well")
 
 
 def _check_text(model: str, header: gguf.Header) -> None:

@@ -91,7 +91,8 @@ class TextModel:
         if adapters:
             n = len(adapters)
             scales = (ctypes.c_float * n)(*lora.values())
-            if self._lib.llama_set_adapters_lora(self.ctx, (ctypes.c_void_p * n)(*adapters), n, scales):
+            pointers = (self._lib.llama_adapter_lora_p_ctypes * n)(*adapters)
+            if self._lib.llama_set_adapters_lora(self.ctx, pointers, n, scales):
                 raise ModelError("the adapters cannot be applied together")
 
     def close(self) -> None:

@@ -36,7 +36,7 @@ class Made:
     most_error: float
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # it takes the log
 def rt() -> Iterator[native_runtime.Runtime]:
     """The libraries."""
     folder = native_runtime.lib_dir()

@@ -74,8 +74,10 @@ def main() -> None:
     """Serve jobs until the input ends."""
     sys.path.insert(0, sys.argv[1])
     import convert_hf_to_gguf as script
+    from conversion.llama import LlamaModel
 
     answers, sys.stdout = sys.stdout, sys.stderr
+    LlamaModel.set_vocab = set_vocab  # of the classes that others are built of
     plain_class, plain_architecture = script.get_model_class, script.get_model_architecture
     job: dict[str, Any] = {}
 

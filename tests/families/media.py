@@ -98,8 +98,6 @@ def write_by_converter(arch: str | None = None, preprocessor: dict[str, Any] | N
         (folder / "config.json").write_text(json.dumps(config, default=str))
         seen = {"image_mean": [MEAN] * 3, "image_std": [STD] * 3, **(preprocessor or {})}
         (folder / "preprocessor_config.json").write_text(json.dumps(seen))
-        markers = {str(recipes.SIZES["vocab_size"] - 2 + i): {"content": m} for i, m in enumerate(PIXTRAL)}
-        (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": markers}))
         converter(folder, out, mmproj=True, arch=arch)
 
     return write
@@ -138,26 +136,17 @@ def smolvlm(text: Any) -> Any:
     return hf.SmolVLMForConditionalGeneration(config)
 
 
+MORE = {"num_hidden_layers": 4}  # the converter takes the 3 of "mlp1.3" for the number of a layer
+
+
 def internvl(text: Any) -> Any:
-    vision = hf.InternVLVisionConfig(**{**TOWER, "image_size": [SIDE] * 2, "patch_size": [8, 8]}, attention_bias=True)
+    vision = hf.InternVLVisionConfig(
+        **{**TOWER, "image_size": [SIDE] * 2, "patch_size": [8, 8], **MORE}, attention_bias=True
+    )
     config = hf.InternVLConfig(
         vision_config=vision, text_config=text, image_token_id=3, downsample_ratio=0.5, max_dynamic_patch=4
     )
     return hf.InternVLForConditionalGeneration(config)
-
-
-def mistral3(text: Any) -> Any:
-    vision = hf.PixtralVisionConfig(**TOWER)
-    sizes = {"spatial_merge_size": 2, "vision_feature_layer": -1}
-    config = hf.Mistral3Config(vision_config=vision, text_config=text, image_token_index=3, **sizes)
-    return hf.Mistral3ForConditionalGeneration(config)
-
-
-def pixtral(text: Any) -> Any:
-    vision = hf.PixtralVisionConfig(**TOWER)
-    which = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
-    config = hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=3, **which)
-    return hf.LlavaForConditionalGeneration(config)
 
 
 def plain_features(model: Any, tile: torch.Tensor) -> torch.Tensor:
@@ -168,20 +157,6 @@ def one_more_axis(model: Any, tile: torch.Tensor) -> torch.Tensor:
     return tensor_of(model.get_image_features(pixel_values=tile[None]))
 
 
-def with_breaks(merge: int) -> Callable[[Any, torch.Tensor], torch.Tensor]:
-    """Pixtral's: a break token between rows of patches, which mtmd counts to the image."""
-
-    def features(model: Any, tile: torch.Tensor) -> torch.Tensor:
-        sizes = torch.tensor([[tile.shape[2], tile.shape[3]]])
-        out = tensor_of(model.get_image_features(pixel_values=tile, image_sizes=sizes))
-        mark = model.get_input_embeddings()(torch.tensor([recipes.SIZES["vocab_size"] - 2]))
-        rows = out.split(tile.shape[3] // (8 * merge))
-        return torch.cat([x for row in rows for x in (row, mark)][:-1])
-
-    return features
-
-
-PIXTRAL = ("[IMG_BREAK]", "[IMG_END]")
 IDEFICS3 = ("\n", "\n\n", "<fake_token_around_image>", "<global-img>")
 TILED = (*IDEFICS3, *(f"<row_{y}_col_{x}>" for y in range(1, 5) for x in range(1, 5)))
 
@@ -211,6 +186,4 @@ MEDIA = {
         joined=True,
         markers=("<img>", "</img>"),
     ),
-    "mistral3": Media("mistral3", mistral3, with_breaks(2), write_by_converter(), alone, markers=PIXTRAL),
-    "pixtral": Media("llama", pixtral, with_breaks(1), write_by_converter(), alone, markers=PIXTRAL),
 }
