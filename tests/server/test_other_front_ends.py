@@ -60,7 +60,7 @@ def test_llama_mtmd_cli_by_hand(scenes):
     # broken if the override did not reach its context: a picture that is gone after layer 1 is described otherwise
     off = mtmd_cli(scenes)
     assert off == mtmd_cli(scenes, "--override-kv", "st3.preset=str:off")
-    assert off == mtmd_cli(scenes, "--override-kv", "st3.preset=str:pvtp,st3.budget=float:1.0")
+    assert off == mtmd_cli(scenes, "--override-kv", "st3.preset=str:pvtp,st3.budget=float:1.0,st3.vision_type=str:file")
     assert off != mtmd_cli(scenes, "--override-kv", "st3.preset=str:vtw,st3.start=int:1")
 
 
