@@ -101,6 +101,9 @@ class st3_writer {
 
   private:
     void append(const void * p, size_t n) {
+        if (n == 0) {
+            return;  // an empty vector's data() may be null, which memcpy must not be handed
+        }
         io.write(p, n);
         if (!counts) {
             sum.add(p, n);
