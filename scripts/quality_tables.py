@@ -107,11 +107,15 @@ def lines(head: list[str], cells: list[list[str]]) -> list[str]:
     return ["", *("| " + " | ".join(c) + " |" for c in (head, ["---"] * len(head), *cells))]
 
 
+def asked_of_all(rows: list[dict]) -> dict[str, int]:
+    """How often each measure was asked, or 0 where some row lacks it: rows may know more, from other grids."""
+    return {k: n if all(row["asked"][k] for row in rows) else 0 for k, n in rows[0]["asked"].items()}
+
+
 def shares_table(rows: list[dict], measures: tuple[str, ...]) -> list[str]:
     """Shares right and KL."""
-    asked = rows[0]["asked"]
-    shares = [k for k in measures if asked[k]]
-    kl = [k for k in KL if all(row["asked"][k] for row in rows)]
+    asked = asked_of_all(rows)
+    shares, kl = ([k for k in some if asked[k]] for some in (measures, KL))
     held, tokens = "held" in rows[0], "tokens" in rows[0]
     cells = []
     for row in rows:
@@ -126,7 +130,9 @@ def shares_table(rows: list[dict], measures: tuple[str, ...]) -> list[str]:
 
 def differences_table(rows: list[dict], against: str | None = None) -> list[str]:
     """Differences with their intervals: to all, or to one."""
-    spans = list(dict.fromkeys(k for row in rows for k in row if " - " in k and (against in (None, k.split(" - ")[1]))))
+    asked = asked_of_all(rows)
+    keys = dict.fromkeys(k for row in rows for k in row if " - " in k)
+    spans = [k for k in keys if asked[k.split(" - ")[0]] and against in (None, k.split(" - ")[1])]
     if not spans:
         return []
     values = [[row["name"], *(row.get(k) for k in spans)] for row in rows[1:]]
@@ -141,7 +147,7 @@ def markdown(rows: list[dict], about: dict) -> str:
     grid = GRIDS[about["grid"]]
     styles = list(dict.fromkeys(row["style"] for row in rows))
     first = [row for row in rows if row["style"] == styles[0]]
-    asked = first[0]["asked"]
+    asked = asked_of_all(first)
     counted = ", ".join(f"{asked[k]:,} {what}" for k, what in COUNTED.items() if asked[k])
     names = " and ".join(s for s in styles if s != ALL)
     notes = [
