@@ -48,12 +48,7 @@ def job(args: argparse.Namespace) -> Job:
         visual=shape.n_visual if shape else 0,
         text=64,
         generate=args.generate,
-        n_ctx=None,
-        n_ubatch=None,
         n_threads=args.threads,
-        n_gpu_layers=0,
-        kv_type="f16",
-        repack=True,
     )
 
 

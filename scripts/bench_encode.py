@@ -83,12 +83,7 @@ def side(args: argparse.Namespace, ours: bool, file_type: str, n: int) -> Side:
         visual=0,
         text=16,
         generate=1,
-        n_ctx=None,
-        n_ubatch=None,
         n_threads=args.threads,
-        n_gpu_layers=0,
-        kv_type="f16",
-        repack=True,
     )
     return Side("ours" if ours else "stock", job, {"ST3_VISION_KERNELS": args.kernels} if args.kernels else None)
 

@@ -11,6 +11,8 @@ from st3_edge import St3Error, demo
 from st3_edge.commands.serve import command as serve
 from st3_edge.native import libraries
 
+TALLY: dict[str, int] = {}  # what tests count against their oracles
+
 # What the tests of a folder need; each raises St3Error where it is missing. CI has all of it.
 NEEDS = {
     "model": (demo.model_paths, libraries.check_present),
@@ -60,3 +62,29 @@ def upstream() -> Path:
     from emulator import build  # found by the folders that need it
 
     return build.upstream_tree()
+
+
+@pytest.fixture(scope="session")
+def native_folder() -> Path:
+    """Where the libraries lie. Their absence is a failure, not a reason to skip: who asks for it is about them."""
+    from native_runtime import lib_dir  # found by the folders that need it
+
+    folder = lib_dir()
+    if folder is None:
+        pytest.fail("no native libraries: build the package (pip install .) or set ST3_LIB_DIR", pytrace=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tally() -> dict[str, int]:
+    """Counters that the end of the run prints."""
+    return TALLY
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the counters and the seed."""
+    if TALLY:
+        from cases import SEED  # found by the folders that count
+
+        words = ", ".join(f"{v} {k}" for k, v in TALLY.items())
+        terminalreporter.write_line(f"against the oracle (seed {SEED}): {words}")

@@ -16,14 +16,11 @@ for folder in (ROOT / "tests", ROOT / "tests" / "native", ROOT / "scripts"):
         sys.path.insert(0, str(folder))
 
 import native_runtime  # noqa: E402
-from cases import SEED  # noqa: E402
 
 from families.convert import Converter  # noqa: E402
 
 if TYPE_CHECKING:  # where torch is missing, the tests are skipped
     from families.reference import HfDecoder
-
-TALLY: dict[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -37,12 +34,9 @@ class Made:
 
 
 @pytest.fixture(scope="package")  # it takes the log
-def rt() -> Iterator[native_runtime.Runtime]:
+def rt(native_folder: Path) -> Iterator[native_runtime.Runtime]:
     """The libraries."""
-    folder = native_runtime.lib_dir()
-    if folder is None:
-        pytest.fail("no native libraries: build the package (pip install .) or set ST3_LIB_DIR", pytrace=False)
-    made = native_runtime.Runtime(folder)
+    made = native_runtime.Runtime(native_folder)
     yield made
     made.close()
 
@@ -79,16 +73,3 @@ def text_model(converter: Converter, tmp_path_factory: pytest.TempPathFactory) -
         return made[name, asked]
 
     return make
-
-
-@pytest.fixture(scope="session")
-def tally() -> dict[str, int]:
-    """Counters that the end of the run prints."""
-    return TALLY
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the counters and the seed."""
-    if TALLY:
-        words = ", ".join(f"{v} {k}" for k, v in TALLY.items())
-        terminalreporter.write_line(f"families against their oracles (seed {SEED}): {words}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gguf
@@ -57,6 +58,15 @@ def talk(ctx: Context, made: Made, tally: dict[str, int], seq: int = 0) -> Conve
     return Conversation(ctx, made.oracle, s, "F32", tally, made.name, seq, most_error={"F32": made.most_error})
 
 
+@contextlib.contextmanager
+def conversation(rt, made: Made, tally: dict[str, int]) -> Iterator[tuple[Context, Conversation]]:
+    """A model with KEYS and one conversation of it, which is closed and counted where nothing failed."""
+    with Model(rt, made.path, KEYS) as model, Context(model, n_ctx=512, **EXACT) as ctx:
+        t = talk(ctx, made, tally)
+        yield ctx, t
+        t.close()
+
+
 @families
 def test_off_is_hugging_face(rt, text_model: Callable[[str], Made], tally, name: str) -> None:
     """Breaks if the converted model is another than Hugging Face's: text, an image, text, and tokens one by one."""
@@ -99,42 +109,36 @@ def test_off_is_stock(text_model: Callable[[str], Made], tmp_path: Path, name: s
 def test_pruned_is_the_oracle(rt, text_model: Callable[[str], Made], tally, name: str) -> None:
     """Breaks if the call of the cut is not at the end of a layer, or anything that a layer reads by row stays long."""
     made = text_model(name)
-    with Model(rt, made.path, KEYS) as model, Context(model, n_ctx=512, **EXACT) as ctx:
-        t = talk(ctx, made, tally)
+    with conversation(rt, made, tally) as (ctx, t):
         t.prefill(prompt(made))
         report = ctx.report()
         assert (report["mode"], report["reason"]) == ("pruned-prefill", None)
         full = made.oracle.prefill(prompt(made))
         assert oracle.nmse(full.logits, t.result.logits) > 1e-4, "nothing depends on what was dropped"
-        t.close()
 
 
 @families
 def test_annealing_is_the_oracle(rt, text_model: Callable[[str], Made], tally, name: str) -> None:
     """Breaks if a record, a count, a position or a weight is wrong while the answer grows."""
     made = text_model(name)
-    with Model(rt, made.path, KEYS) as model, Context(model, n_ctx=512, **EXACT) as ctx:
-        t = talk(ctx, made, tally)
+    with conversation(rt, made, tally) as (ctx, t):
         t.prefill(prompt(made))
         before = ctx.report()["held"]
         for token in words(7, N_STEPS):
             t.step(token)
         assert sum(ctx.report()["held"]) < sum(before)
-        t.close()
 
 
 @families
 def test_a_second_picture_is_the_oracle(rt, text_model: Callable[[str], Made], tally, name: str) -> None:
     """Breaks if a later prompt shares quota, score or positions with an earlier one, or pictures of one prompt do."""
     made = text_model(name)
-    with Model(rt, made.path, KEYS) as model, Context(model, n_ctx=512, **EXACT) as ctx:
-        t = talk(ctx, made, tally)
+    with conversation(rt, made, tally) as (_, t):
         t.prefill(prompt(made))
         t.step(11)
         t.prefill([picture(made, 1, 6, 5), [4], picture(made, 2, 5, 8), words(3, 9)])
         for token in words(8, 3):
             t.step(token)
-        t.close()
 
 
 @families
@@ -164,10 +168,8 @@ def test_a_saved_state_goes_on_the_same(rt, text_model: Callable[[str], Made], n
 def test_evict_only_is_the_oracle(rt, text_model: Callable[[str], Made], tally, name: str) -> None:
     """Breaks if an image that was computed in full is cut down by another rule: values choose who stands for whom."""
     made = text_model(name)
-    with Model(rt, made.path, KEYS) as model, Context(model, n_ctx=512, **EXACT) as ctx:
-        t = talk(ctx, made, tally)
+    with conversation(rt, made, tally) as (ctx, t):
         t.picture(picture(made))
         t.text(words(4, 20))
         assert ctx.report()["mode"] == "evict-only"
         t.step(9)
-        t.close()

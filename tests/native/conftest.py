@@ -21,21 +21,18 @@ from emulator import build  # noqa: E402
 
 from st3_edge.commands.bench import random_model  # noqa: E402
 
-TALLY: dict[str, int] = {}
-
 
 @pytest.fixture(scope="session")
-def rt(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[native_runtime.Runtime]:
-    """The libraries. Their absence is a failure, not a reason to skip: this folder is about them.
+def rt(
+    request: pytest.FixtureRequest, native_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[native_runtime.Runtime]:
+    """The libraries.
 
     With $ST3_TEST_DEVICE all layers run on a device that is a GPU to ggml (emulator/counting_device.cpp).
     """
-    folder = native_runtime.lib_dir()
-    if folder is None:
-        pytest.fail("no native libraries: build the package (pip install .) or set ST3_LIB_DIR", pytrace=False)
-    made = native_runtime.Runtime(folder)
+    made = native_runtime.Runtime(native_folder)
     if ON_DEVICE:
-        library = build.device(request.getfixturevalue("upstream"), tmp_path_factory.mktemp("device"), folder)
+        library = build.device(request.getfixturevalue("upstream"), tmp_path_factory.mktemp("device"), native_folder)
         ctypes.CDLL(str(library)).device_register(b"")
         os.environ["ST3_GPU_LAYERS"] = "99"
     yield made
@@ -56,16 +53,3 @@ def random_gguf(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         return made[key]
 
     return make
-
-
-@pytest.fixture(scope="session")
-def tally() -> dict[str, int]:
-    """Counters that the end of the run prints."""
-    return TALLY
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the counters and the seed."""
-    if TALLY:
-        words = ", ".join(f"{v} {k}" for k, v in TALLY.items())
-        terminalreporter.write_line(f"against the oracle (seed {SEED}): {words}")

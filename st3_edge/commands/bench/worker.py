@@ -52,12 +52,12 @@ class Job:
     visual: int
     text: int
     generate: int
-    n_ctx: int | None
-    n_ubatch: int | None
-    n_threads: int | None
-    n_gpu_layers: int
-    kv_type: str
-    repack: bool
+    n_ctx: int | None = None
+    n_ubatch: int | None = None
+    n_threads: int | None = None
+    n_gpu_layers: int = 0
+    kv_type: str = "f16"
+    repack: bool = True
 
 
 class Worker:
