@@ -76,7 +76,7 @@ def choice_grid(budgets: tuple[float, ...]) -> list[Config]:
 def anneal_grid(budgets: tuple[float, ...]) -> list[Config]:
     """Annealing alone and after a pruned prefill: curves, floors, lengths and scores around the default."""
     out = [config("off")]
-    middle = (CURVES[0], FLOORS[1], LENGTHS[1])
+    middle = (CURVES[0], FLOORS[0], LENGTHS[1])  # the default
     curves = [
         middle,
         *((c, *middle[1:]) for c in CURVES[1:]),
@@ -106,7 +106,7 @@ def long_grid(budgets: tuple[float, ...]) -> list[Config]:
         out.append(config(stay, {"off": "off"}, preset="pvtp", budget=b))
         against = {"off": "off", "no annealing": stay}
         out.append(config(f"st3 @ {b:g}", against, preset="st3", budget=b))
-        out.append(config(f"st3 floor 0.5 @ {b:g}", against, preset="st3", budget=b, anneal_floor=0.5))
+        out.append(config(f"st3 floor 0.3 @ {b:g}", against, preset="st3", budget=b, anneal_floor=0.3))
     return out
 
 

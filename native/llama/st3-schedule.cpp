@@ -51,7 +51,7 @@ constexpr double ONE_LAYER      = 1e-9;  // a stride of a layer: a cut after eac
 const char * const DEFAULT_SCORE = "text-max";
 
 constexpr uint32_t DEFAULT_ANNEAL_TOKENS = 64;
-constexpr double   DEFAULT_ANNEAL_FLOOR  = 0.3;
+constexpr double   DEFAULT_ANNEAL_FLOOR  = 0.5;
 
 const preset PRESETS[] = {
   // name          start    stride   keep  min  least score            coverage  random  merge  distance anneal

@@ -71,7 +71,7 @@ class Schedule:
     seed: int = 0
     anneal: str = "none"
     anneal_tokens: int = 64
-    anneal_floor: float = 0.3
+    anneal_floor: float = 0.5
     anneal_interval: int = 1
     anneal_terms: tuple[Term, ...] = ()
     anneal_random: bool = False
@@ -180,7 +180,7 @@ def resolve(
     seed: int = 0,
     anneal: str | None = None,
     anneal_tokens: int = 64,
-    anneal_floor: float = 0.3,
+    anneal_floor: float = 0.5,
     anneal_interval: int = 1,
     anneal_score: str | None = None,
 ) -> Schedule:

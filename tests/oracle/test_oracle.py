@@ -109,7 +109,7 @@ def test_annealing_defaults() -> None:
         s = schedule.resolve(16, preset)
         assert s.anneal == ("linear" if preset in ("st3", "paper") else "none")
         assert s.merge == (preset in ("st3", "pvtp")) and schedule.resolve(16, preset, merge=True).merge
-        assert (s.anneal_tokens, s.anneal_floor, s.anneal_interval) == (64, 0.3, 1)
+        assert (s.anneal_tokens, s.anneal_floor, s.anneal_interval) == (64, 0.5, 1)
         assert s.anneal_random == (preset == "random")
         assert schedule.resolve(16, preset, anneal="cosine").anneal == "cosine"
     assert schedule.resolve(16, score="text-max-sum").anneal_terms == schedule.Term.parse("text-max-sum")
