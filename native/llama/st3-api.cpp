@@ -51,6 +51,9 @@ uint32_t n_rows(const st3_piece * pieces, size_t n_pieces) {
     return (uint32_t) n;
 }
 
+// Whether tokens of an image see those after them, where mtmd decodes it.
+bool images_see_ahead(const llama_context * ctx) { return ctx->get_model().arch == LLM_ARCH_GEMMA3; }
+
 void check_pieces(const llama_context * ctx, const st3_piece * pieces, size_t n_pieces) {
     const int32_t n_vocab = ctx->get_model().vocab.n_tokens();
 
@@ -61,6 +64,8 @@ void check_pieces(const llama_context * ctx, const st3_piece * pieces, size_t n_
         if (p.embd) {
             require(p.nx >= 0 && p.ny >= 0 && ((p.nx == 0 && p.ny == 0) || int64_t(p.nx) * p.ny == p.n),
                     format("an image of %d tokens is no grid of %d x %d", p.n, p.nx, p.ny));
+            require(!images_see_ahead(ctx) || (uint32_t) p.n <= ctx->get_cparams().n_ubatch,
+                    format("an image of %d tokens that see each other does not fit n_ubatch", p.n));
         } else {
             for (int32_t j = 0; j < p.n; ++j) {
                 require(p.tokens[j] >= 0 && p.tokens[j] < n_vocab,
@@ -124,6 +129,12 @@ int32_t decode_pieces(
     for (size_t i = 0; i < n_pieces; ++i) {
         const auto & p = pieces[i];
         announce(mem, p);
+
+        const bool causal = ctx->get_causal_attn();
+        ctx->set_causal_attn(causal && !(p.embd && images_see_ahead(ctx)));
+        const auto restore = [=](llama_context * c) { c->set_causal_attn(causal); };
+        const std::unique_ptr<llama_context, decltype(restore)> guard(ctx, restore);
+
         for (int32_t j = 0; j < p.n; j += n_batch) {
             const int32_t n    = std::min(n_batch, p.n - j);
             const bool    last = i + 1 == n_pieces && j + n == p.n;

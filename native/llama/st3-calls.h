@@ -15,6 +15,7 @@ struct llama_model;
 struct llama_model_kv_override;
 struct llm_graph_context;
 class llm_graph_input_attn_kv;
+class llm_graph_input_attn_kv_iswa;
 
 //
 // llama_model
@@ -36,6 +37,10 @@ st3_create_memory(const llama_model & model, const llama_memory_params & params,
 
 // In build_attn_inp_kv: the attention inputs of all stages, or null for the stock ones.
 llm_graph_input_attn_kv * st3_build_attn_inp(const llm_graph_context & g);
+
+// The same in build_attn_inp_kv_iswa; and in build_attn, what it goes on with, or null for the stock one.
+llm_graph_input_attn_kv_iswa * st3_build_attn_inp_iswa(const llm_graph_context & g);
+llm_graph_input_attn_kv *      st3_inp_of(llm_graph_input_attn_kv_iswa * inp);
 
 // In build_attn: the inputs of the stage that layer il belongs to.
 llm_graph_input_attn_kv * st3_stage_inp(llm_graph_input_attn_kv * inp, int il);

@@ -35,27 +35,87 @@ const std::vector<st3_record> & st3_memory_context::records() const {
     return i_cur < works.size() ? works[i_cur].records : none;
 }
 
-void st3_memory_context::add_weights(uint32_t stage, const llama_ubatch & ubatch, ggml_tensor * mask) const {
-    const int64_t n_kv = mask->ne[0];
+// Adds bias to the element of a mask of a ubatch for a row and a cell.
+static void add_to_mask(ggml_tensor * mask, uint32_t row, uint32_t cell, float bias) {
+    const size_t at = row * mask->ne[0] + cell;
+    if (mask->type == GGML_TYPE_F16) {
+        auto & x = ((ggml_fp16_t *) mask->data)[at];
+        x        = ggml_fp32_to_fp16(ggml_fp16_to_fp32(x) + bias);
+    } else {
+        ((float *) mask->data)[at] += bias;
+    }
+}
 
+void st3_memory_context::add_weights(uint32_t stage, const llama_ubatch & ubatch, ggml_tensor * mask) const {
     for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
         const llama_seq_id seq_id = ubatch.seq_id_unq[s];
         mem->each_weight(seq_id, stage, [&](uint32_t cell, float weight) {
             const float bias = std::log(weight);
             for (uint32_t row = 0; row < ubatch.n_tokens; ++row) {
-                if (ubatch.seq_id[row][0] != seq_id) {  // which the mask is written for
-                    continue;
-                }
-                const size_t at = row * n_kv + cell;
-                if (mask->type == GGML_TYPE_F16) {
-                    auto & x = ((ggml_fp16_t *) mask->data)[at];
-                    x        = ggml_fp32_to_fp16(ggml_fp16_to_fp32(x) + bias);
-                } else {
-                    ((float *) mask->data)[at] += bias;
+                if (ubatch.seq_id[row][0] == seq_id) {  // which the mask is written for
+                    add_to_mask(mask, row, cell, bias);
                 }
             }
         });
     }
+}
+
+void st3_memory_context::see_ahead(uint32_t stage, ggml_tensor * mask) const {
+    const auto & cells = row_cells(stage);
+    for (size_t i = 0; i < plan_->spans.size(); ++i) {
+        const uint32_t begin = plan_->row(stage, i);
+        const uint32_t end   = begin + plan_->counts[stage][i];
+        for (uint32_t row = begin; row < end && !plan_->spans[i].causal; ++row) {
+            for (uint32_t later = row + 1; later < end; ++later) {
+                const size_t at = row * mask->ne[0] + cells[later];
+                if (mask->type == GGML_TYPE_F16) {
+                    ((ggml_fp16_t *) mask->data)[at] = ggml_fp32_to_fp16(0.0f);
+                } else {
+                    ((float *) mask->data)[at] = 0.0f;
+                }
+            }
+        }
+    }
+}
+
+void st3_memory_context::add_window(uint32_t stage, const llama_ubatch & ubatch, ggml_tensor * mask) const {
+    for (uint32_t row = 0; row < ubatch.n_tokens; ++row) {
+        const llama_seq_id seq_id = ubatch.seq_id[row][0];
+        for (const auto & [pos, cell] : mem->stage(stage).get_cells(seq_id).seq_pos_get(seq_id)) {
+            if (ubatch.pos[row] - pos < mem->n_window()) {
+                break;
+            }
+            add_to_mask(mask, row, cell, -INFINITY);
+        }
+    }
+}
+
+bool st3_memory_context::exceeds_window(const llama_ubatch & ubatch) const {
+    if (works.empty()) {  // memory is asked for
+        return mem->n_window() > 0;
+    }
+    for (uint32_t row = 0; row < ubatch.n_tokens && mem->n_window() > 0; ++row) {
+        for (int32_t i = 0; i < ubatch.n_seq_id[row]; ++i) {
+            const llama_seq_id seq_id = ubatch.seq_id[row][i];
+            const llama_pos    first  = mem->seq_pos_min(seq_id);
+            if (first >= 0 && ubatch.pos[row] - first >= mem->n_window()) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+std::vector<float> st3_memory_context::cell_positions(uint32_t stage, int64_t n) const {
+    const llama_seq_id seq_id = plan_->ubatches[0].seq_id[0][0];
+
+    std::vector<float> res(n);
+    for (const auto & [pos, cell] : mem->stage(stage).get_cells(seq_id).seq_pos_get(seq_id)) {
+        if (cell < n) {
+            res[cell] = (float) pos;
+        }
+    }
+    return res;
 }
 
 bool st3_memory_context::next() {

@@ -40,6 +40,7 @@ static bool has_cuts(llm_arch arch) {
         case LLM_ARCH_GRANITE:
         case LLM_ARCH_GRANITE_MOE:
         case LLM_ARCH_GEMMA:
+        case LLM_ARCH_GEMMA3:
         case LLM_ARCH_CHATGLM: return true;
         default: return false;
     }
@@ -49,8 +50,9 @@ std::string st3_unsupported(const llama_model & model, const llama_memory_params
     if (!has_cuts(model.arch)) {
         return format("architecture %s is not among those that can be pruned", model.arch_name().c_str());
     }
-    if (model.hparams.is_swa_any()) {
-        return "models with sliding-window attention are not supported yet";
+    if (model.hparams.is_swa_any() &&
+        !(model.arch == LLM_ARCH_GEMMA3 && model.hparams.swa_type == LLAMA_SWA_TYPE_STANDARD)) {
+        return "sliding-window attention is supported with gemma3 alone";
     }
     if (model.hparams.f_max_alibi_bias > 0.0f || model.hparams.attn_soft_cap) {
         return "models with ALiBi or attention soft-capping are not supported yet";

@@ -32,6 +32,31 @@ static ggml_tensor * seen_by(const llm_graph_context & g, const llama_layer & la
     return g.build_norm(rows, layer.attn_norm, layer.attn_norm_b, norm, il);
 }
 
+void st3_graph_input::add_windows(ggml_context * ctx0, uint32_t stage, ggml_tensor * pos) {
+    if (!windows) {
+        return;
+    }
+    for (const int place : { HOST, DEVICE }) {
+        auto &        inp  = *stages[stage].graph[place];
+        ggml_tensor * mask = inp.self_kq_mask;
+        const int64_t n_kv = mask->ne[0];
+        const int64_t n    = mask->ne[1];
+
+        ggml_tensor * of_row  = ggml_cast(ctx0, first_of(ctx0, pos, n), GGML_TYPE_F32);
+        ggml_tensor * of_cell = ggml_cont(ctx0, as_column(ctx0, slices.at(stages[stage].cell_pos)[place]));
+        of_cell = ggml_set_rows(ctx0, of_cell, as_column(ctx0, of_row), slices.at(stages[stage].row_cells)[place]);
+
+        // 1 where the row's position is less than the window after the cell's; 0 in the mask, and else minus infinity
+        ggml_tensor * ahead =
+                ggml_sub(ctx0, ggml_repeat_4d(ctx0, as_vector(ctx0, of_cell), n_kv, n, 1, 1), as_column(ctx0, of_row));
+        ahead = ggml_step(ctx0, ggml_scale_bias(ctx0, ahead, 1.0f, (float) hparams.n_swa));
+
+        auto & window           = *stages[stage].window[place];
+        window.self_kq_mask     = ggml_add(ctx0, mask, ggml_cast(ctx0, ggml_log(ctx0, ahead), mask->type));
+        window.self_kq_mask_cnv = window.self_kq_mask;
+    }
+}
+
 ggml_tensor *
 st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& inp_pos, int il, ggml_tensor ** inp_scale) {
     auto * inp  = st3_find_input(g);
@@ -199,6 +224,7 @@ st3_cut(llm_graph_context & g, ggml_tensor * cur, ggml_tensor *& inp_pos, int il
         ggml_tensor * scale = gather(ggml_reshape_2d(ctx, *inp_scale, 1, (*inp_scale)->ne[2]), true);
         *inp_scale          = ggml_reshape_3d(ctx, scale, 1, 1, scale->ne[1]);
     }
+    inp->add_windows(ctx, stage + 1, inp_pos);
     if (g.hparams.n_deepstack_layers > 0) {
         // what the layers to come add to the rows lies behind the rows' own input
         ggml_tensor * in  = g.res->t_inp_embd;

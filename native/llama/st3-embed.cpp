@@ -1,5 +1,6 @@
 #include "st3-embed.h"
 
+#include <cmath>
 #include <cstring>
 #include <numeric>
 
@@ -15,6 +16,16 @@ static std::vector<float> rows_of(const ggml_tensor * t, int64_t first, int64_t 
         ggml_get_type_traits(t->type)->to_float(raw.data(), res.data(), (int64_t) res.size());
     }
     return res;
+}
+
+// What the graph multiplies tokens by, and embeddings not.
+static float embedding_scale(const llama_model & model) {
+    const auto & hparams = model.hparams;
+
+    if (model.arch == LLM_ARCH_GEMMA3) {
+        return sqrtf((float) hparams.n_embd);
+    }
+    return hparams.f_embedding_scale != 0.0f && hparams.n_deepstack_layers > 0 ? hparams.f_embedding_scale : 1.0f;
 }
 
 st3_embedder::st3_embedder(const llama_model & model, const llama_adapter_loras & loras) : model(model) {
@@ -35,8 +46,8 @@ void st3_embedder::embed(llama_token token, float * out) const {
             out[i] += adapter.scale * std::inner_product(a.begin(), a.end(), &adapter.b[i * a.size()], 0.0f);
         }
     }
-    const float scale = model.hparams.f_embedding_scale;
-    if (scale != 0.0f && model.hparams.n_deepstack_layers > 0) {
+    const float scale = embedding_scale(model);
+    if (scale != 1.0f) {
         for (size_t i = 0; i < row.size(); ++i) {
             out[i] *= scale;
         }

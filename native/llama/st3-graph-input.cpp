@@ -4,6 +4,7 @@
 #include "st3-ops.h"
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 
 using namespace st3_ops;
@@ -13,7 +14,8 @@ st3_graph_input::st3_graph_input(const llm_graph_context & g, const st3_memory_c
     ctx(ctx),
     sched(g.sched),
     generation(ctx->generation()),
-    planned(ctx->plan()) {
+    planned(ctx->plan()),
+    windows(ctx->exceeds_window(g.ubatch)) {
     const auto & schedule = ctx->schedule();
 
     std::vector<ggml_tensor *> hosts;
@@ -41,7 +43,15 @@ st3_graph_input::st3_graph_input(const llm_graph_context & g, const st3_memory_c
             inp->self_k_rot = add(mctx_s->build_input_k_rot(g.ctx0));
             inp->self_v_rot = add(mctx_s->build_input_v_rot(g.ctx0));
         }
-        stages.push_back({ std::move(inp), {} });
+        stage_t stage;
+        stage.host = std::move(inp);
+        if (windows && planned && s > 0) {  // the host does not know the positions of the rows that stay
+            stage.cell_pos  = add(ggml_new_tensor_1d(g.ctx0, GGML_TYPE_F32, mctx_s->get_n_kv()));
+            stage.row_cells = add(ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I32, ubatch.n_tokens));
+        } else if (windows) {
+            stage.window_mask = add(ggml_dup_tensor(g.ctx0, stage.host->self_kq_mask));
+        }
+        stages.push_back(std::move(stage));
     }
 
     for (const auto & record : ctx->records()) {
@@ -126,7 +136,12 @@ void st3_graph_input::pack(ggml_context * ctx0, const std::vector<ggml_tensor *>
             inp->self_kq_mask_cnv = inp->self_kq_mask;
             inp->self_k_rot       = at(first.self_k_rot);
             inp->self_v_rot       = at(first.self_v_rot);
-            stage.graph[place]    = std::move(inp);
+            if (windows) {
+                stage.window[place]                   = std::make_unique<llm_graph_input_attn_kv>(*inp);
+                stage.window[place]->self_kq_mask     = at(stage.window_mask);
+                stage.window[place]->self_kq_mask_cnv = at(stage.window_mask);
+            }
+            stage.graph[place] = std::move(inp);
         }
     }
 }
@@ -149,8 +164,20 @@ void st3_graph_input::set_input(const llama_ubatch * ubatch) {
     for (uint32_t s = 0; s < stages.size(); ++s) {
         const auto & rows = planned ? plan()->ubatches[s] : *ubatch;
         stages[s].host->set_input(&rows);
-        if (stages[s].host->self_kq_mask->data) {
-            ctx->add_weights(s, rows, stages[s].host->self_kq_mask);
+        auto * mask = stages[s].host->self_kq_mask;
+        if (mask->data) {
+            if (planned) {
+                ctx->see_ahead(s, mask);
+            }
+            ctx->add_weights(s, rows, mask);
+            if (auto * window = stages[s].window_mask) {
+                memcpy(window->data, mask->data, ggml_nbytes(mask));
+                ctx->add_window(s, rows, window);
+            }
+        }
+        if (stages[s].cell_pos) {
+            set(stages[s].cell_pos, ctx->cell_positions(s, stages[s].cell_pos->ne[0]).data());
+            set(stages[s].row_cells, ctx->row_cells(s).data());
         }
     }
     ctx->attach(out, sched);
@@ -179,7 +206,7 @@ bool st3_graph_input::can_reuse(const llm_graph_params & params) {
 
     // the graph of a pruned prompt is for that prompt alone
     if (!next || next->plan() || planned || stages.size() != next->n_stage() || generation != next->generation() ||
-        recorders.size() != next->records().size()) {
+        recorders.size() != next->records().size() || windows != next->exceeds_window(params.ubatch)) {
         return false;
     }
     for (size_t i = 0; i < recorders.size(); ++i) {

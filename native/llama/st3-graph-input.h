@@ -22,7 +22,10 @@ class st3_graph_input : public llm_graph_input_attn_kv {
     bool can_reuse(const llm_graph_params & params) override;
 
     // The inputs of the stage that layer il belongs to.
-    llm_graph_input_attn_kv * stage(int il) { return stages[ctx->schedule().stage(il)].graph[place(il)].get(); }
+    llm_graph_input_attn_kv * stage(int il) {
+        const auto & s = stages[ctx->schedule().stage(il)];
+        return windows && hparams.is_swa(il) ? s.window[place(il)].get() : s.graph[place(il)].get();
+    }
 
     // Where layer il reads an input that the host writes.
     ggml_tensor * slice(const ggml_tensor * host, int il) const { return slices.at(host)[place(il)]; }
@@ -62,6 +65,9 @@ class st3_graph_input : public llm_graph_input_attn_kv {
     // The log weights of visual tokens are added to the masks of a stage, at their cells.
     void add_weights(ggml_context * ctx, uint32_t stage);
 
+    // The masks of a stage's layers with a sliding window, from those of the others. pos I32: the positions of its rows first.
+    void add_windows(ggml_context * ctx, uint32_t stage, ggml_tensor * pos);
+
   private:
     enum { HOST, DEVICE };
 
@@ -69,6 +75,13 @@ class st3_graph_input : public llm_graph_input_attn_kv {
     struct stage_t {
         std::unique_ptr<llm_graph_input_attn_kv> host;
         std::unique_ptr<llm_graph_input_attn_kv> graph[2];
+        std::unique_ptr<llm_graph_input_attn_kv> window[2];  // of layers with a sliding window
+
+        // with windows, the host's: the mask of these layers; or of a cut prompt the positions of cells F32 [n_kv], and the cells of
+        // its rows I32 [n_rows]
+        ggml_tensor * window_mask = nullptr;
+        ggml_tensor * cell_pos    = nullptr;
+        ggml_tensor * row_cells   = nullptr;
     };
 
     int place(int il) const { return ctx->device(il) ? DEVICE : HOST; }
@@ -83,6 +96,20 @@ class st3_graph_input : public llm_graph_input_attn_kv {
     ggml_backend_sched_t sched;
     uint64_t             generation;  // of the tensors that the graph has views of
     bool                 planned;
+    bool                 windows;  // some row is too far from some cell for a sliding window
+};
+
+// The same for the graphs of models with sliding windows, which ask for inputs of that type.
+class st3_graph_input_iswa : public llm_graph_input_attn_kv_iswa {
+  public:
+    explicit st3_graph_input_iswa(st3_graph_input * inp) :
+        llm_graph_input_attn_kv_iswa(inp->hparams, inp->cparams, nullptr),
+        inp(inp) {}
+
+    void set_input(const llama_ubatch *) override {}
+    bool can_reuse(const llm_graph_params &) override { return true; }
+
+    st3_graph_input * const inp;
 };
 
 // The inputs of a graph with per-stage memory, or null.

@@ -18,6 +18,20 @@ llm_graph_input_attn_kv * st3_build_attn_inp(const llm_graph_context & g) {
     return static_cast<llm_graph_input_attn_kv *>(g.res->add_input(std::make_unique<st3_graph_input>(g, ctx)));
 }
 
+llm_graph_input_attn_kv_iswa * st3_build_attn_inp_iswa(const llm_graph_context & g) {
+    auto * inp = static_cast<st3_graph_input *>(st3_build_attn_inp(g));
+    if (!inp) {
+        return nullptr;
+    }
+    return static_cast<llm_graph_input_attn_kv_iswa *>(g.res->add_input(std::make_unique<st3_graph_input_iswa>(inp)));
+}
+
+llm_graph_input_attn_kv * st3_inp_of(llm_graph_input_attn_kv_iswa * inp) {
+    auto * iswa = dynamic_cast<st3_graph_input_iswa *>(inp);
+
+    return iswa ? iswa->inp : nullptr;
+}
+
 llm_graph_input_attn_kv * st3_stage_inp(llm_graph_input_attn_kv * inp, int il) {
     auto * st3 = dynamic_cast<st3_graph_input *>(inp);
 
@@ -171,7 +185,7 @@ uint32_t st3_graph_extra_nodes(const llama_memory_i * memory, uint32_t n_tokens)
 
     // generous: about 10 nodes a layer, term and sequence to record, 20 an image, term and cut to select and gather, 40
     // an image and cut to merge, 10 a part
-    return 16 * (n_records + mem->n_stage()) * mem->n_seq_max +
+    return 16 * (n_records + mem->n_stage()) * mem->n_seq_max + (mem->n_window() > 0 ? 32 * mem->n_stage() : 0) +
            32 * (uint32_t) schedule.cuts.size() * mem->graph_images() *
                    (n_terms + (schedule.merge || schedule.distance ? 4 : 2)) +
            16 * schedule.n_layer * n_parts;

@@ -51,6 +51,8 @@ ggml_backend_dev_t st3_memory::device(int32_t il) const {
 
 const llama_layer & st3_memory::layer(int32_t il) const { return model.layers[il]; }
 
+int32_t st3_memory::n_window() const { return model.hparams.is_swa_any() ? (int32_t) model.hparams.n_swa : 0; }
+
 uint32_t st3_memory::n_used(llama_seq_id seq_id) const {
     uint32_t res = 0;
     for (const auto & s : stages) {

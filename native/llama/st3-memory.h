@@ -137,6 +137,9 @@ class st3_memory : public llama_memory_i {
     // Where the keys of a layer are; null: in the host's memory, with the CPU.
     ggml_backend_dev_t device(int32_t il) const;
 
+    // Of layers with a sliding window; 0: there are none.
+    int32_t n_window() const;
+
     // Changes whenever any stage's tensors are replaced.
     uint64_t generation() const;
 
@@ -249,8 +252,18 @@ class st3_memory_context : public llama_memory_context_i {
 
     const llama_layer & layer(int32_t il) const { return mem->layer(il); }
 
-    // Adds to the mask that the host wrote for a stage the logarithms of the weights of images that were there before.
+    // To the mask that the host wrote for a stage: the logarithms of the weights of images that were there before; those tokens
+    // of the plan's images that see each other; what is too far away for a sliding window.
     void add_weights(uint32_t stage, const llama_ubatch & ubatch, ggml_tensor * mask) const;
+    void see_ahead(uint32_t stage, ggml_tensor * mask) const;
+    void add_window(uint32_t stage, const llama_ubatch & ubatch, ggml_tensor * mask) const;
+
+    // Whether a row of a ubatch is too far from a cell that it sees for the model's sliding window.
+    bool exceeds_window(const llama_ubatch & ubatch) const;
+
+    // Of a plan: the positions of a stage's first n cells, 0 where there is none, and the cells of its rows.
+    std::vector<float>            cell_positions(uint32_t stage, int64_t n) const;
+    const std::vector<uint32_t> & row_cells(uint32_t stage) const { return slots[stage][0].idxs[0]; }
 
     st3_plan * plan() const { return plan_.get(); }
 

@@ -34,9 +34,10 @@ uint32_t st3_prompt::n_before(llama_pos p) const {
 }
 
 void st3_prompt::add_image(
-        const st3_announced & image, const float * rows, const std::vector<st3_pos> & at, uint32_t n_embd) {
+        const st3_announced & image, const float * rows, const std::vector<st3_pos> & at, uint32_t n_embd,
+        bool causal) {
     if (image.begins()) {
-        images.push_back({ n_rows(), 0, 0, 0 });
+        images.push_back({ n_rows(), 0, 0, 0, causal });
         keep = keep && image.keep;
     }
     tokens.insert(tokens.end(), at.size(), LLAMA_TOKEN_NULL);
@@ -67,7 +68,8 @@ st3_prompt st3_prompt::part(uint32_t begin, uint32_t end) const {
         const uint32_t last  = std::min(span.row + span.n, end);
         if (first < last) {
             const bool whole = last - first == span.n;
-            res.images.push_back({ first - begin, last - first, whole ? span.nx : last - first, whole ? span.ny : 1u });
+            res.images.push_back(
+                    { first - begin, last - first, whole ? span.nx : last - first, whole ? span.ny : 1u, span.causal });
         }
     }
     return res;

@@ -16,6 +16,7 @@ struct st3_span {
     uint32_t n;
     uint32_t nx;
     uint32_t ny;
+    uint32_t causal;  // 0: its tokens see those after them, too
 };
 
 // What the next embeddings are, as st3_announce_image() says: `left` of the n tokens of an image are still to come, which
@@ -63,7 +64,9 @@ struct st3_prompt {
         pos.push_back(at);
     }
     // Tokens of an image, embd F32 [at.size()][n_embd].
-    void add_image(const st3_announced & image, const float * embd, const std::vector<st3_pos> & at, uint32_t n_embd);
+    void add_image(
+            const st3_announced & image, const float * embd, const std::vector<st3_pos> & at, uint32_t n_embd,
+            bool causal);
 
     // Rows [begin, end).
     st3_prompt part(uint32_t begin, uint32_t end) const;

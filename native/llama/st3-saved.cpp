@@ -142,9 +142,16 @@ st3_prompt st3_get_prompt(st3_reader & r, const llama_model & model, uint32_t ve
         prompt.pos    = r.get<st3_pos>(count);
         prompt.tokens = r.get<llama_token>(count);
     }
-    const uint64_t n    = r.get<uint64_t>();
-    prompt.embd         = r.get<float>(n);
-    prompt.images       = r.get<st3_span>(r.get<uint32_t>());
+    const uint64_t n   = r.get<uint64_t>();
+    prompt.embd        = r.get<float>(n);
+    const auto n_spans = r.get<uint32_t>();
+    if (version < 5) {
+        for (const auto & [row, n_of, nx, ny] : r.get<std::array<uint32_t, 4>>(n_spans)) {
+            prompt.images.push_back({ row, n_of, nx, ny, /*causal*/ 1 });
+        }
+    } else {
+        prompt.images = r.get<st3_span>(n_spans);
+    }
     const auto n_rows   = prompt.n_rows();
     const auto n_images = std::count(prompt.tokens.begin(), prompt.tokens.end(), LLAMA_TOKEN_NULL);
 
@@ -157,7 +164,7 @@ st3_prompt st3_get_prompt(st3_reader & r, const llama_model & model, uint32_t ve
     uint64_t seen = 0;  // rows up to the end of an image
     for (const auto & span : prompt.images) {
         ok = ok && span.n > 0 && span.row >= seen && span.row + (uint64_t) span.n <= n_rows &&
-             uint64_t(span.nx) * span.ny == span.n;
+             uint64_t(span.nx) * span.ny == span.n && span.causal <= 1;
         seen = span.row + (uint64_t) span.n;
         for (uint32_t i = 0; ok && i < span.n; ++i) {
             ok = prompt.tokens[span.row + i] == LLAMA_TOKEN_NULL;

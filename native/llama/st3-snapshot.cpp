@@ -7,7 +7,8 @@
 //     images  u32 n, then each: i32 sequence, its fields (version 1: without weights, all of which are 1; up to version 3:
 //             positions alone for places)
 //     prompts u32 n, then each: i32 sequence, u32 waits (else it was asked), its fields (from version 3 on; in version 3:
-//             the first position alone, from which the others count)
+//             the first position alone, from which the others count; up to version 4: images without whether they are causal,
+//             which all are)
 //     stages  each: u32 n cells, then each: i32 position, i32 shift not yet applied, i32 x, y, token, u32 n and i32 sequences
 //             and for each of its layers the rows of K, the rows of V
 //
@@ -27,7 +28,7 @@
 namespace {
 
 constexpr uint32_t MAGIC   = 0x53335453;  // "ST3S"
-constexpr uint32_t VERSION = 4;
+constexpr uint32_t VERSION = 5;
 
 struct header {
     uint32_t magic;

@@ -7,9 +7,10 @@
 #include "st3-memory.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
-std::string st3_why_not(const llama_context & ctx, uint32_t n) {
+std::string st3_why_not(const llama_context & ctx, uint32_t n, bool causal) {
     const auto & cparams = ctx.get_cparams();
     const auto & hparams = ctx.get_model().hparams;
 
@@ -22,7 +23,7 @@ std::string st3_why_not(const llama_context & ctx, uint32_t n) {
     if (cparams.embeddings || cparams.embeddings_nextn || std::count(layers.begin(), layers.end(), true) > 0) {
         return "embeddings are asked for";
     }
-    if (!hparams.causal_attn || !cparams.causal_attn) {
+    if (!hparams.causal_attn || !causal) {
         return "attention is not causal";
     }
     return "";
@@ -157,8 +158,8 @@ int st3_seam::decode_image(const llama_batch_ext & in, llama_seq_id seq_id) {
     const uint32_t lead   = prompt ? prompt->n_lead() : 0;
     const auto     left   = mem.waits.announced.left;
 
-    // tiles of a picture with nothing between them are one image
-    if (mem.waits.announced.begins() && mem.waits.same_picture(seq_id)) {
+    // tiles of a picture with nothing between them are one image, but for those that see only themselves
+    if (mem.waits.announced.begins() && mem.waits.same_picture(seq_id) && ctx.cparams.causal_attn) {
         const auto & list = mem.images.of(seq_id);
         if (prompt && prompt->ends_in_image()) {
             const auto & span = prompt->images.back();
@@ -176,7 +177,11 @@ int st3_seam::decode_image(const llama_batch_ext & in, llama_seq_id seq_id) {
     // and what one question asks about is all pruned in one way
     const bool beside = mem.has_unpruned(seq_id);
 
-    auto why = st3_why_not(ctx, held - lead + left);
+    // where its tokens see each other, they are computed by themselves in one piece, as upstream asks
+    const bool causal = ctx.cparams.causal_attn;
+    const bool piece  = causal || (mem.waits.announced.begins() && n == left && n <= ctx.cparams.n_ubatch);
+
+    auto why = st3_why_not(ctx, held - lead + left, piece);
     if (why.empty() && !ascending(in.tokens, prompt)) {
         why = "the places of the image's tokens do not ascend";
     }
@@ -218,9 +223,10 @@ int st3_seam::decode_text(const llama_batch_ext & in, const shares_t & shares) {
         const auto   n      = (uint32_t) share.rows.size();
         const auto * prompt = mem.waits.of(seq_id);
         const bool   image  = prompt && !prompt->images.empty();
-        const auto   why    = st3_why_not(ctx, (image ? prompt->n_rows() - prompt->n_lead() : 0) + n);
+        const auto   why =
+                st3_why_not(ctx, (image ? prompt->n_rows() - prompt->n_lead() : 0) + n, ctx.cparams.causal_attn);
         // backend samplers write where only one compute of the batch can
-        const bool   one    = ctx.sampling.samplers.empty() || shares.size() == 1;
+        const bool one = ctx.sampling.samplers.empty() || shares.size() == 1;
 
         if (image && why.empty() && one) {
             if (prompt->n_rows() + n > n_batch) {
@@ -353,7 +359,7 @@ void st3_seam::hold(const llama_batch_ext & in, llama_seq_id seq_id, const share
     for (const auto & row : in.tokens) {
         pos.push_back(row.pos);
     }
-    prompt.add_image(mem.waits.announced, in.embd.data(), pos, (uint32_t) in.n_embd);
+    prompt.add_image(mem.waits.announced, in.embd.data(), pos, (uint32_t) in.n_embd, ctx.cparams.causal_attn);
     mem.waits.announced.left -= (uint32_t) pos.size();
 }
 
@@ -406,21 +412,29 @@ int st3_seam::decode_waiting(llama_seq_id seq_id, uint32_t n_rows) {
     auto prompt = std::move(mem.waits.waiting.at(seq_id));
     mem.waits.waiting.erase(seq_id);
 
-    const auto announced = mem.waits.announced;                           // the caller's
-    const bool causal    = std::exchange(ctx.cparams.causal_attn, true);  // else they would not wait
+    const auto announced = mem.waits.announced;  // the caller's
+    const bool causal    = ctx.cparams.causal_attn;
 
     int res = 0;
     for (uint32_t i = 0; i < n_rows && res == 0;) {
-        uint32_t end = n_rows;
+        uint32_t end            = n_rows;
+        ctx.cparams.causal_attn = true;
         for (const auto & span : prompt.images) {
             if (i >= span.row && i < span.row + span.n) {
-                end                 = std::min(end, span.row + span.n);
-                mem.waits.announced = { span.n, span.nx, span.ny, span.n - (i - span.row), prompt.keep };
+                end                     = std::min(end, span.row + span.n);
+                ctx.cparams.causal_attn = span.causal;
+                mem.waits.announced     = { span.n, span.nx, span.ny, span.n - (i - span.row), prompt.keep };
             } else if (span.row > i) {
                 end = std::min(end, span.row);
             }
         }
         end = std::min(end, i + n_batch);
+        if (!ctx.cparams.causal_attn && end - i > ctx.cparams.n_ubatch) {  // a state of another context
+            LLAMA_LOG_ERROR(
+                    "%s: an image of %u tokens that see each other needs n_ubatch of as many\n", __func__, end - i);
+            res = -1;
+            break;
+        }
         res = ctx.decode_now(make_batch(prompt.part(i, end), seq_id, false));
         i   = end;
     }

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from cases import SEED
 from native_runtime import Context, Image
+from oracle import gemma3, mrope
 from oracle import llama as oracle
-from oracle import mrope
 from oracle.schedule import Schedule
 
 NEAR_TIE = 1e-4
@@ -29,7 +29,7 @@ AGAIN = 12  # runs with noise, at most
 @lru_cache(maxsize=8)
 def of_file(path: Path) -> oracle.Decoder:
     """The oracle of a file."""
-    return mrope.Decoder(path) if mrope.is_for(path) else oracle.Decoder(path)
+    return next((m for m in (mrope, gemma3) if m.is_for(path)), oracle).Decoder(path)
 
 
 def decoder(source: Path | oracle.Decoder) -> oracle.Decoder:

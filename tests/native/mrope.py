@@ -1,4 +1,4 @@
-"""Tiny random models with M-RoPE, and a context that lets the oracle name their tokens by row.
+"""Tiny random models of other architectures, and a context that lets the oracle name tokens with M-RoPE by row.
 
 The oracle, and the conversations beside it, know a token by the number of its row in the sequence; in the cache the
 tokens of an image share a position.
@@ -23,13 +23,14 @@ from st3_edge.commands.bench.shapes import Shape
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture and a tiny shape of it."""
+    """An architecture and a tiny shape of it. metadata: further keys, without the architecture's name."""
 
     arch: str
     shape: Shape
-    sections: tuple[int, int, int, int]
+    sections: tuple[int, int, int, int] | None = None
     n_deepstack: int = 0
     n_expert: int = 0
+    metadata: tuple[tuple[str, int | float], ...] = ()
 
     @property
     def n_embd_inp(self) -> int:
@@ -54,6 +55,9 @@ def tensors(f: Family) -> Iterator[Tensor]:
         yield t
         if name in ("attn_q", "attn_k", "attn_v") and f.arch == "qwen2vl":
             yield Tensor(f"{layer}.{name}.bias", t.dims[:1], 0.3)
+        if f.arch == "gemma3" and name == "attn_norm":
+            for post in ("post_attention_norm", "post_ffw_norm"):
+                yield Tensor(f"{layer}.{post}.weight", t.dims, 0.1, 0.6)
         if name in ("attn_q", "attn_k") and f.arch != "qwen2vl":
             yield Tensor(f"{layer}.{name}_norm.weight", (f.shape.head,), 0.1, 1.2)
         if name == "ffn_norm" and f.n_expert:
@@ -71,7 +75,10 @@ def write(path: Path, f: Family, seed: int) -> Path:
     w.add_head_count_kv(s.n_head_kv)
     w.add_layer_norm_rms_eps(1e-5)
     w.add_rope_freq_base(s.rope_base)
-    w.add_array(f"{f.arch}.rope.dimension_sections", list(f.sections))
+    for key, value in f.metadata:
+        (w.add_uint32 if isinstance(value, int) else w.add_float32)(f"{f.arch}.{key}", value)
+    if f.sections:
+        w.add_array(f"{f.arch}.rope.dimension_sections", list(f.sections))
     if f.n_deepstack:
         w.add_uint32(f"{f.arch}.n_deepstack_layers", f.n_deepstack)
     if f.n_expert:

@@ -22,12 +22,12 @@ def take_apart(raw: bytes) -> tuple[bytes, bytes]:
     start = raw.index(MAGIC)
     version, length = struct.unpack_from("<IQ", raw, start + 4)
     body = raw[start + 16 :][:length]
-    assert version == 4
+    assert version == 5
     assert raw[start + 16 + length :] == struct.pack("<Q", checksum(body))
     return raw[:start], body
 
 
-def put_together(head: bytes, body: bytes, version: int = 4) -> bytes:
+def put_together(head: bytes, body: bytes, version: int = 5) -> bytes:
     """A state with a right checksum, whatever is in it."""
     total = struct.pack("<Q", checksum(body))
     parts = (body, total) if version >= 4 else (total, body)

@@ -97,7 +97,8 @@ def test_there_are_no_owners_where_nothing_was_merged(rt, path) -> None:
 
 
 def as_version(raw: bytes, version: int) -> bytes:
-    """A saved state of one image as it was: in 3, with positions for places, and 1, before weights and prompts too."""
+    """A saved state of one image as it was: in 4, where all images were causal, 3, with positions for places, and 1,
+    before weights and prompts too."""
     head, body = saved.take_apart(raw)
     at, out = 0, b""
 
@@ -124,7 +125,7 @@ def as_version(raw: bytes, version: int) -> bytes:
     _, n_images = keep("iI")
     assert n_images == 1
     _, n, *_ = keep("i5I2Q")
-    put(f"{n}i", *take(f"{3 * n}i")[::3])
+    put(f"{n}i", *take(f"{3 * n}i")[::3]) if version < 4 else keep(f"{3 * n}i")
     keep(f"{keep('I')[0]}I")
     keep(f"{n * keep('I')[0]}f")  # scores
     if version == 1:
@@ -135,10 +136,13 @@ def as_version(raw: bytes, version: int) -> bytes:
         for _ in range(keep("I")[0]):
             keep("iI")
             (n_rows,) = take("I")
-            put("iI", take(f"{4 * n_rows}i")[0], n_rows)
+            places = take(f"{4 * n_rows}i")
+            put("iI", places[0], n_rows) if version == 3 else put(f"I{4 * n_rows}i", n_rows, *places)
             keep(f"{n_rows}i")
             keep(f"{keep('Q')[0]}f")
-            keep(f"{4 * keep('I')[0]}I")
+            for _ in range(keep("I")[0]):
+                keep("4I")
+                take("I")  # whether it is causal
     return saved.put_together(head, out + body[at:], version)
 
 
@@ -149,7 +153,12 @@ def test_states_of_older_versions_are_read(rt, path) -> None:
         at = ctx.positions()[1] + 1
         state = ctx.save(0)
         want = answer(ctx, at)
-        for raw, same in ((state, True), (as_version(state, 3), True), (as_version(state, 1), False)):
+        for raw, same in (
+            (state, True),
+            (as_version(state, 4), True),
+            (as_version(state, 3), True),
+            (as_version(state, 1), False),
+        ):
             with Context(model, n_ctx=512) as other:
                 assert other.restore(raw, 0) > 0
                 got = answer(other, at)
@@ -157,7 +166,7 @@ def test_states_of_older_versions_are_read(rt, path) -> None:
 
 
 def test_a_prompt_of_an_older_version_is_read_again(rt, path) -> None:
-    """Breaks if the positions of a prompt that may be asked anew are lost on the way from version 3."""
+    """Breaks if a prompt that may be asked anew is not read as it was written, its positions or its images."""
     image = Image(np.random.default_rng([SEED, 32]).standard_normal((64, SHAPE.n_embd)).astype(np.float32), 8, 8)
     with Model(rt, path, KEYS) as model, Context(model, n_ctx=512) as ctx:
         assert ctx.decode([1, 5], 0) == 0
@@ -165,7 +174,7 @@ def test_a_prompt_of_an_older_version_is_read_again(rt, path) -> None:
         assert ctx.decode([7, 8, 9], 66) == 0
         assert ctx.report()["mode"] == "pruned-prefill"
         want, state = ctx.logits(), ctx.save(0)
-        for raw in (state, as_version(state, 3)):
+        for raw in (state, as_version(state, 4), as_version(state, 3)):
             with Context(model, n_ctx=512) as other:
                 assert other.restore(raw, 0) > 0
                 assert other.seq_rm(0, 68)

@@ -298,8 +298,12 @@ class Decoder:
             out = rounding.sum_in_f16(p, of_head, self.noise.permutation(of_head.shape[1]))
         else:
             out = rounding.rotate(p @ of_head, turn_v)
-        x = x + out.swapaxes(0, 1).reshape(len(x), -1) @ self.w(f"blk.{i}.attn_output.weight").T
+        x = x + self._joined(i, out.swapaxes(0, 1).reshape(len(x), -1))
         return x + self._ffn(i, self._norm(x, f"blk.{i}.ffn_norm.weight")), q, now
+
+    def _joined(self, i: int, heads: Array) -> Array:
+        """What the heads [n, n_head * head] of a layer's attention add to the rows."""
+        return heads @ self.w(f"blk.{i}.attn_output.weight").T
 
     def _ffn(self, i: int, y: Array) -> Array:
         gate = y @ self.w(f"blk.{i}.ffn_gate.weight").T
