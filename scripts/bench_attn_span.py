@@ -30,7 +30,7 @@ from st3_edge.native.machine import provenance  # noqa: E402
 CPU, GPU = 0, 1
 COLD = 512 << 20  # bytes of keys in a graph, beyond any cache
 COPIES = 8  # in a graph: the launch must not be what is timed
-MAX = 1  # GGML_ATTN_SPAN_MAX: the default is text-max
+MAX = 1  # GGML_ATTN_SPAN_MAX
 MAX_OPS = 1024
 RUNS = 20
 D = 128

@@ -97,7 +97,7 @@ def one_row(c: Config, style: str, rows: Rows, ids: list[tuple[str, int]], talli
         row["held"] = round(100 * float(np.mean(held)), 1)
     for word, other in c.against.items():
         for k in UNITS:
-            if other in tallies and row["asked"][k]:
+            if other in tallies and np.any((t[k] * tallies[other][k])[:, 1]):  # some scene asked both
                 row[f"{k} - {word}"] = interval(t[k], tallies[other][k], np.random.default_rng(1))
     return row
 

@@ -48,7 +48,7 @@ constexpr double DEFAULT_BUDGET = 0.20;
 constexpr double NO_MORE        = 1.0;   // a stride of all layers: one cut only
 constexpr double ONE_LAYER      = 1e-9;  // a stride of a layer: a cut after each
 
-const char * const DEFAULT_SCORE = "text-max";
+const char * const DEFAULT_SCORE = "text-mean";
 
 constexpr uint32_t DEFAULT_ANNEAL_TOKENS = 64;
 constexpr double   DEFAULT_ANNEAL_FLOOR  = 0.5;

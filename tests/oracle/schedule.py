@@ -19,7 +19,7 @@ from functools import lru_cache
 
 import numpy as np
 
-DEFAULT_SCORE = "text-max"
+DEFAULT_SCORE = "text-mean"
 RANKS = ("score", "distance")
 CURVES = ("none", "linear", "cosine", "exponential")
 PRESETS = ("off", "st3", "pvtp", "paper", "fastv", "pyramiddrop", "vtw", "random", "downsample")
