@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,8 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
+    if sys.platform == "win32":  # opens no folder
+        return
     # The rename itself is on the disk only when the folder is.
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -56,10 +56,10 @@ def peak_memory() -> int:
     peak = _kib("/proc/self/status", "VmHWM")
     if peak is not None:
         return peak
-    if sys.platform == "win32":
-        return _windows_peak()
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    if sys.platform != "win32":
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
+    return _windows_peak()
 
 
 def _windows_peak() -> int:

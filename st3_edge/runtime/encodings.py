@@ -47,7 +47,7 @@ class Encodings:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._folder.chmod(0o700)
             with replacing(self._path(image)) as file:
-                os.fchmod(file.fileno(), 0o600)
+                Path(file.name).chmod(0o600)
                 np.savez(file, embd=visual.embd, grid=np.array([visual.nx, visual.ny]))
             self._trim()
 

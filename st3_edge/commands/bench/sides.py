@@ -111,7 +111,7 @@ class Side:
     def _last_words(self) -> str:
         assert self._process and self._errors
         code = self._process.wait()
-        if code == -signal.SIGKILL:
+        if sys.platform != "win32" and code == -signal.SIGKILL:
             return ": it was killed, as systems do where memory runs out"
         self._errors.seek(0)
         lines = [line for line in self._errors if line.strip()]
