@@ -45,7 +45,6 @@ from st3_edge.commands.bench.shapes import SHAPES, TYPES  # noqa: E402
 from st3_edge.commands.serve import command  # noqa: E402
 from st3_edge.files.output import cache_folder  # noqa: E402
 from st3_edge.native.machine import provenance  # noqa: E402
-from st3_edge.prompts.templates import VICUNA  # noqa: E402
 
 SIDES = ("stock", "off", "evict", "st3")
 CASES = ("cli", "one", "four")
@@ -65,12 +64,12 @@ class Bench:
         if args.shape:
             cache = cache_folder()
             self.files = random_text(args.shape, args.type, cache), random_vision(SHAPES[args.shape].n_embd, cache)
-            self.n_predict, self.template = 4, PLAIN
+            self.n_predict, self.template = 4, ["--chat-template", PLAIN]
             # a token each, behind the BOS token, the new line, and SentencePiece's space
             self.words = "x" * (N_TEXT - 3)
         else:
             self.files = demo.model_paths()
-            self.n_predict, self.template = 24, VICUNA
+            self.n_predict, self.template = 24, []  # its own
             self.words = QUESTION
 
     def program(self, side: str, name: str) -> str:
@@ -82,8 +81,7 @@ class Bench:
     def options(self, side: str) -> list[str]:
         """What both programs take."""
         model, mmproj = map(str, self.files)
-        options = ["-m", model, "--mmproj", mmproj, "-t", str(self.args.threads), "-c", "8192"]
-        options += ["--chat-template", self.template]
+        options = ["-m", model, "--mmproj", mmproj, "-t", str(self.args.threads), "-c", "8192", *self.template]
         batch = N_VISUAL if side == "evict" else 2048
         options += ["-b", str(batch), "-ub", str(min(batch, 512))]
         if side in ("evict", "st3"):

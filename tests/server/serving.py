@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -111,6 +112,12 @@ class Server:
 
 def text(answer: Json) -> str:
     return str(answer["choices"][0]["message"]["content"]).strip()
+
+
+def growth(sizes: list[int]) -> float:
+    """How much larger the last fifth is than the second, medians: the first one warms up."""
+    fifth = len(sizes) // 5
+    return statistics.median(sizes[-fifth:]) / statistics.median(sizes[fifth : 2 * fifth]) - 1
 
 
 Start = Callable[..., Server]

@@ -14,10 +14,13 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from serving import LONG, Server, Start, data_url, message, text
+from serving import LONG, Server, Start, data_url, growth, message, text
 
 SEED = 20241220
 TIE = 0.25  # nats
+FLAT = 0.03  # growth of resident memory
+# Earlier prompts, which llama-server keeps up to 8 GiB of: as few as fill up while memory is not looked at yet.
+KEPT_MIB = "32"
 
 
 def png(width: int, height: int) -> bytes:
@@ -188,14 +191,15 @@ def test_too_little_room_for_all_slots(start_server: Start, scenes):
     alive(server, scenes)
 
 
-def test_memory_stays_flat_over_a_hundred_pictures(server: Server, scenes):
+def test_memory_stays_flat_over_a_hundred_pictures(start_server: Start, scenes):
     # broken by a leak of pictures, embeddings or cells
-    for i in range(20):
+    server = start_server("-np", "4", "-c", "8192", "--cache-ram", KEPT_MIB)
+    sizes = []
+    for i in range(125):
         server.ask(scenes[i % 5].questions[0][0], scenes[i % 5].picture, cache_prompt=False)
-    before = server.resident()
-    for i in range(100):
-        server.ask(scenes[i % 5].questions[0][0], scenes[i % 5].picture, cache_prompt=False)
-    assert server.resident() - before < 16e6
+        sizes.append(server.resident())
+    print(f"{sizes[25] / 1e6:.1f} MB, {growth(sizes):+.1%}")
+    assert growth(sizes) < FLAT
 
 
 def mixed(scenes, n: int):
@@ -238,17 +242,19 @@ def sure(answer) -> tuple[str, bool]:
     return said.strip(), True
 
 
-def test_under_load_every_answer_is_the_one_alone(server: Server, scenes):
+def test_under_load_every_answer_is_the_one_alone(start_server: Start, scenes):
     # broken if slots mixed, or a request that was cancelled left something behind
+    server = start_server("-np", "4", "-c", "8192", "--cache-ram", KEPT_MIB)
+    sizes = []
     requests = list(mixed(scenes, 500 if LONG else 60))
     alone = [
         None if hangs_up else sure(server.chat(**{**body, "cache_prompt": False, "logprobs": True, "top_logprobs": 2}))
         for body, hangs_up in requests
     ]
-    before = server.resident()
 
     def send(item) -> str | None:
         body, hangs_up = item
+        sizes.append(server.resident())
         if not hangs_up:
             return text(server.chat(**body))
         with contextlib.suppress(OSError):
@@ -265,7 +271,8 @@ def test_under_load_every_answer_is_the_one_alone(server: Server, scenes):
     ]
     assert sum(bool(expected and expected[1]) for expected in alone) > 0.6 * len(alone)
     assert not [(str(messages)[-200:], *rest) for messages, *rest in wrong]
-    assert server.resident() - before < 64e6
+    print(f"{len(requests)} requests; {sizes[0] / 1e6:.1f} MB, {growth(sizes):+.1%}")
+    assert not LONG or growth(sizes) < FLAT
 
 
 def hostile(scenes, n: int):
