@@ -65,8 +65,8 @@ class Bench:
             cache = cache_folder()
             self.files = random_text(args.shape, args.type, cache), random_vision(SHAPES[args.shape].n_embd, cache)
             self.n_predict, self.template = 4, ["--chat-template", PLAIN]
-            # a token each, behind the BOS token, the new line, and SentencePiece's space
-            self.words = "x" * (N_TEXT - 3)
+            # a token each, behind the BOS token, the new line, and the three bytes of SentencePiece's space
+            self.words = "x" * (N_TEXT - 5)
         else:
             self.files = demo.model_paths()
             self.n_predict, self.template = 24, []  # its own
