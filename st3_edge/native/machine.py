@@ -46,6 +46,20 @@ def default_threads() -> tuple[int, int]:
     return usable if usable <= 4 else usable // 2, usable
 
 
+def load() -> float:
+    """Programs that were running or waiting over the last minute; 0 on Windows, which does not count them."""
+    if sys.platform == "win32":
+        return 0.0
+    return os.getloadavg()[0]
+
+
+def memory() -> int | None:
+    """The machine's bytes; None on Windows, where Python does not tell."""
+    if sys.platform == "win32":
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def available_memory() -> int | None:
     """Bytes that can be used without swapping; None where the system does not tell (other than Linux)."""
     return _kib("/proc/meminfo", "MemAvailable")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shlex
 import sys
@@ -54,7 +53,7 @@ class _Bench:
 
     def __init__(self, console: Console, arguments: argparse.Namespace) -> None:
         self._console, self._arguments = console, arguments
-        self._load = os.getloadavg()[0]
+        self._load = machine.load()
         self._stopped = self._together = False
         self._jobs: tuple[Job, Job] | None = None
         self._sides: tuple[Side, ...] = ()
@@ -98,7 +97,7 @@ class _Bench:
             "machine": {
                 "processor": machine.processor(),
                 "cpus": machine.usable_cpus(),
-                "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+                "memory_bytes": machine.memory(),
                 "system": platform.platform(),
                 "load_before": self._load,
                 "versions": doctor.versions(),
