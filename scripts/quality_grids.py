@@ -10,7 +10,7 @@ from quality_answers import BANDS
 
 OTHERS = ("paper", "fastv", "pyramiddrop", "random", "downsample")
 CURVES, FLOORS, LENGTHS = ("linear", "cosine", "exponential"), (0.5, 0.3, 0.1), (32, 64, 128)
-ANNEAL_SCORES = ("last-mean", "last-max", "text-mean")  # beside the default, which is the schedule's own
+ANNEAL_SCORES = ("last-mean", "last-max", "text-max")  # beside the default, which is the schedule's own
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def choice_grid(budgets: tuple[float, ...]) -> list[Config]:
             "rank score": {"rank": "score"},
             "stride 1": {**rank, "stride": 1},
             **{f"min_share {share:g}": {**rank, "min_share": share} for share in (0.2 * b, 0.35 * b)},
-            **{f"score {score}": {**rank, "score": score} for score in ("last-mean-sum", "text-mean")},
+            **{f"score {score}": {**rank, "score": score} for score in ("last-mean-sum", "text-max")},
             "coverage 0.25": {**rank, "coverage": 0.25},
             "no merging": {**rank, "merge": False},
         }
