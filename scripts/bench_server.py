@@ -64,7 +64,7 @@ class Bench:
         if args.shape:
             cache = cache_folder()
             self.files = random_text(args.shape, args.type, cache), random_vision(SHAPES[args.shape].n_embd, cache)
-            self.n_predict, self.template = 4, ["--chat-template", PLAIN]
+            self.n_predict, self.template = 4, ["--jinja", "--chat-template", PLAIN]
             # a token each, behind the BOS token, the new line, and the three bytes of SentencePiece's space
             self.words = "x" * (N_TEXT - 5)
         else:

@@ -11,8 +11,16 @@ bool st3_is_llava(const std::string & mmproj) {
     }
     const std::unique_ptr<gguf_context, decltype(&gguf_free)> file(
             gguf_init_from_file(mmproj.c_str(), { /*no_alloc =*/true, /*ctx =*/nullptr }), gguf_free);
-    const int64_t key = file ? gguf_find_key(file.get(), "clip.projector_type") : -1;
-    return key >= 0 && gguf_get_kv_type(file.get(), key) == GGUF_TYPE_STRING &&
+    if (!file) {
+        return false;
+    }
+    const auto find = [&](const char * name) { return gguf_find_key(file.get(), name); };
+
+    const int64_t key = find("clip.projector_type");
+    if (key < 0) {  // LLaVA's, if it is from before there was the key
+        return find("clip.vision.projector_type") < 0 && find("clip.audio.projector_type") < 0;
+    }
+    return gguf_get_kv_type(file.get(), key) == GGUF_TYPE_STRING &&
            strcmp(gguf_get_val_str(file.get(), key), "mlp") == 0;
 }
 

@@ -8,6 +8,8 @@ import sys
 import pytest
 from serving import Server, Start, free_port, message, text
 
+from st3_edge import demo
+
 
 def test_a_question_about_a_picture_is_answered(server: Server, scenes):
     # broken if the model, its template or ST3 were not there
@@ -94,6 +96,21 @@ def test_pictures_come_first_with_a_new_line(server: Server, scenes):
     second = server.chat(swapped)
     assert text(first) == text(second) == answer
     assert first["usage"]["prompt_tokens"] == second["usage"]["prompt_tokens"]
+
+
+def test_a_vision_half_older_than_the_key_of_its_type_is_llavas(start_server: Start, server: Server, scenes, tmp_path):
+    # broken if llama.cpp took it for LLaVA's (patch 0020), and the layout did not
+    model, mmproj = demo.model_paths()
+    key = b"clip.projector_type"
+    older = tmp_path / "mmproj.gguf"
+    older.write_bytes(mmproj.read_bytes().replace(key, key[:-1] + b"_"))
+    other = start_server("-m", str(model), "--mmproj", str(older), "-np", "1", "-c", "2048")
+    asked = message(scenes[0].questions[0][0], scenes[0].picture)
+    expected = server.chat(asked)
+    asked["content"].reverse()
+    answer = other.chat(asked)
+    assert text(answer) == text(expected)
+    assert answer["usage"]["prompt_tokens"] == expected["usage"]["prompt_tokens"]
 
 
 def test_our_page_is_there_with_a_strict_policy(server: Server):
