@@ -48,17 +48,23 @@
 extern "C" {
 #endif
 
-#define ST3_ABI_VERSION 8
+#define ST3_ABI_VERSION 9
 
 // A run of prompt tokens: text, or one image.
 // Exactly one of tokens and embd is set. For an image, embd is F32 [n][llama_model_n_embd_inp], and nx * ny == n gives its patch
 // grid, row by row (nx == ny == 0: unknown, the tokens count as one row).
+// pos, for an image of a model with M-RoPE: [n][4] where its tokens are, as mtmd_image_tokens_get_decoder_pos says (t, y, x, z),
+// and how many positions it takes, as mtmd_input_chunk_get_n_pos says. NULL: by its grid, as Qwen-VL has it.
+// non_causal: the image's tokens see each other, as mtmd_decode_use_non_causal says.
 struct st3_piece {
     const llama_token * tokens;
     const float *       embd;
     int32_t             n;
     int32_t             nx;
     int32_t             ny;
+    const llama_pos *   pos;
+    int32_t             n_pos;
+    bool                non_causal;
 };
 
 // ABI of this header; the Python package refuses any other.
@@ -99,9 +105,9 @@ LLAMA_API double st3_prefill_flops(const struct llama_model * model, int32_t n_r
 LLAMA_API void st3_announce_image(struct llama_context * ctx, int32_t n, int32_t nx, int32_t ny, const char * picture);
 
 // Prefills pieces into sequence seq_id from position p0 on, where the sequence ends (0 if it is empty; with M-RoPE at or after
-// its end); logits of the last
-// position are then llama_get_logits_ith(-1). The last piece must be text. A piece takes n positions, but with M-RoPE an image of
-// a known grid max(nx, ny), as mtmd counts them: its tokens share position p and are told apart by (p, p + y, p + x).
+// its end); logits of the last position are then llama_get_logits_ith(-1). The last piece must be text. A piece takes n positions,
+// but with M-RoPE an image n_pos, and without pos, of a known grid, max(nx, ny), as mtmd counts them: its tokens share position p
+// and are told apart by (p, p + y, p + x). An image whose tokens see each other must fit n_ubatch.
 // The same as announcing images and giving all pieces to llama_decode, in batches of n_batch; but the embeddings are not kept.
 // Returns 0, a positive or negative llama_decode() code, or -100 for unusable arguments or a prompt that does not fit the
 // context (nothing decoded, st3_last_error() set). When decoding fails, none of the pieces' positions stay in the cache.

@@ -53,11 +53,13 @@ def load(folder: Path, st3: bool) -> ModuleType:
 
 @dataclass(frozen=True)
 class Image:
-    """Embeddings float32 [n, width] of an image and its patch grid (0, 0: unknown)."""
+    """Embeddings float32 [n, width] of an image and its patch grid (0, 0: unknown). non_causal: its tokens see each
+    other."""
 
     embd: np.ndarray
     nx: int = 0
     ny: int = 0
+    non_causal: bool = False
 
 
 class Runtime:
@@ -225,7 +227,7 @@ class Context:
             if isinstance(piece, Image):
                 data = np.ascontiguousarray(piece.embd, np.float32)
                 slot.embd = data.ctypes.data_as(C.POINTER(C.c_float))
-                slot.n, slot.nx, slot.ny = len(data), piece.nx, piece.ny
+                slot.n, slot.nx, slot.ny, slot.non_causal = len(data), piece.nx, piece.ny, piece.non_causal
             else:
                 data = np.ascontiguousarray(piece, np.int32)
                 slot.tokens = data.ctypes.data_as(C.POINTER(C.c_int32))
@@ -434,7 +436,7 @@ class Vision:
 
     def __init__(self, model: Model, mmproj: Path, threads: int = 2) -> None:
         mtmd = importlib.import_module("st3_edge.native.bindings.mtmd_cpp")
-        self.m, self.n_embd = mtmd, model.n_embd
+        self.m, self.n_embd = mtmd, model.n_embd_inp
         params = mtmd.mtmd_context_params_default()
         params.use_gpu, params.print_timings, params.warmup, params.n_threads = False, False, False, threads
         if "st3_edge.native.log" not in sys.modules:

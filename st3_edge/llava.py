@@ -18,7 +18,7 @@ from . import demo
 from .config import KV_TYPES, REVISIT, ST3Config, check_whole
 from .errors import ConfigError, StateError
 from .files import choose
-from .files.pair import check_adapter, check_pair
+from .files.pair import check_adapter, check_pair, is_llava
 from .native import libraries, st3
 from .native.st3 import Visual
 from .native.worker import Worker
@@ -29,11 +29,13 @@ from .prompts.openai import Response
 from .prompts.templates import ChatTemplate
 from .report import Report
 from .runtime import sampling, state
+from .runtime.conversation import n_tokens
 from .runtime.generation import Answer
 from .runtime.prefill import ms_since
 from .runtime.session import Session
 from .runtime.text_model import MAX_CTX, trained_n_ctx
 from .runtime.text_stream import TextStream
+from .runtime.vision import Tile
 
 Path = str | os.PathLike[str]
 
@@ -133,6 +135,7 @@ class Llava:
             worker.run(
                 self._load,
                 chat_template if chat_template is not None else str(own) if own else None,
+                "\n" if is_llava(mmproj_name) else "",
                 worker=worker,
                 model=model_name,
                 mmproj=mmproj_name,
@@ -154,7 +157,7 @@ class Llava:
             worker.close()  # frees what it had loaded
             raise
 
-    def _load(self, chat_template: str | None, **options: Any) -> None:
+    def _load(self, chat_template: str | None, picture_end: str, **options: Any) -> None:
         session = self._session = Session(**options)
         llama = session.llama
         self._template = ChatTemplate(
@@ -163,6 +166,7 @@ class Llava:
             eos=llama.text(llama.eos),
             control=session.control_forms(),
             adds_bos=bool(session.lib.llama_vocab_get_add_bos(llama.vocab)),
+            picture_end=picture_end,
         )
 
     @classmethod
@@ -310,6 +314,11 @@ class Llava:
         pieces = self._worker.run(self._session.pieces, [load(image)], bos=False)
         return np.concatenate([piece.embd for piece in pieces if isinstance(piece, Visual)])
 
+    def tiles(self, image: ImageSource) -> list[Tile]:
+        """What the vision encoder sees of a picture: itself at another size, or tiles of it, in the order of their
+        visual tokens. Raises ImageError where it puts them together in a way of its own."""
+        return self._worker.run(self._session.tiles, load(image))
+
     def pieces(self, messages: Sequence[Message]) -> list[st3.Piece]:
         """What the decoder reads for messages (as `create_chat_completion` takes them): text tokens, and the visual
         tokens of pictures, in order. Nothing is decoded."""
@@ -337,8 +346,9 @@ class Llava:
         """
         llama, vision = self._session.llama, self._session.vision
         saved = state.read(path, self._session.belongs_to, n_vocab=llama.n_vocab, n_embd=vision.n_embd)
-        if saved.record.n_positions > self.n_ctx:
-            raise StateError(f"the conversation has {saved.record.n_positions} positions and n_ctx is {self.n_ctx}")
+        n = n_tokens(saved.record.units)
+        if n > self.n_ctx:
+            raise StateError(f"the conversation has {n} tokens and n_ctx is {self.n_ctx}")
         self._worker.run(self._session.replace, saved, os.fspath(path))
         return saved.messages
 
@@ -354,7 +364,7 @@ class Llava:
 
     def __repr__(self) -> str:
         name, preset = os.path.basename(self.model_path), self.config.preset or "the file's schedule"  # noqa: PTH119
-        what = f"{name}, {preset}, {self._session.conversation.n_positions} of {self.n_ctx} positions"
+        what = f"{name}, {preset}, {self._session.conversation.n_tokens} of {self.n_ctx} tokens"
         return f"<Llava {what if self._worker.is_open else f'{name}, closed'}>"
 
     def _generate(self, answer: Answer, revisit: str, trace: bool, prepared: float) -> Iterator[tuple[Report, str]]:

@@ -51,9 +51,6 @@ uint32_t n_rows(const st3_piece * pieces, size_t n_pieces) {
     return (uint32_t) n;
 }
 
-// Whether tokens of an image see those after them, where mtmd decodes it.
-bool images_see_ahead(const llama_context * ctx) { return ctx->get_model().arch == LLM_ARCH_GEMMA3; }
-
 void check_pieces(const llama_context * ctx, const st3_piece * pieces, size_t n_pieces) {
     const int32_t n_vocab = ctx->get_model().vocab.n_tokens();
 
@@ -64,8 +61,10 @@ void check_pieces(const llama_context * ctx, const st3_piece * pieces, size_t n_
         if (p.embd) {
             require(p.nx >= 0 && p.ny >= 0 && ((p.nx == 0 && p.ny == 0) || int64_t(p.nx) * p.ny == p.n),
                     format("an image of %d tokens is no grid of %d x %d", p.n, p.nx, p.ny));
-            require(!images_see_ahead(ctx) || (uint32_t) p.n <= ctx->get_cparams().n_ubatch,
-                    format("an image of %d tokens that see each other does not fit n_ubatch", p.n));
+            require(!p.non_causal || (uint32_t) p.n <= ctx->get_cparams().n_ubatch,
+                    format("an image of %d tokens that see each other does not fit n_ubatch, which is %u", p.n,
+                           ctx->get_cparams().n_ubatch));
+            require(!p.pos || p.n_pos > 0, "an image whose positions are given takes none");
         } else {
             for (int32_t j = 0; j < p.n; ++j) {
                 require(p.tokens[j] >= 0 && p.tokens[j] < n_vocab,
@@ -81,13 +80,19 @@ st3_pos pos_of(const llama_context * ctx, const st3_piece & piece, llama_pos p0,
     const auto    n_pos = ctx->get_model().hparams.n_pos_per_embd();
     const int32_t nx    = piece.nx > 0 ? piece.nx : piece.n;
 
+    if (piece.embd && piece.pos && n_pos > 1) {
+        const auto * at = piece.pos + 4 * int64_t(i);
+        return { at[0], at[1], at[2], at[3] };
+    }
     return piece.tokens || n_pos == 1 ? st3_text_pos(p0 + i, n_pos) : st3_pos{ p0, p0 + i / nx, p0 + i % nx, 0 };
 }
 
 // How many positions a piece takes.
 int32_t n_positions(const llama_context * ctx, const st3_piece & piece) {
-    const bool grid = piece.embd && ctx->get_model().hparams.n_pos_per_embd() > 1 && piece.nx > 0;
-    return grid ? std::max(piece.nx, piece.ny) : piece.n;
+    if (!piece.embd || ctx->get_model().hparams.n_pos_per_embd() == 1) {
+        return piece.n;
+    }
+    return piece.pos ? piece.n_pos : piece.nx > 0 ? std::max(piece.nx, piece.ny) : piece.n;
 }
 
 // Rows [i, i + n) of a piece that begins at p0, as one batch of one sequence.
@@ -131,7 +136,7 @@ int32_t decode_pieces(
         announce(mem, p);
 
         const bool causal = ctx->get_causal_attn();
-        ctx->set_causal_attn(causal && !(p.embd && images_see_ahead(ctx)));
+        ctx->set_causal_attn(causal && !(p.embd && p.non_causal));
         const auto restore = [=](llama_context * c) { c->set_causal_attn(causal); };
         const std::unique_ptr<llama_context, decltype(restore)> guard(ctx, restore);
 

@@ -1,7 +1,8 @@
-"""Whether two GGUF files are the halves of a LLaVA: read from their headers, before anything is loaded.
+"""Whether two GGUF files are the halves of a vision model: read from their headers, before anything is loaded.
 
 Upstream takes much of an mmproj file as it is: a value of another type, a shape that does not fit or a tile that is no
-multiple of another aborts the process. So every value and every tensor that its LLaVA graph uses is in a table here.
+multiple of another aborts the process. So what all vision encoders have is checked here, and every value and every
+tensor that LLaVA's graph uses is in a table.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ _F32, _F16, _BF16 = 0, 1, 30
 _NO_WEIGHTS = range(24, 29)  # I8 to F64: no op takes them for weights
 _ROPE_SCALING = ("none", "linear", "yarn", "longrope")  # upstream aborts on any other
 
+LLAVA = "mlp"  # its projector's name
+
 _MAX_TILES = 64  # of a picture; LLaVA-1.6 has up to 4, LLaVA-OneVision 36
 
 
@@ -64,9 +67,8 @@ def check_pair(model: str, mmproj: str) -> gguf.Header:
     for key, kind in _KINDS.items():
         if (found := other.kinds.get(key, kind)) != kind:
             raise ModelError(f"mmproj {mmproj!r} is damaged: its {key} is of the type {found}, not {kind}")
-    # The first converters wrote no such key: upstream's patch 0020 reads these files as LLaVA's, too.
-    kinds = (other.metadata.get(f"clip.{key}projector_type", "") for key in ("", "vision."))
-    if next((kind for kind in kinds if kind), "mlp") == "mlp":
+    _Vision(mmproj, other).check_values()
+    if projector(other) == LLAVA:
         width = _Llava(mmproj, other).check()
         expected = header.metadata.get(f"{header.architecture}.embedding_length", width)
         if width != expected:
@@ -75,6 +77,18 @@ def check_pair(model: str, mmproj: str) -> gguf.Header:
                 f"those of the text model {expected}"
             )
     return header
+
+
+def projector(mmproj: gguf.Header) -> str:
+    """The projector of a vision half, by which upstream tells families apart. The first converters wrote no such key:
+    patch 0020 reads their files as LLaVA's, too."""
+    kinds = (str(mmproj.metadata.get(f"clip.{key}projector_type", "")) for key in ("", "vision."))
+    return next((kind for kind in kinds if kind), LLAVA)
+
+
+def is_llava(mmproj: str) -> bool:
+    """Whether a vision half is LLaVA's, which was trained with a new line behind each picture. Raises ModelError."""
+    return projector(gguf.read_header(mmproj, "mmproj")) == LLAVA
 
 
 def check_adapter(path: str, model: gguf.Header) -> None:
@@ -140,10 +154,41 @@ class _Tensor:
     needed: bool = True
 
 
-class _Llava:
+class _Vision:
+    """Any vision half."""
+
     def __init__(self, mmproj: str, header: gguf.Header) -> None:
         self._name, self._header = mmproj, header
 
+    def check_values(self) -> None:
+        """Raises ModelError where a value is one that no picture can be computed with."""
+        if not self._header.metadata.get("clip.has_vision_encoder", True):
+            raise ModelError(f"mmproj {self._name!r} has no vision encoder")
+        for key, least in (("patch_size", 0), ("image_size", 0), ("block_count", 0), ("spatial_merge_size", 1)):
+            if f"clip.vision.{key}" in self._header.metadata:
+                self._whole(key, least=least)
+        epsilon = self._header.metadata.get("clip.vision.attention.layer_norm_epsilon", 0.0)
+        self._fits(0 <= float(epsilon) <= 1, f"its attention.layer_norm_epsilon is {epsilon}")
+        for key in ("image_mean", "image_std"):
+            if f"clip.vision.{key}" in self._header.kinds:
+                values = self._header.arrays.get(f"clip.vision.{key}", ())[:3]
+                good = len(values) == 3 and all(map(math.isfinite, values)) and (key == "image_mean" or all(values))
+                self._fits(good, f"its {key} is {list(values)}")
+        for name, kind in self._header.types.items():
+            self._fits(kind not in _NO_WEIGHTS, f"{name} is of the ggml type {kind}")
+
+    def _whole(self, key: str, *, least: int = 1, default: int | None = None) -> int:
+        found = self._header.metadata.get(f"clip.vision.{key}", default)
+        if not isinstance(found, int) or not least <= found < 2**31:
+            raise ModelError(f"mmproj {self._name!r} is damaged: its {key} is {found!r}")
+        return found
+
+    def _fits(self, fits: bool, otherwise: str) -> None:
+        if not fits:
+            raise ModelError(f"mmproj {self._name!r} is damaged: {otherwise}")
+
+
+class _Llava(_Vision):
     def check(self) -> int:
         """How wide the embeddings are. Raises ModelError."""
         image, patch = self._whole("image_size"), self._whole("patch_size")
@@ -154,12 +199,8 @@ class _Llava:
         self._fits(image >= patch, f"patch_size {patch} is larger than image_size {image}")
         self._fits(embd % heads == 0, f"attention.head_count {heads} does not divide embedding_length {embd}")
         self._fits(head_dim * heads == embd, f"attention.head_dim {head_dim} does not fit embedding_length {embd}")
-        epsilon = self._header.metadata.get("clip.vision.attention.layer_norm_epsilon", math.nan)
-        self._fits(0 <= float(epsilon) <= 1, f"its attention.layer_norm_epsilon is {epsilon}")
-        for key in ("image_mean", "image_std"):
-            values = self._header.arrays.get(f"clip.vision.{key}", ())[:3]
-            good = len(values) == 3 and all(map(math.isfinite, values)) and (key == "image_mean" or all(values))
-            self._fits(good, f"its {key} is {list(values)}")
+        for key in ("attention.layer_norm_epsilon", "image_mean", "image_std"):
+            self._fits(f"clip.vision.{key}" in self._header.kinds, f"it has no {key}")
         self._check_grid(image)
         layers = self._whole("block_count")
         chosen = {v for v in self._header.arrays.get("clip.vision.feature_layer", ()) if v >= 0}
@@ -251,13 +292,3 @@ class _Llava:
             tiled = width > 0 and height > 0 and width % image == 0 and height % image == 0
             self._fits(tiled, f"{size} is not made of tiles of its image_size {image}")
             self._fits(width * height <= _MAX_TILES * image**2, f"{size} has more than {_MAX_TILES} tiles")
-
-    def _whole(self, key: str, *, least: int = 1, default: int | None = None) -> int:
-        found = self._header.metadata.get(f"clip.vision.{key}", default)
-        if not isinstance(found, int) or not least <= found < 2**31:
-            raise ModelError(f"mmproj {self._name!r} is damaged: its {key} is {found!r}")
-        return found
-
-    def _fits(self, fits: bool, otherwise: str) -> None:
-        if not fits:
-            raise ModelError(f"mmproj {self._name!r} is damaged: {otherwise}")

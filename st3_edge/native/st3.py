@@ -27,6 +27,9 @@ class PieceStruct(ctypes.Structure):
         ("n", ctypes.c_int32),
         ("nx", ctypes.c_int32),
         ("ny", ctypes.c_int32),
+        ("pos", ctypes.POINTER(ctypes.c_int32)),
+        ("n_pos", ctypes.c_int32),
+        ("non_causal", ctypes.c_bool),
     ]
 
 
@@ -40,16 +43,22 @@ class Text:
 @dataclass(frozen=True)
 class Visual:
     """One image as the decoder takes it: embd float32 [n][n_embd]; nx * ny == n is its patch grid, row by row
-    (0, 0: unknown)."""
+    (0, 0: unknown). pos: of a model with M-RoPE, int32 [n][4], where its tokens are, and n_pos, how many positions it
+    takes (st3.h); non_causal: its tokens see each other."""
 
     embd: npt.NDArray[np.float32]
     nx: int
     ny: int
+    pos: npt.NDArray[np.int32] | None = None
+    n_pos: int = 0
+    non_causal: bool = False
 
     def above(self, other: Visual) -> Visual:
         """One image of both, the other's rows below."""
         embd = np.concatenate([self.embd, other.embd])
-        return Visual(embd, self.nx, self.ny + other.ny) if self.nx == other.nx else Visual(embd, 0, 0)
+        pos = None if self.pos is None or other.pos is None else np.concatenate([self.pos, other.pos])
+        grid = (self.nx, self.ny + other.ny) if self.nx == other.nx else (0, 0)
+        return Visual(embd, *grid, pos, self.n_pos + other.n_pos)
 
 
 Piece = Text | Visual
@@ -102,7 +111,7 @@ def last_error() -> str:
 def prefill(context: Any, p0: int, pieces: Sequence[Piece]) -> int:
     """Prefills `pieces` into sequence 0, which ends before p0. Returns 0 or an error code of st3_prefill."""
     array = (PieceStruct * len(pieces))()
-    keep_alive = []
+    keep_alive: list[npt.NDArray[Any]] = []
     for slot, piece in zip(array, pieces, strict=True):
         if isinstance(piece, Text):
             data: npt.NDArray[Any] = np.ascontiguousarray(piece.tokens, np.int32)
@@ -111,6 +120,11 @@ def prefill(context: Any, p0: int, pieces: Sequence[Piece]) -> int:
             data = np.ascontiguousarray(piece.embd, np.float32)
             slot.embd = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
             slot.nx, slot.ny = piece.nx, piece.ny
+            slot.n_pos, slot.non_causal = piece.n_pos, piece.non_causal
+            if piece.pos is not None:
+                pos = np.ascontiguousarray(piece.pos, np.int32)
+                slot.pos = pos.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+                keep_alive.append(pos)
         slot.n = len(data)
         keep_alive.append(data)
     return int(_st3().st3_prefill(context, 0, p0, array, len(pieces)))

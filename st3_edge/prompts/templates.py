@@ -53,7 +53,8 @@ class Prompt:
 class ChatTemplate:
     """Renders turns by a Jinja chat template, in a sandbox.
 
-    `source`: the template, VICUNA by default. `control`: written forms of the vocabulary's control tokens, which no
+    `source`: the template, VICUNA by default. `picture_end`: what follows a picture where the template knows none:
+    LLaVA was trained with a new line there. `control`: written forms of the vocabulary's control tokens, which no
     message text may hold. `adds_bos`: whether the tokenizer begins every text with `bos`. Raises PromptError where
     the template cannot be parsed or renders nothing of a message.
     """
@@ -66,7 +67,9 @@ class ChatTemplate:
         eos: str = "",
         control: Iterable[str] = (),
         adds_bos: bool = True,
+        picture_end: str = "\n",
     ) -> None:
+        self._picture_end = picture_end
         self._bos, self._eos, self._adds_bos = bos, eos, adds_bos
         # Longest first: neutralising a short form inside a long one would leave the long one's rest.
         self._forms = sorted({*_IMAGE_FORMS, *control} - {""}, key=len, reverse=True)
@@ -124,8 +127,8 @@ class ChatTemplate:
         return {"role": turn.role, "content": parts}
 
     def _flat(self, turn: Turn, mark: str) -> dict[str, Any]:
-        """The message as one text, each picture a mark on a line of its own (LLaVA's layout)."""
-        text = "".join(f"{mark}\n" if isinstance(p, RGB) else self._clean(p) for p in turn.parts)
+        """The message as one text, each picture a mark."""
+        text = "".join(mark + self._picture_end if isinstance(p, RGB) else self._clean(p) for p in turn.parts)
         return {"role": turn.role, "content": [{"type": "text", "text": text}] if self._needs_parts else text}
 
     def _probe(self) -> tuple[bool, str]:

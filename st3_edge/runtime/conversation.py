@@ -7,7 +7,7 @@ Nothing here needs a library.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -20,11 +20,17 @@ from ..native.st3 import Piece, Text, Visual
 @dataclass(frozen=True)
 class Image:
     """An image in a prompt: the digest of its pixels (`RGB.digest`), which of the picture's chunks it is (0 for
-    LLaVA-1.5, whose pictures are one), and how many positions it takes."""
+    LLaVA-1.5, whose pictures are one), its visual tokens, and how many positions they take if not as many (M-RoPE: the
+    longer side of the patch grid)."""
 
     digest: str
     part: int
     n: int
+    n_pos: int | None = None
+
+    @property
+    def n_positions(self) -> int:
+        return self.n if self.n_pos is None else self.n_pos
 
 
 Unit = int | Image
@@ -39,17 +45,24 @@ class Span:
     end: int
 
 
-def n_positions(units: Sequence[Unit]) -> int:
-    """The positions of a sequence that units take."""
+def n_tokens(units: Sequence[Unit]) -> int:
+    """The cells of the KV cache that units take."""
     return sum(unit.n if isinstance(unit, Image) else 1 for unit in units)
 
 
-def pieces_of(units: Sequence[Unit], visual: Mapping[Image, Visual]) -> list[Piece]:
-    """Units as `st3.prefill` takes them: runs of text, and images between. Tiles of one picture with nothing between
-    are one image, as they are for mtmd's helper (st3.h, st3_announce_image)."""
+def n_positions(units: Sequence[Unit]) -> int:
+    """The positions of a sequence that units take."""
+    return sum(unit.n_positions if isinstance(unit, Image) else 1 for unit in units)
+
+
+def pieces_of(units: Sequence[Unit], visual: Sequence[Visual]) -> list[Piece]:
+    """Units as `st3.prefill` takes them: runs of text, and between them images, of which `visual` has one for each
+    among the units. Tiles of one picture with nothing between are one image, as they are for mtmd's helper (st3.h,
+    st3_announce_image)."""
     pieces: list[Piece] = []
     text: list[int] = []
     before: Unit | None = None
+    seen = iter(visual)
     for unit in (*units, None):
         if isinstance(unit, int):
             text.append(unit)
@@ -58,10 +71,12 @@ def pieces_of(units: Sequence[Unit], visual: Mapping[Image, Visual]) -> list[Pie
             text = []
         if isinstance(unit, Image):
             last = pieces[-1] if isinstance(before, Image) and before.digest == unit.digest else None
-            if isinstance(last, Visual) and isinstance(before, Image) and before.part + 1 == unit.part:
-                pieces[-1] = last.above(visual[unit])
+            piece = next(seen)
+            joins = isinstance(before, Image) and before.part + 1 == unit.part and not piece.non_causal
+            if isinstance(last, Visual) and joins:
+                pieces[-1] = last.above(piece)
             else:
-                pieces.append(visual[unit])
+                pieces.append(piece)
         before = unit
     return pieces
 
@@ -118,6 +133,11 @@ class Conversation:
     @property
     def n_positions(self) -> int:
         return self.record.n_positions
+
+    @property
+    def n_tokens(self) -> int:
+        """Cells of the KV cache that all of it takes where no visual token left."""
+        return n_tokens(self.units)
 
     @property
     def n_visual(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import St3Error
 from ..native import log, st3
 from ..report import Milliseconds, Report
-from .conversation import Conversation, Embeddings, Image, Unit, pieces_of, reusable
+from .conversation import Conversation, Embeddings, Image, Unit, n_tokens, reusable
 from .text_model import TextModel
 from .vision import Tokenized
 
@@ -50,20 +50,20 @@ class Prefill:
             reused = 0
             visual, more = self.look(tokenized, prompt, embeddings)
             ms.encode = more or ms.encode
-        n_reused = conversation.n_positions
+        p0, n_reused = conversation.n_positions, conversation.n_tokens
 
         self._on_stage("prefill")
         started = time.perf_counter()
         log.forget()
         with conversation.adding(prompt[reused:], lambda: bool(st3.report(context)["mode"] != "off")):
-            code = st3.prefill(context, n_reused, pieces_of(prompt[reused:], visual))
+            code = st3.prefill(context, p0, tokenized.pieces(visual, reused, p0))
             if code:
                 reason = st3.last_error()
                 raise St3Error(f"prefill failed ({code})" + (f": {reason}" if reason else log.why()))
         ms.prefill = ms_since(started)
         native = report_of(context, conversation)
         if not native["flops"]["prefill_full"]:  # stock memory again
-            flops = st3.prefill_flops(self._llama.model, conversation.n_positions - n_reused, n_reused)
+            flops = st3.prefill_flops(self._llama.model, n_tokens(prompt[reused:]), n_reused)
             native["flops"] = {"prefill": flops, "prefill_full": flops}
         return Report.from_native(native, ms, n_reused)
 

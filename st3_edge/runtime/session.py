@@ -17,14 +17,14 @@ from ..prompts.images import RGB
 from ..prompts.templates import Prompt
 from ..report import Milliseconds, Report
 from . import state, tracing
-from .conversation import Conversation, Embeddings, Image, Record, n_positions, pieces_of
+from .conversation import Conversation, Embeddings, Image, Record, n_tokens
 from .encodings import Encodings
 from .generation import Answer, Decoder, Generation
 from .prefill import Prefill
 from .sampling import Sampling
 from .text_model import TextModel
 from .text_stream import TextStream
-from .vision import Tokenized, Vision
+from .vision import Tile, Tokenized, Vision
 
 _MAX_ENCODINGS = 2**30  # bytes
 _SHORT_TOKEN = 16  # bytes: the longest one is looked for where a text is longer than so much for each
@@ -123,12 +123,16 @@ class Session:
     def pieces(self, parts: Sequence[str | RGB], bos: bool) -> list[st3.Piece]:
         """The same as pieces of a prompt, with the pictures encoded."""
         tokenized = self.tokenize(parts, bos)
-        return pieces_of(tokenized.units, self._prefill.look(tokenized, tokenized.units, self.embeddings)[0])
+        return tokenized.pieces(self._prefill.look(tokenized, tokenized.units, self.embeddings)[0])
+
+    def tiles(self, picture: RGB) -> list[Tile]:
+        """What the vision encoder sees of a picture. Raises ImageError."""
+        return self.tokenize([picture], bos=False).tiles()
 
     def prepare(self, prompt: Prompt, sampling: Sampling, text: TextStream, limit: int | None) -> Answer:
         """What of a call can fail before any work: its prompt's tokens, and its sampler."""
         tokenized = self.tokenize(prompt.parts, prompt.bos)
-        answer = Answer(n_positions(tokenized.units))
+        answer = Answer(n_tokens(tokenized.units))
         n_ctx = self._n_ctx  # llama.cpp rounds it up
         room = n_ctx - answer.n_prompt
         if room < 1:

@@ -177,14 +177,14 @@ def _parse(header: Any, rest: memoryview, belongs_to: Mapping[str, str], n_vocab
 
 
 def _plain(image: Image) -> list[Any]:
-    return [image.digest, image.part, image.n]
+    return [image.digest, image.part, image.n, *(() if image.n_pos is None else (image.n_pos,))]
 
 
 def _image(plain: Sequence[Any]) -> Image:
-    digest, part, n = plain
+    digest, part, n, *more = plain
     if not isinstance(digest, str):
         raise TypeError("an image's digest is not text")
-    return Image(digest, _whole(part, 0), _whole(n, 1))
+    return Image(digest, _whole(part, 0), _whole(n, 1), *(_whole(n_pos, 1) for n_pos in more))
 
 
 def _whole(value: Any, low: int, high: int = _MAX_POSITIONS) -> int:

@@ -10,7 +10,6 @@ from PIL import Image
 from st3_edge import Llava
 from st3_edge.commands.inspect import figure
 from st3_edge.commands.inspect.patches import views
-from st3_edge.files import gguf
 from st3_edge.prompts.images import RGB, load
 
 SEED = 11
@@ -35,26 +34,24 @@ def tiled(rewritten_mmproj) -> str:
     return rewritten_mmproj({"clip.vision.image_grid_pinpoints": [SIDE * n for size in sizes for n in size]})
 
 
-def test_a_view_is_what_the_encoder_sees(llava, files):
+def test_a_view_is_what_the_encoder_sees(llava):
     # broken by another size, padding, colour or rounding than upstream's: the visual tokens would be others
-    header = gguf.read_header(files[1], "mmproj")
     rng = np.random.default_rng(SEED)
     for _ in range(12):
         picture = noise(*(int(n) for n in rng.integers(8, 700, 2)), rng)
-        (view,) = views(picture, header)
+        (view,) = views(picture, llava.tiles(picture), "mlp")
         np.testing.assert_array_equal(seen_again(llava, view.pixels), llava.visual_tokens(picture))
 
 
 def test_tiles_are_what_the_encoder_of_tiles_sees(llava, files, tiled):
     # broken if tiles were cut elsewhere, in another order, or from another of the file's resolutions
-    header = gguf.read_header(tiled, "mmproj")
     rng = np.random.default_rng(SEED)
     shapes = set()
     with Llava(files[0], tiled, n_threads=1) as of_tiles:
         for size in ((300, 200), (500, 400), (300, 560), (1100, 300), (337, 336), *rng.integers(100, 900, (2, 2))):
             picture = noise(*(int(n) for n in size), rng)
             found = of_tiles.visual_tokens(picture)
-            for view in views(picture, header):
+            for view in views(picture, of_tiles.tiles(picture), "mlp"):
                 shapes.add(view.tokens.shape)
                 for y in range(0, len(view.tokens), GRID):
                     for x in range(0, len(view.tokens[0]), GRID):
@@ -97,7 +94,7 @@ def gone(html: str, step: int) -> list[np.ndarray]:
     return out
 
 
-def test_both_files_show_the_patches_that_the_report_says_were_kept(command, tmp_path, scenes, files):
+def test_both_files_show_the_patches_that_the_report_says_were_kept(command, tmp_path, scenes, llava):
     # broken if a picture showed other patches than were kept, in another place, or under another layer
     picture = str(scenes[1].picture)
     options = (
@@ -123,7 +120,7 @@ def test_both_files_show_the_patches_that_the_report_says_were_kept(command, tmp
     assert done.stdout == got["answer"] + "\n"
     kept = [np.isin(np.arange(GRID**2), k).reshape(GRID, GRID) for k in [range(GRID**2), *got["kept"]]]
 
-    (view,) = views(load(picture), gguf.read_header(files[1], "mmproj"))
+    (view,) = views(load(picture), llava.tiles(picture), "mlp")
     cell = figure._PANEL // GRID
     plain = Image.fromarray(view.pixels).resize((GRID * cell,) * 2, Image.Resampling.LANCZOS)
     plain = np.asarray(plain)

@@ -111,6 +111,35 @@ def test_tensors_of_another_shape_are_refused(files, name, change, says):
         pair._Llava("x", other).check()
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"clip.has_vision_encoder": False}, "no vision encoder"),
+        ({"clip.vision.image_std": (0.5, 0.0, 0.5)}, "image_std"),
+        ({"clip.vision.image_mean": (0.5, float("nan"), 0.5)}, "image_mean"),
+        ({"clip.vision.image_mean": (0.5,)}, "image_mean"),
+        ({"clip.vision.spatial_merge_size": 0}, "spatial_merge_size is 0"),
+        ({"clip.vision.attention.layer_norm_epsilon": float("inf")}, "layer_norm_epsilon is inf"),
+    ],
+)
+def test_values_of_any_vision_half_that_cannot_be_are_refused(files, monkeypatch, changes, says):
+    # broken if only LLaVA's were looked at: pictures would become infinite, or the process would abort
+    good = read_header(files[1])
+    arrays = {key: value for key, value in changes.items() if isinstance(value, tuple)}
+    plain = {key: value for key, value in changes.items() if key not in arrays}
+    other = replace(
+        good,
+        metadata={**good.metadata, "clip.projector_type": "idefics3", **plain},
+        arrays={**good.arrays, **arrays},
+    )
+    monkeypatch.setattr(pair.gguf, "read_header", lambda path, _="": other if path == files[1] else read_header(path))
+    with pytest.raises(ModelError, match=says):
+        check_pair(*files)
+    fine = {"clip.projector_type": "idefics3"}
+    other = replace(good, metadata={**good.metadata, **fine})
+    assert check_pair(*files).architecture == "llama"
+
+
 def test_values_of_another_type_are_refused(files, tmp_path):
     # broken if they were read as they are: upstream asserts what it reads
     path = tmp_path / "mmproj.gguf"

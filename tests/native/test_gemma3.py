@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import mrope
@@ -11,7 +12,7 @@ import pytest
 from annealing import Conversation, native
 from cases import SCORES, SEED
 from mrope import Family
-from native_runtime import Context, Model
+from native_runtime import Context, Image, Model
 from oracle import llama as oracle
 from oracle import schedule
 
@@ -32,6 +33,11 @@ KEYS = {"st3.preset": "st3", "st3.keep": 0.5, "st3.start": 2, "st3.stride": 2, "
 
 class GemmaContext(Context):
     """A context that decodes images as mtmd does: their tokens see each other."""
+
+    def prefill(self, pieces: Sequence[Sequence[int] | Image], p0: int = 0, seq: int = 0) -> int:
+        """st3_prefill."""
+        seen = [replace(p, non_causal=True) if isinstance(p, Image) else p for p in pieces]
+        return super().prefill(seen, p0, seq)
 
     def decode(self, rows: Sequence[int] | np.ndarray, p0: int, outputs: str = "last", seq: int = 0) -> int:
         """llama_decode."""
@@ -135,7 +141,7 @@ def test_waiting_states_and_another_question(rt, path) -> None:
     question was taken back."""
     pieces = prompt(0)
     with Model(rt, path, KEYS) as model:
-        with Context(model, n_ctx=512) as ctx:
+        with GemmaContext(model, n_ctx=512) as ctx:
             assert ctx.prefill(native(pieces)) == 0
             want = follow(ctx)
         with GemmaContext(model, n_ctx=512) as ctx, GemmaContext(model, n_ctx=512) as other:

@@ -41,14 +41,16 @@ def test_every_shape_can_be_written_in_its_types(file_type: str) -> None:
         assert fits == (file_type in shape.types), name
 
 
-def test_biases_of_qwen2(rt, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["internvl3-2b", "qwen2.5-vl-7b", "qwen3-vl-4b", "gemma-3-4b"])
+def test_other_architectures(rt, tmp_path: Path, name: str) -> None:
     """Breaks if the file of another architecture than llama lacks what that has, or is not pruned."""
-    random_model.write_text(tmp_path / "a.gguf", replace(TEXT, n_layer=4, arch="qwen2"), "F16", SEED)
+    small = replace(SHAPES[name], n_layer=4, n_embd=256, n_head=2, n_head_kv=1, n_ff=512, n_vocab=272)
+    random_model.write_text(tmp_path / "a.gguf", small, "F16", SEED)
     rng = np.random.default_rng(SEED)
-    image = Image(rng.standard_normal((64, TEXT.n_embd)).astype(np.float32), 8, 8)
+    image = Image(rng.standard_normal((64, (1 + small.n_deepstack) * small.n_embd)).astype(np.float32), 8, 8)
     keys = {"st3.preset": "st3", "st3.keep": 0.5, "st3.start": 1, "st3.stride": 1}
     with Model(rt, tmp_path / "a.gguf", keys) as model, Context(model) as ctx:
-        assert ctx.prefill([[1, 5], image, [7, 8]]) == 0
+        assert ctx.prefill([[1, 5], replace(image, non_causal=small.arch == "gemma3"), [7, 8]]) == 0
         assert ctx.report()["mode"] == "pruned-prefill" and np.isfinite(ctx.logits()).all()
 
 

@@ -19,8 +19,10 @@ from st3_edge.runtime.conversation import (
 )
 
 RED, BLUE = Image("red", 0, 4), Image("blue", 0, 4)
+WIDE = Image("wide", 0, 6, 3)  # M-RoPE: six tokens at three positions
 # Few of each, so that prompts often begin alike.
-UNITS = st.lists(st.integers(0, 1) | st.sampled_from([RED, BLUE, Image("red", 1, 4), Image("red", 0, 2)]), max_size=8)
+IMAGES = [RED, BLUE, Image("red", 1, 4), Image("red", 0, 2), WIDE]
+UNITS = st.lists(st.integers(0, 1) | st.sampled_from(IMAGES), max_size=8)
 
 
 @st.composite
@@ -115,7 +117,7 @@ class Memory:
 
     def add(self, units) -> None:
         for unit in units:
-            self.cells += [unit] * (unit.n if isinstance(unit, Image) else 1)
+            self.cells += [unit] * (unit.n_positions if isinstance(unit, Image) else 1)
 
 
 OPERATIONS = st.lists(
@@ -207,6 +209,8 @@ def test_a_visual_token_is_at_the_position_that_its_image_gives_it(units):
         pass
     expected = [unit for unit in units for _ in range(unit.n if isinstance(unit, Image) else 1)]
     assert conversation.n_visual == sum(isinstance(unit, Image) for unit in expected)
+    assert conversation.n_tokens == len(expected)
+    assert conversation.n_positions == len(expected) - 3 * units.count(WIDE)
 
 
 def test_tiles_of_a_picture_with_nothing_between_are_one_image() -> None:
@@ -214,9 +218,16 @@ def test_tiles_of_a_picture_with_nothing_between_are_one_image() -> None:
     a = [Image("a", part, 4) for part in range(3)]
     b = Image("b", 0, 4)
     visual = {unit: Visual(np.full((4, 2), i, np.float32), 2, 2) for i, unit in enumerate((*a, b))}
-    pieces = pieces_of([1, *a, b, 7, a[0], 8, a[1]], visual)
+    units = [1, *a, b, 7, a[0], 8, a[1]]
+    pieces = pieces_of(units, [visual[unit] for unit in units if isinstance(unit, Image)])
     images = [piece for piece in pieces if isinstance(piece, Visual)]
     assert [(len(v.embd), v.nx, v.ny) for v in images] == [(12, 2, 6), (4, 2, 2), (4, 2, 2), (4, 2, 2)]
     assert images[0].embd[:, 0].tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    wide = {a[0]: Visual(np.zeros((4, 2), np.float32), 2, 2), a[1]: Visual(np.zeros((6, 2), np.float32), 3, 2)}
+    wide = [Visual(np.zeros((4, 2), np.float32), 2, 2), Visual(np.zeros((6, 2), np.float32), 3, 2)]
     assert [(p.nx, p.ny) for p in pieces_of(a[:2], wide) if isinstance(p, Visual)] == [(0, 0)]
+    placed = [Visual(np.zeros((4, 2), np.float32), 2, 2, np.full((4, 4), i, np.int32), 2) for i in range(2)]
+    (whole,) = pieces_of(a[:2], placed)
+    assert isinstance(whole, Visual) and whole.n_pos == 4
+    assert whole.pos is not None and whole.pos[:, 0].tolist() == [0] * 4 + [1] * 4
+    ahead = [Visual(np.zeros((4, 2), np.float32), 2, 2, non_causal=True)] * 2
+    assert len(pieces_of(a[:2], ahead)) == 2, "images whose tokens see each other stay two"

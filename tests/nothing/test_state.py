@@ -18,7 +18,7 @@ from st3_edge.runtime.conversation import Image, Record, Span, n_positions
 
 MODEL = {"model": "a", "schedule": "b"}
 SHAPE = {"n_vocab": 100, "n_embd": 3}
-RED, BLUE = Image("red", 0, 4), Image("blue", 1, 2)
+RED, BLUE = Image("red", 0, 4), Image("blue", 1, 2, 1)
 SEED = 7
 
 
@@ -129,6 +129,8 @@ def test_headers_that_somebody_made_are_refused(path):
         ("units", [["red", 0, 2**31]]),
         ("units", [[3, 0, 4]]),
         ("units", [["red", 0]]),
+        ("units", [["red", 0, 4, 0]]),
+        ("units", [["red", 0, 4, 4, 4]]),
         ("units", "12"),
         ("units", None),
         ("spans", [[0, 3]]),

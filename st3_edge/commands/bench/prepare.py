@@ -67,7 +67,8 @@ def make_jobs(console: Console, arguments: argparse.Namespace, tell: Tell) -> tu
         visual, text, question = arguments.visual or shape.n_visual, arguments.text or TEXT, None
         folder = arguments.cache or cache_folder()
         model, mmproj, pictures = str(random_text(arguments.shape, arguments.type or TYPES[0], folder, tell)), None, []
-        if visual % CLIP_L_336.n_visual == 0:  # any other number is of no vision encoder
+        columns = shape.grid_of(visual)[0]
+        if visual % CLIP_L_336.n_visual == 0 and shape.arch == "llama":  # others are of no vision encoder that we write
             mmproj = str(random_vision(shape.n_embd, folder, tell))
             shipped = itertools.cycle(str(scene.picture) for scene in demo.scenes())
             pictures = list(itertools.islice(shipped, visual // CLIP_L_336.n_visual))
@@ -80,7 +81,7 @@ def make_jobs(console: Console, arguments: argparse.Namespace, tell: Tell) -> tu
         found = which.find(console, arguments)
         model, mmproj = found.model, found.mmproj
         pictures = arguments.image or [str(demo.scenes()[0].picture)]
-        visual, text, question = 0, 0, arguments.question or QUESTION
+        visual, columns, text, question = 0, 0, 0, arguments.question or QUESTION
         check_pair(model, mmproj)
     for picture in pictures:
         images.load(picture)  # check before the slow model load
@@ -110,6 +111,7 @@ def make_jobs(console: Console, arguments: argparse.Namespace, tell: Tell) -> tu
             n_gpu_layers=arguments.n_gpu_layers,
             kv_type=arguments.ctk,
             repack=arguments.repack,
+            columns=columns,
         )
 
     return job(False), job(True)

@@ -83,8 +83,8 @@ BLOCKS: dict[Any, Callable[[Rng, int, float], Data]] = {
 
 
 def text_tensors(shape: Shape) -> Iterator[Tensor]:
-    """Every tensor of a decoder."""
-    s, in_std, kv = shape, shape.n_embd**-0.5, shape.head * shape.n_head_kv
+    """Every tensor of a decoder: llama's, the biases of qwen2 and qwen2vl, the norms of qwen3vl and gemma3."""
+    s, in_std, kv, q = shape, shape.n_embd**-0.5, shape.head * shape.n_head_kv, shape.head * shape.n_head
     calm = (2 * s.n_layer) ** -0.5  # the residual stream stays of one size
     yield Tensor("token_embd.weight", (s.n_vocab, s.n_embd), 1.0)
     yield Tensor("output_norm.weight", (s.n_embd,), 0.1, 1.0)
@@ -92,12 +92,16 @@ def text_tensors(shape: Shape) -> Iterator[Tensor]:
         yield Tensor("output.weight", (s.n_vocab, s.n_embd), 2 * in_std)
     for i in range(s.n_layer):
         yield Tensor(f"blk.{i}.attn_norm.weight", (s.n_embd,), 0.1, 1.0)
-        yield Tensor(f"blk.{i}.attn_q.weight", (s.n_embd, s.n_embd), s.qk_gain * in_std)
+        yield Tensor(f"blk.{i}.attn_q.weight", (q, s.n_embd), s.qk_gain * in_std)
         yield Tensor(f"blk.{i}.attn_k.weight", (kv, s.n_embd), s.qk_gain * in_std)
         yield Tensor(f"blk.{i}.attn_v.weight", (kv, s.n_embd), in_std)
-        for name, n in (("q", s.n_embd), ("k", kv), ("v", kv)) if s.arch == "qwen2" else ():
+        for name, n in (("q", q), ("k", kv), ("v", kv)) if s.arch in ("qwen2", "qwen2vl") else ():
             yield Tensor(f"blk.{i}.attn_{name}.bias", (n,), 0.1)
-        yield Tensor(f"blk.{i}.attn_output.weight", (s.n_embd, s.n_embd), 2 * calm * in_std)
+        for name in ("q", "k") if s.arch in ("qwen3vl", "gemma3") else ():
+            yield Tensor(f"blk.{i}.attn_{name}_norm.weight", (s.head,), 0.1, s.qk_gain)
+        for name in ("post_attention", "post_ffw") if s.arch == "gemma3" else ():
+            yield Tensor(f"blk.{i}.{name}_norm.weight", (s.n_embd,), 0.1, 2 * calm)
+        yield Tensor(f"blk.{i}.attn_output.weight", (s.n_embd, q), 2 * calm * q**-0.5)
         yield Tensor(f"blk.{i}.ffn_norm.weight", (s.n_embd,), 0.1, 1.0)
         yield Tensor(f"blk.{i}.ffn_gate.weight", (s.n_ff, s.n_embd), in_std)
         yield Tensor(f"blk.{i}.ffn_up.weight", (s.n_ff, s.n_embd), in_std)
@@ -165,6 +169,14 @@ def write_text(
     w.add_head_count_kv(shape.n_head_kv)
     w.add_layer_norm_rms_eps(1e-5)
     w.add_rope_dimension_count(shape.head)
+    w.add_key_length(shape.head)
+    w.add_value_length(shape.head)
+    if shape.sections:
+        w.add_rope_dimension_sections(shape.sections)
+    if shape.n_deepstack:
+        w.add_num_deepstack_layers(shape.n_deepstack)
+    if shape.window:
+        w.add_sliding_window(shape.window)
     w.add_rope_freq_base(shape.rope_base)
     w.add_vocab_size(shape.n_vocab)
     tokens, scores, types = vocabulary(shape.n_vocab)

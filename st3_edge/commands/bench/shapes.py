@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 TYPES = ("Q4_0", "Q4_K", "Q8_0")
@@ -9,8 +10,15 @@ TYPES = ("Q4_0", "Q4_K", "Q8_0")
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a decoder. `n_visual` is what its vision encoder gives for one picture; `arch` is "llama", or "qwen2",
-    which has biases as well."""
+    """Sizes of a decoder.
+
+    n_visual, grid  what its vision encoder gives for one picture, and of how many columns and rows; (0, 0): see grid_of
+    arch            "llama", or another with the tensors of `random_model.text_tensors`
+    head_dim        0: n_embd / n_head
+    sections        of M-RoPE
+    n_deepstack     layers to whose input an image adds rows
+    window          of the layers that see no further, 5 of 6
+    """
 
     n_layer: int
     n_embd: int
@@ -24,11 +32,23 @@ class Shape:
     tied: bool = False
     arch: str = "llama"
     qk_gain: float = 1.2  # standard deviation of the elements of q and k: how peaked attention is
+    grid: tuple[int, int] = (0, 0)
+    head_dim: int = 0
+    sections: tuple[int, ...] = ()
+    n_deepstack: int = 0
+    window: int = 0
 
     @property
     def head(self) -> int:
         """Elements of one head."""
-        return self.n_embd // self.n_head
+        return self.head_dim or self.n_embd // self.n_head
+
+    def grid_of(self, n_visual: int) -> tuple[int, int]:
+        """Columns and rows of so many visual tokens; 0, 0: unknown."""
+        side = math.isqrt(n_visual)
+        if n_visual == self.n_visual and any(self.grid):
+            return self.grid
+        return (side, side) if side * side == n_visual else (0, 0)
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -62,6 +82,30 @@ SHAPES = {
     "smolvlm-500m": Shape(32, 960, 15, 5, 2560, 49280, 8192, 1e5, n_visual=1088, tied=True),
     # six tiles and the overview, of 256 each
     "internvl3-2b": Shape(28, 1536, 12, 2, 8960, 151674, 32768, 1e6, n_visual=1792, tied=True, arch="qwen2"),
+    # pictures of 1008 × 784 and 1024 × 768 pixels
+    "qwen2.5-vl-7b": Shape(
+        28, 3584, 28, 4, 18944, 152064, 32768, 1e6, 1008, arch="qwen2vl", grid=(36, 28), sections=(16, 24, 24, 0)
+    ),
+    "qwen3-vl-4b": Shape(
+        36,
+        2560,
+        32,
+        8,
+        9728,
+        151936,
+        32768,
+        5e6,
+        768,
+        tied=True,
+        arch="qwen3vl",
+        grid=(32, 24),
+        head_dim=128,
+        sections=(24, 20, 20, 0),
+        n_deepstack=3,
+    ),
+    "gemma-3-4b": Shape(
+        34, 2560, 8, 4, 10240, 262208, 32768, 1e6, 256, tied=True, arch="gemma3", head_dim=256, window=1024
+    ),
     "tinyllama-1.1b": Shape(22, 2048, 32, 4, 5632, n_ctx=2048),
 }
 SEED = 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
-import math
 import os
 import re
 import sys
@@ -25,22 +24,25 @@ import numpy.typing as npt
 from ...config import KV_TYPES, Override
 from ...errors import ModelError, PromptError, St3Error
 from ...files import gguf
+from ...files.pair import is_llava
 from ...native import backends, libraries, log, machine, st3
 from ...prompts.images import load
 from ...prompts.messages import read_messages
 from ...prompts.templates import ChatTemplate
-from ...runtime.conversation import Image, Unit, n_positions, pieces_of
+from ...runtime.conversation import Image, Unit, n_tokens
 from ...runtime.vision import Tokenized, Vision
 
 _KV_SIZE = re.compile(r"llama_kv_cache: size = +([\d.]+) MiB \( *(\d+) cells")
 _MIN_UBATCH = 512  # upstream's default
+_MROPE = (8, 40)  # LLAMA_ROPE_TYPE_MROPE, _IMROPE
 
 
 @dataclass(frozen=True)
 class Job:
     """st3: whether this is ST³'s side; the other uses llama.cpp's own calls alone. stock: the folder of its libraries,
-    None: the package's. keys: `st3.*` overrides. mmproj None: `visual` random embeddings. question None: `text` random
-    tokens around the pictures. n_ctx, n_ubatch None: what prompt and answer need. Else as the options of `Llava`."""
+    None: the package's. keys: `st3.*` overrides. mmproj None: `visual` random embeddings of an image, its patches in so
+    many columns (0: unknown). question None: `text` random tokens around the pictures. n_ctx, n_ubatch None: what
+    prompt and answer need. Else as the options of `Llava`."""
 
     st3: bool
     stock: str | None
@@ -58,6 +60,7 @@ class Job:
     n_gpu_layers: int = 0
     kv_type: str = "f16"
     repack: bool = True
+    columns: int = 0
 
 
 class Worker:
@@ -88,15 +91,17 @@ class Worker:
             self._vision = Vision(job.mmproj, self._model, n_threads=threads_batch, use_gpu=use_gpu)
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self._n_vocab = self._lib.llama_vocab_n_tokens(self._vocab)
-        n_embd = self._lib.llama_model_n_embd(self._model)
+        n_embd = self._lib.llama_model_n_embd_inp(self._model)
         self._template = self._chat_template()
         self._pictures = [load(picture) for picture in job.pictures]  # read anew for each request
         self._random = np.random.default_rng(1).standard_normal((job.visual, n_embd), np.float32)
         self._words = self._draw(job.text, 1)
         self._answer = self._draw(job.generate, 2)
 
+        self._mrope = self._lib.llama_model_rope_type(self._model) in _MROPE
+        self._non_causal = gguf.read_header(job.model).architecture == "gemma3"  # as mtmd decides for its images
         units = self._units(self._tokenize())
-        self._n_prompt = n_positions(units)
+        self._n_prompt = n_tokens(units)
         n_ctx = job.n_ctx or self._n_prompt + job.generate
         if n_ctx < self._n_prompt + job.generate:
             raise PromptError(
@@ -112,8 +117,9 @@ class Worker:
         self._ctx = self._made(self._lib.llama_init_from_model, self._model, params)
         self._text = _new_batch(self._lib, n_ctx, 0)
         self._embd = _new_batch(self._lib, n_ctx, n_embd)
-        self._at = 0
-        self._kv_size = size.bytes, size.cells
+        self._at = 0  # the next position
+        self._decoded = 0  # tokens of the answer
+        self._caches = size.caches
         self.setup = {
             "visual": sum(unit.n for unit in units if isinstance(unit, Image)),
             "text": sum(not isinstance(unit, Image) for unit in units),
@@ -137,12 +143,12 @@ class Worker:
         tokenized = self._tokenize()
         units = self._units(tokenized)
         ready = time.perf_counter()
-        visual = {unit: self._see(tokenized, unit) for unit in units if isinstance(unit, Image)}
+        pieces = self._pieces(tokenized, units)
         seen = time.perf_counter()
-        self._prefill(pieces_of(units, visual))
+        self._prefill(pieces)
         self._choose()
         done = time.perf_counter()
-        self._at = self._n_prompt
+        self._decoded = 0
         encode = {"encode_ms": 1e3 * (seen - ready)} if tokenized else {}
         kv = {f"kv_{name}_bytes": n for name, n in self._kv().items()}
         return {**encode, "prefill_ms": 1e3 * (done - seen), "first_token_ms": 1e3 * (done - started), **kv}
@@ -152,10 +158,10 @@ class Worker:
         use after each, which is not timed."""
         steps: list[float] = []
         live: list[float] = []
-        first = self._at - self._n_prompt
-        for token in self._answer[first : first + n]:
+        for token in self._answer[self._decoded : self._decoded + n]:
             started = time.perf_counter()
             self._run(self._text, np.array([token], np.int32), output=True)
+            self._decoded += 1
             self._choose()
             steps.append(round(1e3 * (time.perf_counter() - started), 4))
             if watch:
@@ -190,6 +196,7 @@ class Worker:
             bos=text(lib.llama_vocab_bos(vocab)),
             eos=text(lib.llama_vocab_eos(vocab)),
             adds_bos=bool(lib.llama_vocab_get_add_bos(vocab)),
+            picture_end="\n" if self._job.mmproj and is_llava(self._job.mmproj) else "",
         )
 
     def _draw(self, n: int, seed: int) -> list[int]:
@@ -212,14 +219,27 @@ class Worker:
         if tokenized and self._job.question is not None:
             return tokenized.units
         before = max(1, self._job.text // 16)
-        images: list[Unit] = tokenized.units if tokenized else [Image("random", 0, self._job.visual)]
+        images: list[Unit] = tokenized.units if tokenized else [Image("random", 0, len(self._random))]
         return [*self._words[:before], *images, *self._words[before:]]
 
-    def _see(self, tokenized: Tokenized | None, image: Image) -> st3.Visual:
-        if tokenized:
-            return tokenized.encode(image)
-        side = math.isqrt(image.n)
-        return st3.Visual(self._random, *((side, side) if side * side == image.n else (0, 0)))
+    def _pieces(self, tokenized: Tokenized | None, units: list[Unit]) -> list[st3.Piece]:
+        """The prompt, with its pictures encoded."""
+        visual = {unit: tokenized.encode(unit) for unit in units if isinstance(unit, Image)} if tokenized else {}
+        if tokenized and self._job.question is not None:
+            return tokenized.pieces(visual)
+        before = max(1, self._job.text // 16)
+        first, last = (st3.Text(np.array(words, np.int32)) for words in (self._words[:before], self._words[before:]))
+        return [first, *(tokenized.pieces(visual, p0=before) if tokenized else [self._image(before)]), last]
+
+    def _image(self, p0: int) -> st3.Visual:
+        """Random embeddings, placed as mtmd places an image."""
+        n, nx = len(self._random), self._job.columns
+        ny = n // nx if nx else 0
+        if not self._mrope:
+            return st3.Visual(self._random, nx, ny, n_pos=n, non_causal=self._non_causal)
+        i = np.arange(n)
+        pos = p0 + np.stack([0 * i, i // (nx or n), i % (nx or n), -p0 + 0 * i], 1)
+        return st3.Visual(self._random, nx, ny, pos.astype(np.int32), max(nx, ny) or n)
 
     def _prefill(self, pieces: list[st3.Piece]) -> None:
         if self._job.st3:
@@ -227,20 +247,32 @@ class Worker:
             code = st3.prefill(self._ctx, 0, pieces)
             if code:
                 raise St3Error(f"prefill failed ({code}): {st3.last_error() or log.why()}")
+            self._at = st3.n_positions(self._ctx)
             return
         self._at = 0
         for piece in pieces:  # as upstream's multimodal code does it: piece by piece, logits for the last row alone
             if isinstance(piece, st3.Text):
                 self._run(self._text, piece.tokens, output=piece is pieces[-1])
             else:
-                self._run(self._embd, piece.embd, output=False)
+                self._lib.llama_set_causal_attn(self._ctx, not piece.non_causal)
+                self._run(self._embd, piece.embd, output=False, pos=piece.pos, n_pos=piece.n_pos)
+                self._lib.llama_set_causal_attn(self._ctx, True)
 
-    def _run(self, batch: Any, rows: npt.NDArray[Any], output: bool) -> None:
-        """llama_decode of token ids [n] or embeddings [n][n_embd] from where the sequence ends."""
+    def _run(
+        self,
+        batch: Any,
+        rows: npt.NDArray[Any],
+        output: bool,
+        pos: npt.NDArray[np.int32] | None = None,
+        n_pos: int | None = None,
+    ) -> None:
+        """llama_decode of token ids [n] or embeddings [n][n_embd] from where the sequence ends, or at the positions
+        [n][4]; n_pos: how many they take, if not n."""
         n = batch.n_tokens = len(rows)
         into = batch.embd if batch.embd else batch.token
         ctypes.memmove(into, rows.ctypes.data, rows.nbytes)
-        np.ctypeslib.as_array(batch.pos, (n,))[:] = np.arange(self._at, self._at + n)
+        places = np.arange(self._at, self._at + n, dtype=np.int32) if pos is None else np.ascontiguousarray(pos.T)
+        batch.pos = places.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
         logits = np.ctypeslib.as_array(batch.logits, (n,))
         logits[:] = 0
         logits[-1] = output
@@ -248,7 +280,7 @@ class Worker:
         code = self._lib.llama_decode(self._ctx, batch)
         if code:
             raise St3Error(f"decoding failed ({code}){log.why()}")
-        self._at += n
+        self._at += n_pos or n
 
     def _choose(self) -> int:
         """The likeliest token; waits for the logits."""
@@ -260,19 +292,22 @@ class Worker:
         if self._job.st3:
             kv = st3.report(self._ctx)["kv_bytes"]
             return {"allocated": kv["allocated"], "live": kv["live"]}
-        n_bytes, cells = self._kv_size
-        return {"allocated": n_bytes, "live": n_bytes * self._at // cells}
+        held = self._n_prompt + self._decoded
+        live = sum(n_bytes * min(held, cells) // cells for n_bytes, cells in self._caches)
+        return {"allocated": sum(n_bytes for n_bytes, _ in self._caches), "live": live}
 
 
 class _KVSize(logging.Handler):
-    """Hears what llama.cpp says about the size of a KV cache that it allocates."""
+    """Hears what llama.cpp says about the sizes of KV caches that it allocates: bytes and cells of each."""
 
-    bytes, cells = 0, 1
+    def __init__(self) -> None:
+        super().__init__()
+        self.caches: list[tuple[int, int]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         found = _KV_SIZE.match(record.getMessage())
         if found:
-            self.bytes, self.cells = round(float(found[1]) * 2**20), int(found[2])
+            self.caches.append((round(float(found[1]) * 2**20), int(found[2])))
 
 
 def _new_batch(lib: Any, n: int, n_embd: int) -> Any:

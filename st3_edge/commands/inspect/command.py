@@ -7,6 +7,7 @@ from typing import Any
 
 from ...files import gguf
 from ...files.output import check_output
+from ...files.pair import projector
 from ...prompts import images
 from .. import loading, options, which
 from ..console import Console, run
@@ -44,8 +45,8 @@ def _inspect(console: Console, arguments: argparse.Namespace) -> int:
         console.say()
         report = llava.last_report
         assert report is not None
-        header = gguf.read_header(llava.mmproj_path, "mmproj")
-        seen = see(question, sources, pictures, report, llava.model_path, header)
+        kind = projector(gguf.read_header(llava.mmproj_path, "mmproj"))
+        seen = see(question, sources, pictures, llava.tiles, report, llava.model_path, kind)
     if note := options.cut(report, options.answer(arguments), llava.n_ctx):
         console.note(note)
     console.note(report.summary())

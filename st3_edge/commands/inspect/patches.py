@@ -1,7 +1,8 @@
-"""Where the visual tokens of a picture lie in it: the picture as LLaVA's vision encoder sees it, and its patches."""
+"""Where the visual tokens of a picture lie in it: what the vision encoder sees of it, and its patches."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,25 +10,25 @@ import numpy.typing as npt
 from PIL import Image
 
 from ...errors import ModelError
-from ...files.gguf import Header
 from ...prompts.images import RGB
+from ...runtime.vision import Tile
 
 Pixels = npt.NDArray[np.uint8]
+Places = npt.NDArray[np.int64]
 
-# As upstream's mtmd pads (tools/mtmd/clip.cpp): LLaVA-1.5's pictures, and the ones that LLaVA-1.6 cuts into tiles.
-_PAD, _PAD_TILES = (122, 116, 104), (0, 0, 0)
-_MAX_SIDE = 8192  # upstream's bound of image_size
+_NOWHERE = ("resampler", "deepseekocr2")  # projectors whose visual tokens are of the picture as a whole
+_SMALL = 64  # pixels of a side at which arrangements of tiles are compared
 
 
 @dataclass(frozen=True)
 class View:
-    """name: "", or which of LLaVA-1.6's two views of a picture it is; pixels: uint8 [height][width][3], what the
-    encoder sees; tokens: int64 [rows][columns], for each patch of `pixels`, row by row, the index of its visual token
-    among those of the picture."""
+    """name: "", or which view of a picture in tiles it is; pixels: uint8 [height][width][3], what the encoder sees;
+    tokens: int64 [rows][columns], for each patch of `pixels`, row by row, the index of its visual token among those of
+    the picture."""
 
     name: str
     pixels: Pixels
-    tokens: npt.NDArray[np.int64]
+    tokens: Places
 
     @property
     def patch(self) -> int:
@@ -35,71 +36,66 @@ class View:
         return len(self.pixels) // len(self.tokens)
 
 
-def views(picture: RGB, mmproj: Header) -> list[View]:
-    """What the vision encoder of an mmproj file sees of a picture.
-
-    LLaVA-1.5: the picture, padded to a square. LLaVA-1.6, where the file names its resolutions: the whole picture
-    squeezed into a square, and a larger picture's tiles, put together again. Raises ModelError where the file does not
-    say, or has another projector than LLaVA's: then it is not known where its visual tokens lie.
-    """
-    kind = mmproj.metadata.get("clip.projector_type")
-    if kind != "mlp":
-        raise ModelError(f"where visual tokens lie is known for LLaVA's projector 'mlp', not for {kind!r}")
-    side, patch = (mmproj.metadata.get(f"clip.vision.{key}") for key in ("image_size", "patch_size"))
-    if not (isinstance(side, int) and isinstance(patch, int) and 0 < patch <= side <= _MAX_SIDE):
-        raise ModelError(f"the mmproj file gives no size of pictures and patches: {side!r}, {patch!r}")
-    image = Image.frombytes("RGB", (picture.width, picture.height), picture.data)
-    resolutions = tuple(int(n) for n in mmproj.arrays.get("clip.vision.image_grid_pinpoints", ()))
-    if not resolutions:
-        return [_assemble("", _fit(image, side, side, _PAD), side, patch, 0)]
-    small = _resize(image, side, side)
-    if max(picture.width, picture.height) <= side:
-        return [_assemble("whole", small, side, patch, 0)]
-    width, height = _best(picture.width, picture.height, resolutions)
-    if width % side or height % side:
-        raise ModelError(f"the mmproj file's resolution {width}×{height} is no multiple of its tiles of {side}")
-    tiles = _assemble("tiles", _fit(image, width, height, _PAD_TILES), side, patch, 0)
-    # Upstream's mtmd gives the decoder the tiles first.
-    return [_assemble("whole", small, side, patch, tiles.tokens.size), tiles]
-
-
-def _assemble(name: str, image: Image.Image, side: int, patch: int, first: int) -> View:
-    """A view of tiles of side × side, row by row, whose tokens count from `first`."""
-    n = side // patch  # a rest of the side is never looked at
-    columns, rows = image.width // side, image.height // side
-    pixels = np.asarray(image).reshape(rows, side, columns, side, 3)[:, : n * patch, :, : n * patch]
-    tokens = first + np.arange(rows * columns * n * n).reshape(rows, columns, n, n).swapaxes(1, 2)
-    return View(name, pixels.reshape(rows * n * patch, columns * n * patch, 3), tokens.reshape(rows * n, columns * n))
-
-
-def _fit(image: Image.Image, width: int, height: int, ground: tuple[int, int, int]) -> Image.Image:
-    """The picture as large as it fits into width × height, in the middle of `ground`; upstream's `img_tool::resize`."""
-    if image.size == (width, height):
-        return image
-    # In 32 bits as upstream: the double's ceiling is another one now and then.
-    scale = min(np.float32(width) / np.float32(image.width), np.float32(height) / np.float32(image.height))
-    new_width = min(int(np.ceil(np.float32(image.width) * scale)), width)
-    new_height = min(int(np.ceil(np.float32(image.height) * scale)), height)
-    out = Image.new("RGB", (width, height), ground)
-    out.paste(_resize(image, new_width, new_height), ((width - new_width) // 2, (height - new_height) // 2))
-    return out
-
-
-def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    # Pillow takes the cheaper direction first; upstream rounds after the horizontal one.
-    return image.resize((width, image.height), Image.Resampling.BICUBIC).resize(
-        (width, height), Image.Resampling.BICUBIC
+def views(picture: RGB, tiles: Sequence[Tile], projector: str) -> list[View]:
+    """What the vision encoder sees of a picture, in tiles as mtmd cuts it: the whole, and the tiles put together again.
+    Raises ModelError where it is not known where visual tokens lie: with projectors that look at all of the picture for
+    each, and where their number is that of no grid of square patches."""
+    if projector in _NOWHERE:
+        raise ModelError(f"visual tokens of the projector {projector!r} are of no place in the picture")
+    seen, n = [], 0
+    for tile in tiles:
+        seen.append(_view("", tile, n))
+        n += tile.n
+    if len(seen) == 1:
+        return seen
+    image, aspect = (
+        Image.frombytes("RGB", (picture.width, picture.height), picture.data),
+        picture.width / picture.height,
     )
 
+    def unlikeness(arrangement: list[View]) -> tuple[float, float]:
+        errors = [min(_errors(image, view.pixels)) for view in arrangement]
+        height, width = arrangement[1].pixels.shape[:2]
+        return round(sum(errors), 5), abs(float(np.log(width / height / aspect)))
 
-def _best(width: int, height: int, resolutions: tuple[int, ...]) -> tuple[int, int]:
-    """Upstream's `select_best_resolution`: where most of the picture's pixels are left, and of those the smallest."""
-    best, most, least = (0, 0), 0, 0
-    for w, h in zip(resolutions[::2], resolutions[1::2], strict=False):
-        if not (0 < w <= _MAX_SIDE and 0 < h <= _MAX_SIDE):
-            raise ModelError(f"the mmproj file gives an impossible resolution: {w}×{h}")
-        scale = min(np.float32(w) / np.float32(width), np.float32(h) / np.float32(height))
-        left = min(int(np.float32(width) * scale) * int(np.float32(height) * scale), width * height)
-        if left > most or (left == most and w * h - left < least):
-            best, most, least = (w, h), left, w * h - left
-    return best
+    return min(_arrangements(seen), key=unlikeness)
+
+
+def _arrangements(seen: Sequence[View]) -> Iterator[list[View]]:
+    """The whole picture, which comes first or last, and the other tiles in all grids that have so many."""
+    for whole, tiles in ((seen[-1], seen[:-1]), (seen[0], seen[1:])):
+        if len({(tile.pixels.shape, tile.tokens.shape) for tile in tiles}) > 1:
+            continue
+        for columns in (c for c in range(1, len(tiles) + 1) if len(tiles) % c == 0):
+            rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
+            pixels = np.concatenate([np.concatenate([tile.pixels for tile in row], 1) for row in rows])
+            tokens = np.concatenate([np.concatenate([tile.tokens for tile in row], 1) for row in rows])
+            yield [View("whole", whole.pixels, whole.tokens), View("tiles", pixels, tokens)]
+
+
+def _view(name: str, tile: Tile, first: int) -> View:
+    """A tile whose tokens count from `first`. A rest of a side that makes no patch is not shown."""
+    height, width = tile.pixels.shape[:2]
+    for ends in (0, 1, -1):  # tokens that end each row: none, one, or one but for the last row
+        for patch in range(min(height, width), 0, -1):
+            columns, rows = width // patch, height // patch
+            if columns * rows + (rows * ends if ends >= 0 else rows - 1) == tile.n:
+                at = np.arange(rows * (columns + abs(ends))).reshape(rows, -1)[:, :columns]
+                return View(name, tile.pixels[: rows * patch, : columns * patch], first + at)
+    raise ModelError(f"{tile.n} visual tokens of {width}×{height} pixels are no grid of square patches")
+
+
+def _errors(picture: Image.Image, pixels: Pixels) -> Iterator[float]:
+    """How unlike the picture what is seen is, if it was stretched, and if it was fitted into the middle of black."""
+    seen = _small(Image.fromarray(np.ascontiguousarray(pixels)))
+    yield float(np.square(seen - _small(picture)).mean())
+    wide, high = pixels.shape[1] / picture.width, pixels.shape[0] / picture.height
+    width, height = (max(1, round(_SMALL * min(wide, high) / scale)) for scale in (wide, high))
+    ground = Image.new("RGB", (_SMALL, _SMALL))
+    fitted = picture.resize((width, height), Image.Resampling.BOX)
+    ground.paste(fitted, ((_SMALL - width) // 2, (_SMALL - height) // 2))
+    yield float(np.square(seen - np.asarray(ground, np.float64) / 255).mean())
+
+
+def _small(image: Image.Image) -> npt.NDArray[np.float64]:
+    return np.asarray(image.resize((_SMALL, _SMALL), Image.Resampling.BOX), np.float64) / 255

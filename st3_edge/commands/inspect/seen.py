@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import ModelError
-from ...files.gguf import Header
+from ...errors import ImageError, ModelError
 from ...prompts.images import RGB
 from ...report import Report, Trace
+from ...runtime.vision import Tile
 from .patches import View, views
 
 Mask = npt.NDArray[np.bool_]
@@ -142,22 +142,30 @@ def layers(stage: range) -> str:
 
 
 def see(
-    question: str, sources: Sequence[str], pictures: Sequence[RGB], report: Report, model: str, mmproj: Header
+    question: str,
+    sources: Sequence[str],
+    pictures: Sequence[RGB],
+    tiles: Callable[[RGB], Sequence[Tile]],
+    report: Report,
+    model: str,
+    projector: str,
 ) -> Seen:
-    """Puts together what was asked and what came of it. `sources`: the pictures as they were named; `model`: the
-    text model's path; `mmproj`: the header of the vision half."""
-    try:
-        found, unknown = [views(picture, mmproj) for picture in pictures], None
-    except ModelError as e:
-        found, unknown = [[] for _ in pictures], str(e)
-    shown, n = [], 0
-    for source, picture, of_picture in zip(sources, pictures, found, strict=True):
-        placed = [replace(view, tokens=view.tokens + n) for view in of_picture]
-        n += sum(view.tokens.size for view in placed)
+    """Puts together what was asked and what came of it. `sources`: the pictures as they were named; `tiles`: says
+    what the vision encoder sees of one; `model`: the text model's path; `projector`: the vision half's."""
+    shown, n, unknown = [], 0, None
+    for source, picture in zip(sources, pictures, strict=True):
+        placed: list[View] = []
+        try:
+            of_picture = tiles(picture)
+            placed = [replace(v, tokens=v.tokens + n) for v in views(picture, of_picture, projector)]
+            n += sum(tile.n for tile in of_picture)
+        except (ModelError, ImageError) as e:
+            unknown = str(e)
         shown.append(Picture(_name(source), picture.width, picture.height, placed))
-    seen = Seen(question, shown, report, Path(model).name, unknown)
+    seen = Seen(question, shown, report, Path(model).name)
     if n != seen.given and not unknown:
-        unknown = f"the mmproj file's patches are {n}, and its visual tokens {seen.given}"
+        unknown = f"the pictures have {n} visual tokens, and the conversation {seen.given}"
+    if unknown:
         seen = replace(seen, pictures=[replace(picture, views=[]) for picture in shown], unknown=unknown)
     return seen
 
