@@ -55,7 +55,6 @@ def text_model(converter: Converter, tmp_path_factory: pytest.TempPathFactory) -
     import torch
 
     from families import recipes
-    from families.reference import HfDecoder
 
     torch.set_num_threads(1)  # small matrices: more threads only wait for each other
     folder, made = tmp_path_factory.mktemp("families"), {}
@@ -66,9 +65,11 @@ def text_model(converter: Converter, tmp_path_factory: pytest.TempPathFactory) -
             recipe = recipe or recipes.TEXT[name]
             lm = recipe.make()
             at = folder / f"{len(made)}-{name}"
-            recipes.save(lm, at, recipe.change)
+            recipe.save(lm, at)
             path = converter(at, at.with_suffix(".gguf"))
-            decoder = HfDecoder(lm.model, lm.lm_head, recipe.image_scale)
+            decoder = recipe.oracle(lm)
+            if recipe.most_error > recipes.Text.most_error:
+                decoder.inexact = (recipe.most_error / decoder.n_layer) ** 0.5
             made[name, asked] = Made(name, path, decoder, recipe.most_error)
         return made[name, asked]
 

@@ -42,23 +42,28 @@ Write = Callable[[Any, Path, Path, Converter], None]  # a model, a folder to wor
 class Media:
     """A vision model.
 
-    text: the decoder's name in recipes.TEXT; build: a model of a text config; features: embeddings [n, width] of a
+    text: the decoder's name in recipes.TEXT, or in whole.WHOLE; build: a model of a text config, None: the decoder's
+    recipe makes all of it; features: embeddings [n, width] of a
     tile, float32 [1, 3, height, width]; tiles: what mtmd shows of a picture, uint8 [height, width, 3], in the order of
     its image chunks; size: of the picture, height and width; joined: tiles follow each other and are one image;
-    markers: special tokens that the family's prompts have.
+    markers: special tokens that the family's prompts have; whole: logits of all rows of a prompt by Hugging Face's own
+    forward pass, from the pixels.
     """
 
     text: str
-    build: Callable[[Any], Any]
+    build: Callable[[Any], Any] | None
     features: Callable[[Any, torch.Tensor], torch.Tensor]
     write: Write
     tiles: Callable[[Array], list[Array]]
     size: tuple[int, int] = (SIDE, SIDE)
     joined: bool = False
     markers: tuple[str, ...] = ()
+    whole: Callable[[Any, list[Any], torch.Tensor], Array] | None = None
 
     def make(self, lm: Any) -> Any:
         """The model around a decoder, F32."""
+        if self.build is None:
+            return lm
         made = self.build(lm.config).to(torch.float32)
         recipes.randomize(made)
         made.model.get_decoder().load_state_dict(lm.model.state_dict())

@@ -42,7 +42,7 @@ class Text:
 
     image_scale: as HfDecoder's; change: what upstream's converter wants to find instead of what Hugging Face saves;
     most_error: NMSE of logits that floats explain, some four times the worst seen (llama.cpp has GELU in a table of F16
-    on the CPU).
+    on the CPU: choices are as inexact then).
     """
 
     arch: str
@@ -55,6 +55,16 @@ class Text:
     def with_markers(self, markers: tuple[str, ...]) -> Text:
         """The same with special tokens at the end of its vocabulary."""
         return replace(self, extra={**self.extra, MARKERS: [*self.extra.get(MARKERS, []), *markers]})
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Writes what upstream's converter reads."""
+        save(model, folder, self.change)
+
+    def oracle(self, model: Any) -> Any:
+        """The HfDecoder of a model."""
+        from .reference import HfDecoder
+
+        return HfDecoder(model.model, model.lm_head, self.image_scale)
 
     def make(self) -> Any:
         """The model, F32, with weights that keep the residual stream of one size and its attention peaked."""

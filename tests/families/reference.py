@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from oracle import rounding
+from oracle import gemma3, rounding
 from oracle.llama import TILE_ROWS, Array, Decoder, Image, Layer, Piece
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -62,7 +62,12 @@ class HfDecoder(Decoder):
 
     image_scale: what upstream's graph multiplies embeddings of images by, where the model does so with tokens alone.
     A subclass says what else a family needs: `rotary` (several positions a token), `run_layer` (what is added to rows).
+    places: of rows with several positions, as `oracle.mrope` has them; inexact: relative error of a layer's input that
+    explains the errors of its logits.
     """
+
+    places: list[tuple[int, ...]]
+    inexact = 1e-6
 
     def __init__(self, model: Any, head: Any, image_scale: float = 1.0) -> None:
         config = model.config
@@ -90,8 +95,8 @@ class HfDecoder(Decoder):
             ]
         return torch.cat(rows).numpy() * self.input_scale
 
-    def rotary(self, x: torch.Tensor, pos: Array) -> Any:
-        """Cosines and sines for rows x [1, n, width] at positions [n]."""
+    def rotary(self, i: int, x: torch.Tensor, pos: Array) -> Any:
+        """Cosines and sines of layer i for rows x [1, n, width] at positions [n]."""
         return self.model.rotary_emb(x, position_ids=torch.from_numpy(pos)[None])
 
     def run_layer(self, i: int, x: torch.Tensor, pos: Array, **kwargs: Any) -> torch.Tensor:
@@ -100,7 +105,7 @@ class HfDecoder(Decoder):
             x,
             attention_mask=None,
             position_ids=torch.from_numpy(pos)[None],
-            position_embeddings=self.rotary(x, pos),
+            position_embeddings=self.rotary(i, x, pos),
             **kwargs,
         )
         return out[0] if isinstance(out, tuple) else out
@@ -114,7 +119,7 @@ class HfDecoder(Decoder):
         self, i: int, x: Array, pos: Array, past: Layer, visual: Array, weight: Array, kv: str
     ) -> tuple[Array, Array, Layer]:
         if self.noise is not None:
-            x = x * (1 + 1e-6 * self.noise.standard_normal(x.shape))
+            x = x * (1 + self.inexact * self.noise.standard_normal(x.shape))
         call, before = Call(self, past, pos, visual, weight, kv), self.config._attn_implementation
         self.config._attn_implementation = ATTENTION
         try:
@@ -136,3 +141,60 @@ class HfDecoder(Decoder):
         with torch.no_grad():
             out = self.head_of(self.model(inputs_embeds=x, use_cache=False).last_hidden_state)[0].numpy()
         return out / getattr(self.config, "logits_scaling", 1.0)
+
+
+class MropeDecoder(HfDecoder):
+    """A decoder whose tokens have several positions each, and behind whose rows lies what deepstack adds to them."""
+
+    def __init__(self, model: Any, head: Any, n_deepstack: int = 0) -> None:
+        super().__init__(model, head)
+        self.n_deepstack = n_deepstack
+
+    def embed(self, pieces: list[Piece]) -> Array:
+        """The first rows, and what deepstack adds to them: nothing to text."""
+        more = self.n_deepstack * self.n_embd
+        with torch.no_grad():
+            rows = [
+                p.embd.astype(np.float64)
+                if isinstance(p, Image)
+                else np.pad(self.model.get_input_embeddings()(torch.tensor(p)).numpy(), ((0, 0), (0, more)))
+                for p in pieces
+            ]
+        return np.concatenate(rows)
+
+    def rotary(self, i: int, x: torch.Tensor, pos: Array) -> Any:
+        """The same for the three positions of each row that `pos` names."""
+        places = np.asarray(self.places)[pos, :3]
+        return self.model.rotary_emb(x, torch.from_numpy(places.T.copy())[:, None])
+
+    def run_layer(self, i: int, x: torch.Tensor, pos: Array, **kwargs: Any) -> torch.Tensor:
+        """Hugging Face's layer i, and what comes on top of its rows."""
+        x, more = x[..., : self.n_embd], x[..., self.n_embd :]
+        x = super().run_layer(i, x, pos, **kwargs)
+        if i < self.n_deepstack:
+            x = x + more[..., i * self.n_embd : (i + 1) * self.n_embd]
+        return torch.cat([x, more], -1)
+
+    def seen_by(self, i: int, x: Array) -> Array:
+        """What the attention of layer i sees of rows x."""
+        return super().seen_by(i, x[:, : self.n_embd])
+
+    def _logits(self, row: Array) -> Array:
+        return super()._logits(row[: self.n_embd])
+
+
+class WindowDecoder(gemma3.Windows, HfDecoder):
+    """A decoder of layers with and without a sliding window, and of images whose tokens see each other."""
+
+    def __init__(self, model: Any, head: Any) -> None:
+        super().__init__(model, head)
+        self.window = self.config.sliding_window
+        self.slides = [kind == "sliding_attention" for kind in self.config.layer_types]
+
+    def rotary(self, i: int, x: torch.Tensor, pos: Array) -> Any:
+        """By the kind of layer."""
+        return self.model.rotary_emb(x, torch.from_numpy(pos)[None], self.config.layer_types[i])
+
+    def _layer(self, i: int, *args: Any) -> tuple[Array, Array, Layer]:
+        self._at = i
+        return super()._layer(i, *args)

@@ -14,14 +14,17 @@ for package in ("torch", "transformers", "safetensors"):
     pytest.importorskip(package, reason=f"{package} is not installed: no reference to compare with")
 
 import torch  # noqa: E402
+from mrope import RowContext  # noqa: E402
 from native_runtime import Context, Image, Model, Vision  # noqa: E402
 from oracle import llama as oracle  # noqa: E402
 
-from families import media, recipes  # noqa: E402
+from families import media  # noqa: E402
 from families.conftest import Made  # noqa: E402
-from families.test_text import EXACT, KEYS, N_STEPS, talk, words  # noqa: E402
+from families.files import MEDIA, TEXT  # noqa: E402
+from families.test_text import EXACT, KEYS, N_STEPS, same_as_stock, talk, words  # noqa: E402
+from families.whole import WHOLE  # noqa: E402
 
-models = pytest.mark.parametrize("name", media.MEDIA)
+models = pytest.mark.parametrize("name", MEDIA)
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ def pair(text_model, converter, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
     def make(name: str) -> Pair:
         if name not in made:
-            m = media.MEDIA[name]
-            recipe = recipes.TEXT[m.text].with_markers(m.markers)
+            m = MEDIA[name]
+            recipe = TEXT[m.text].with_markers(m.markers)
             model = m.make(recipe.make())
             m.write(model, folder / name, folder / f"mmproj-{name}.gguf", converter)
             made[name] = Pair(m, text_model(name, recipe), model, folder / f"mmproj-{name}.gguf")
@@ -57,9 +60,28 @@ def pair(text_model, converter, tmp_path_factory: pytest.TempPathFactory) -> Cal
     return make
 
 
+def context(model: Model) -> Context:
+    return (RowContext if model.mrope else Context)(model, n_ctx=1024, **EXACT)
+
+
+def read(pair: Pair, ctx: Context, vision: Vision, chunks: object, p0: int = 0) -> tuple[list[oracle.Piece], int]:
+    """A prompt by mtmd's helper; its pieces as the decoder takes them, and where the next row comes."""
+    pieces = as_seen(vision.pieces(chunks))
+    n = sum(len(x.embd) if isinstance(x, oracle.Image) else len(x) for x in pieces)
+    if not isinstance(ctx, RowContext):
+        assert vision.evaluate(ctx, chunks, p0) == p0 + n
+        return pieces, p0 + n
+    assert len(ctx.places) == p0
+    end = vision.evaluate(ctx, chunks, ctx.end)
+    ctx.add(pieces)
+    pair.text.oracle.places = ctx.places
+    assert (ctx.end, len(ctx.places)) == (end, p0 + n)
+    return pieces, p0 + n
+
+
 @contextmanager
 def loaded(rt, pair: Pair, keys: dict) -> Iterator[tuple[Context, Vision]]:
-    with Model(rt, pair.text.path, keys) as model, Context(model, n_ctx=1024, **EXACT) as ctx:
+    with Model(rt, pair.text.path, keys) as model, context(model) as ctx:
         vision = Vision(model, pair.mmproj, threads=1)
         try:
             yield ctx, vision
@@ -71,7 +93,7 @@ def prompt(number: int) -> str:
     return f"t{number}<__media__>t7 t8 t9 t{number + 20} t5"
 
 
-def as_seen(pair: Pair, pieces: list) -> list[oracle.Piece]:
+def as_seen(pieces: list) -> list[oracle.Piece]:
     """Pieces as the decoder takes them: tiles with nothing between them are one image."""
     out: list[oracle.Piece] = []
     for piece in pieces:
@@ -95,18 +117,26 @@ def test_off_is_hugging_face(rt, pair, tally, name: str) -> None:
     p = pair(name)
     picture = p.media.picture(0)
     with loaded(rt, p, {}) as (ctx, vision), vision.chunks(prompt(1), picture) as chunks:
-        pieces = vision.pieces(chunks)
-        got, want = [x for x in pieces if isinstance(x, Image)], p.features(picture)
+        raw = vision.pieces(chunks)
+        got, want = [x for x in raw if isinstance(x, Image)], p.features(picture)
         assert [len(x.embd) for x in got] == [len(x) for x in want]
         for i, (a, b) in enumerate(zip(got, want, strict=True)):
             assert least_cosine(a.embd, b) >= 0.999, f"tile {i}: {least_cosine(a.embd, b)}"
         theirs = iter(want)
-        end = vision.evaluate(ctx, chunks)
-        whole = p.text.oracle.whole([oracle.Image(next(theirs), 0, 0) if isinstance(x, Image) else x for x in pieces])
-        assert end == len(whole)
-        cosine = least_cosine(ctx.logits()[None], whole[-1:])
+        seen = [oracle.Image(next(theirs), 0, 0) if isinstance(x, Image) else x for x in raw]
+        own = p.media.whole
+        logits = own(p.hf, seen, p.media.pixels(picture)) if own else p.text.oracle.whole(seen)
+        _, end = read(p, ctx, vision, chunks)
+        assert end == len(logits)
+        cosine = least_cosine(ctx.logits()[None], logits[-1:])
     tally[f"{name} 1 - cosine x 1e-9, from the pixels"] = round(1e9 * (1 - cosine))
     assert cosine >= 0.999
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_off_is_stock(pair, tmp_path: Path, name: str) -> None:
+    """Breaks if the patches change one bit of a logit where nothing is pruned (the other decoders: test_text)."""
+    same_as_stock(pair(name).text.path, tmp_path)
 
 
 @models
@@ -118,10 +148,7 @@ def test_pruned_by_mtmd_is_the_oracle(rt, pair, tally, name: str) -> None:
         t = talk(ctx, p.text, tally)
         for number in range(2):
             with vision.chunks(prompt(number), p.media.picture(number)) as chunks:
-                pieces = as_seen(p, vision.pieces(chunks))
-                assert vision.evaluate(ctx, chunks, t.at) == t.at + sum(
-                    len(x.embd) if isinstance(x, oracle.Image) else len(x) for x in pieces
-                )
+                pieces, _ = read(p, ctx, vision, chunks, t.at)
             report = ctx.report()
             assert (report["mode"], report["reason"]) == ("pruned-prefill", None)
             n_images = 1 if p.media.joined else len(p.media.tiles(p.media.picture(0)))
@@ -138,10 +165,12 @@ def test_a_saved_state_goes_on_the_same(rt, pair, name: str) -> None:
     p = pair(name)
     with loaded(rt, p, KEYS) as (ctx, vision):
         with vision.chunks(prompt(3), p.media.picture(3)) as chunks:
-            at, got = vision.evaluate(ctx, chunks), []
+            (_, at), got = read(p, ctx, vision, chunks), []
         state = ctx.save(0)
-        with Context(ctx.model, n_ctx=1024, **EXACT) as other:
+        with context(ctx.model) as other:
             assert other.restore(state, 0) == len(state)
+            if isinstance(ctx, RowContext):
+                other.places, other.visual, other.end = list(ctx.places), list(ctx.visual), ctx.end
             for c in (ctx, other):
                 assert c.decode([5], at) == 0 and c.decode([6], at + 1) == 0
                 got.append(c.logits())

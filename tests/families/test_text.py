@@ -94,14 +94,19 @@ def test_off_is_hugging_face(rt, text_model: Callable[[str], Made], tally, name:
 @families
 def test_off_is_stock(text_model: Callable[[str], Made], tmp_path: Path, name: str) -> None:
     """Breaks if the patches change one bit of a logit where nothing is pruned."""
+    same_as_stock(text_model(name).path, tmp_path)
+
+
+def same_as_stock(path: Path, folder: Path) -> None:
+    """Compares logits of text, an image and more tokens: of stock, llama_decode and st3_prefill, each in a process."""
     stock = os.environ.get("ST3_STOCK_LIB_DIR")
     if not stock:
         pytest.skip("ST3_STOCK_LIB_DIR is not set")
-    path, ours = text_model(name).path, lib_dir()
+    ours = lib_dir()
     assert ours is not None
-    a = run(Path(stock), path, tmp_path / "stock.bin", "F16", st3=False)
-    b = run(ours, path, tmp_path / "ours.bin", "F16", st3=False)
-    c = run(ours, path, tmp_path / "st3.bin", "F16", st3=True)
+    a = run(Path(stock), path, folder / "stock.bin", "F16", st3=False)
+    b = run(ours, path, folder / "ours.bin", "F16", st3=False)
+    c = run(ours, path, folder / "st3.bin", "F16", st3=True)
     assert len(a) > 0 and np.array_equal(a, b) and np.array_equal(a, c)
 
 

@@ -11,7 +11,31 @@ from .attention import probabilities
 from .llama import Array, Image, Layer, Piece
 
 
-class Decoder(llama.Decoder):
+class Windows:
+    """A decoder whose layers see no further than `window` positions where `slides` says so, and whose images' tokens
+    see each other. `_at`: the layer at work."""
+
+    window: int
+    slides: list[bool]
+    _at = 0
+    _firsts: tuple[int, ...] = ()  # of each image, its first token
+
+    def _batch(self, result: llama.Result, *args: object, **kwargs: object) -> None:
+        self._firsts = tuple(im.first for im in result.images)
+        super()._batch(result, *args, **kwargs)
+
+    def _attention(self, q: Array, layer: Layer) -> Array:
+        """As the base's, but tokens of an image of the batch see each other, and windows slide."""
+        n, n_kv = q.shape[1], layer.k.shape[1]
+        image = np.where(layer.visual < 0, -1, np.searchsorted(self._firsts, layer.visual, side="right"))
+        row, cell = np.arange(n_kv - n, n_kv)[:, None], np.arange(n_kv)[None, :]
+        ahead = (cell > row) & ~((image[row] >= 0) & (image[row] == image[cell]))
+        far = layer.pos[row] - layer.pos[cell] >= self.window if self.slides[self._at] else np.zeros((1, 1), bool)
+        counts = rounding.stored(np.log(layer.weight), self.mask)
+        return probabilities(q, layer.k, np.where(ahead | far, -np.inf, counts), self.scale)
+
+
+class Decoder(Windows, llama.Decoder):
     """The model of a GGUF file of the `gemma3` architecture."""
 
     def __init__(self, path: Path) -> None:
@@ -24,8 +48,6 @@ class Decoder(llama.Decoder):
         pattern = int(key("attention.sliding_window_pattern"))
         self.slides = [i % pattern < pattern - 1 for i in range(self.n_layer)]
         self._freqs = self.freqs, key("rope.freq_base_swa") ** (-np.arange(0, self.head, 2) / self.head)
-        self._at = 0  # the layer at work
-        self._firsts: list[int] = []  # of each image, its first token
 
     def embed(self, pieces: list[Piece]) -> Array:
         """The rows: of tokens as long as upstream makes them, of images as they are."""
@@ -44,23 +66,9 @@ class Decoder(llama.Decoder):
         low, high = np.split(y, 2, -1)
         return np.concatenate([low * c - high * s, low * s + high * c], -1)
 
-    def _batch(self, result: llama.Result, *args: object, **kwargs: object) -> None:
-        self._firsts = [im.first for im in result.images]
-        super()._batch(result, *args, **kwargs)
-
     def _layer(self, i: int, *args: object) -> tuple[Array, Array, Layer]:
         self._at = i
         return super()._layer(i, *args)
-
-    def _attention(self, q: Array, layer: Layer) -> Array:
-        """As the base's, but tokens of an image of the batch see each other, and windows slide."""
-        n, n_kv = q.shape[1], layer.k.shape[1]
-        image = np.where(layer.visual < 0, -1, np.searchsorted(self._firsts, layer.visual, side="right"))
-        row, cell = np.arange(n_kv - n, n_kv)[:, None], np.arange(n_kv)[None, :]
-        ahead = (cell > row) & ~((image[row] >= 0) & (image[row] == image[cell]))
-        far = layer.pos[row] - layer.pos[cell] >= self.window if self.slides[self._at] else np.zeros((1, 1), bool)
-        counts = rounding.stored(np.log(layer.weight), "F16")
-        return probabilities(q, layer.k, np.where(ahead | far, -np.inf, counts), self.head**-0.5)
 
     def _joined(self, i: int, heads: Array) -> Array:
         return self._norm(super()._joined(i, heads), f"blk.{i}.post_attention_norm.weight")
