@@ -5,8 +5,14 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <netdb.h>
 #include <stdexcept>
+
+#ifdef _WIN32
+#include <winsock2.h>
+#include <ws2tcpip.h>
+#else
+#include <netdb.h>
+#endif
 
 static constexpr size_t MAX_BYTES   = 10 * 1024 * 1024;
 static constexpr int    MAX_SECONDS = 10;

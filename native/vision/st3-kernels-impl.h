@@ -26,18 +26,30 @@ struct scratch {
     char * data = nullptr;
     size_t size = 0;
 
-    ~scratch() { free(data); }
+    ~scratch() { release(); }
 
     char * get(size_t n) {
         if (n > size) {
-            free(data);
+            release();
+#ifdef _WIN32
+            data = (char *) _aligned_malloc(up(n, 64), 64);
+#else
             data = (char *) aligned_alloc(64, up(n, 64));
+#endif
             size = data ? n : 0;
             if (!data) {
                 GGML_ABORT("st3: no memory for the vision encoder");
             }
         }
         return data;
+    }
+
+    void release() {
+#ifdef _WIN32
+        _aligned_free(data);
+#else
+        free(data);
+#endif
     }
 };
 
