@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import native_runtime  # noqa: F401 - puts the package on the path
+from PIL import Image
 
 from st3_edge import demo
 from st3_edge.commands.bench import random_model
@@ -68,17 +69,25 @@ def peak(threads: int) -> float | None:
     return 2 * 2048 * 4096 * 4096 / best
 
 
+def pictures(folder: Path, n: int) -> list[str]:
+    """Files of n pictures that all differ, as equal ones are encoded once: the demo's scenes, turned."""
+    scenes, out = demo.scenes(), []
+    for i in range(n):
+        out.append(str(folder / f"encode-{i}.png"))
+        Image.open(scenes[i % len(scenes)].picture).rotate(90 * (i // len(scenes))).save(out[-1])
+    return out
+
+
 def side(args: argparse.Namespace, ours: bool, file_type: str, n: int) -> Side:
     """One side's process."""
     text, mmproj = files(args.cache, file_type)
-    pictures = itertools.islice(itertools.cycle(str(scene.picture) for scene in demo.scenes()), n)
     job = Job(
         st3=ours,
         stock=None if ours else str(args.stock.resolve()),
         keys=KEYS if ours else {},
         model=str(text),
         mmproj=str(mmproj),
-        pictures=list(pictures),
+        pictures=pictures(args.cache, n),
         question=None,
         visual=0,
         text=16,
