@@ -108,7 +108,7 @@ def saved_values(raw: bytes, n_cuts: int) -> list[dict[int, bytes]]:
         _, _, n = take("iII")
         take(f"{5 * n}i")  # positions, tokens
         take(f"{take('Q')[0]}f")
-        take(f"{4 * take('I')[0]}I")
+        take(f"{5 * take('I')[0]}I")
     row = SHAPE.head * SHAPE.n_head_kv
     row = {1: 2 * row, 8: row // 32 * 34}[type_v]
     out = []
