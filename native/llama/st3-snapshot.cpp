@@ -1,6 +1,7 @@
 // st3-snapshot.cpp - saving and restoring st3_memory. One section, little-endian as llama.cpp's own:
 //
-//   u32 magic, u32 version, u64 length of the body, body, u64 checksum of the body (before version 4: ahead of the body). The body:
+//   u32 magic, u32 version, u64 length of the body, body, u64 checksum of the body (before version 4: ahead of the body; from
+//   version 5 on, exclusive or the version). The body:
 //     shape   u32 n_layer, n_stage, type_k, type_v; i32 cuts[n_stage - 1]; u32 n_embd_k, n_embd_v of each layer;
 //             from version 3 on, u64 checksum of the schedule's other fields
 //     i32     the sequence saved, or -1: all
@@ -141,6 +142,9 @@ void put_body(st3_writer & w, const st3_memory & mem, llama_seq_id seq_id) {
     }
 }
 
+// What stands behind a body with that checksum: a damaged version must not pass for another, which it could be read as.
+uint64_t seal(uint64_t checksum, uint32_t version) { return version < 5 ? checksum : checksum ^ version; }
+
 // Of which version it is, and the body, which is what was saved: its checksum is right.
 std::pair<uint32_t, std::vector<uint8_t>> read_section(llama_io_read_i & io) {
     header h;
@@ -163,7 +167,7 @@ std::pair<uint32_t, std::vector<uint8_t>> read_section(llama_io_read_i & io) {
     }
     st3_checksum sum;
     sum.add(body.data(), body.size());
-    if (sum.value() != checksum) {
+    if (seal(sum.value(), h.version) != checksum) {
         st3_fail("the saved state is damaged");
     }
     return { h.version, std::move(body) };
@@ -312,7 +316,7 @@ void st3_memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_s
     io.write(&h, sizeof(h));
     st3_writer w(io);
     put_body(w, *this, seq_id);
-    const uint64_t checksum = w.checksum();
+    const uint64_t checksum = seal(w.checksum(), VERSION);
     io.write(&checksum, sizeof(checksum));
 }
 

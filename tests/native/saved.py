@@ -23,12 +23,12 @@ def take_apart(raw: bytes) -> tuple[bytes, bytes]:
     version, length = struct.unpack_from("<IQ", raw, start + 4)
     body = raw[start + 16 :][:length]
     assert version == 5
-    assert raw[start + 16 + length :] == struct.pack("<Q", checksum(body))
+    assert raw[start + 16 + length :] == struct.pack("<Q", checksum(body) ^ version)
     return raw[:start], body
 
 
 def put_together(head: bytes, body: bytes, version: int = 5) -> bytes:
     """A state with a right checksum, whatever is in it."""
-    total = struct.pack("<Q", checksum(body))
+    total = struct.pack("<Q", checksum(body) ^ (version if version >= 5 else 0))
     parts = (body, total) if version >= 4 else (total, body)
     return head + MAGIC + struct.pack("<IQ", version, len(body)) + b"".join(parts)

@@ -326,6 +326,7 @@ def test_a_long_context_costs_what_it_holds(rt, random_gguf) -> None:
         "st3.start": 1,
         "st3.stride": 1,
         "st3.anneal_tokens": 100,
+        "st3.anneal_floor": 0.3,
         "st3.min_share": 0.0,
     }
     got = measure(random_gguf(shape), keys, 32768)
