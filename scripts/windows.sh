@@ -1,12 +1,12 @@
 #!/bin/sh
 # Builds llama-server and the other programs for 64-bit Windows by MinGW-w64, into build/windows/lib, and asks about the
 # demo's pictures under Wine: answers, and the layers in which each visual token leaves, must be those of a build of this
-# system for the same instructions. Debian: g++-mingw-w64-x86-64-posix, wine64. 20 minutes on two cores.
+# system for the same instructions. Debian: g++-mingw-w64-x86-64-posix, wine64. 20 minutes on two cores. Needs
+# the environment that scripts/test.sh makes.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
 command -v wine >/dev/null || die "no Wine found (Debian: apt install wine wine64)"
-"$python" -m pip install -qq "$(grep -o 'pytest>=[0-9]*' pyproject.toml | head -n 1)" numpy pillow jinja2
 
 instructions="-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON"
 build() {

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from annealing import Conversation
+from cases import SCORES
 from native_runtime import Context, Image, Model
 from oracle import llama as oracle
+from oracle import schedule
 
 from st3_edge.commands.bench import random_model
 from st3_edge.commands.bench.random_model import Tensor
@@ -98,6 +101,48 @@ def write(path: Path, f: Family, seed: int) -> Path:
     w.write_tensors_to_file()
     w.close()
     return path
+
+
+def resolve(f: Family, keys: dict) -> schedule.Schedule:
+    return schedule.resolve(f.shape.n_layer, **{k.removeprefix("st3."): v for k, v in keys.items()})
+
+
+def drawn_keys(rng: np.random.Generator, number: int) -> dict:
+    """A schedule to prune by."""
+    return {
+        "st3.preset": "st3",
+        "st3.keep": float(rng.integers(16, 60)) / 64,
+        "st3.start": int(rng.integers(1, 4)),
+        "st3.stride": int(rng.integers(1, 4)),
+        "st3.score": SCORES[number % len(SCORES)],
+        "st3.merge": bool(rng.random() < 0.5),
+        "st3.rank": str(rng.choice(["score", "distance"])),
+    }
+
+
+def words(f: Family, rng: np.random.Generator, n: int) -> list[int]:
+    return [int(t) for t in rng.integers(3, f.shape.n_vocab, n)]
+
+
+def converse(
+    f: Family, talk: Conversation, rng: np.random.Generator, first: list[oracle.Piece], second: list[oracle.Piece]
+) -> None:
+    """A prompt, an answer, a question that follows, a second prompt with images, and an image cut down afterwards."""
+    ctx = talk.ctx
+    talk.prefill(first)
+    assert ctx.report()["mode"] == "pruned-prefill" and ctx.report()["reason"] is None
+    for _ in range(8):
+        talk.step(int(rng.integers(3, 300)))
+    talk.text(words(f, rng, 4))
+    talk.prefill(second)
+    for _ in range(6):
+        talk.step(int(rng.integers(3, 300)))
+    talk.picture(picture(f, rng, 6, 8))
+    talk.text(words(f, rng, 9))
+    assert ctx.report()["mode"] == "evict-only"
+    for _ in range(6):
+        talk.step(int(rng.integers(3, 300)))
+    talk.close()
 
 
 def picture(f: Family, rng: np.random.Generator, nx: int, ny: int) -> oracle.Image:

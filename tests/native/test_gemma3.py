@@ -10,11 +10,10 @@ import mrope
 import numpy as np
 import pytest
 from annealing import Conversation, native
-from cases import SCORES, SEED
-from mrope import Family
+from cases import SEED
+from mrope import Family, converse, drawn_keys, resolve, words
 from native_runtime import Context, Image, Model
 from oracle import llama as oracle
-from oracle import schedule
 
 from st3_edge.commands.bench.shapes import Shape
 
@@ -54,19 +53,15 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return mrope.write(tmp_path_factory.mktemp("gemma3") / "model.gguf", FAMILY, SEED)
 
 
-def words(rng: np.random.Generator, n: int) -> list[int]:
-    return [int(t) for t in rng.integers(3, FAMILY.shape.n_vocab, n)]
-
-
 def prompt(number: int) -> list[oracle.Piece]:
     """Two images, one longer than the window, with text before, between and after them."""
     rng = np.random.default_rng([SEED, 60, number])
     return [
-        [1, *words(rng, 3)],
+        [1, *words(FAMILY, rng, 3)],
         mrope.picture(FAMILY, rng, 9, 8),
-        words(rng, 2),
+        words(FAMILY, rng, 2),
         mrope.picture(FAMILY, rng, 5, 6),
-        words(rng, int(rng.choice([5, 70]))),
+        words(FAMILY, rng, int(rng.choice([5, 70]))),
     ]
 
 
@@ -75,13 +70,7 @@ def keys_of(number: int) -> dict:
     if number == 0:
         return {"st3.preset": "st3", "st3.budget": 0.3}
     return {
-        "st3.preset": "st3",
-        "st3.keep": float(rng.integers(16, 60)) / 64,
-        "st3.start": int(rng.integers(1, 4)),
-        "st3.stride": int(rng.integers(1, 4)),
-        "st3.score": SCORES[number % len(SCORES)],
-        "st3.merge": bool(rng.random() < 0.5),
-        "st3.rank": str(rng.choice(["score", "distance"])),
+        **drawn_keys(rng, number),
         "st3.anneal": "linear",
         "st3.anneal_tokens": int(rng.integers(4, 16)),
         "st3.anneal_floor": 0.2,
@@ -93,24 +82,10 @@ def test_conversation(rt, path, tally, number: int) -> None:
     """Breaks if a window goes by other positions than those of the tokens that stayed, if an image is causal, a text
     row is not scaled, or anything that test_mrope asks for is wrong."""
     keys, kv = keys_of(number), "Q8_0" if number == 3 else "F16"
-    resolved = schedule.resolve(FAMILY.shape.n_layer, **{k.removeprefix("st3."): v for k, v in keys.items()})
     with Model(rt, path, keys) as model, GemmaContext(model, n_ctx=1024, kv=kv) as ctx:
-        talk = Conversation(ctx, path, resolved, kv, tally, name="gemma3")
+        talk = Conversation(ctx, path, resolve(FAMILY, keys), kv, tally, name="gemma3")
         rng = np.random.default_rng([SEED, 62, number])
-        talk.prefill(prompt(number))
-        assert ctx.report()["mode"] == "pruned-prefill" and ctx.report()["reason"] is None
-        for _ in range(8):
-            talk.step(int(rng.integers(3, 300)))
-        talk.text(words(rng, 4))
-        talk.prefill(prompt(number + 100))
-        for _ in range(6):
-            talk.step(int(rng.integers(3, 300)))
-        talk.picture(mrope.picture(FAMILY, rng, 6, 8))
-        talk.text(words(rng, 9))
-        assert ctx.report()["mode"] == "evict-only"
-        for _ in range(6):
-            talk.step(int(rng.integers(3, 300)))
-        talk.close()
+        converse(FAMILY, talk, rng, prompt(number), prompt(number + 100))
 
 
 def give(ctx: Context, pieces: list[oracle.Piece]) -> None:

@@ -8,11 +8,10 @@ import mrope
 import numpy as np
 import pytest
 from annealing import Conversation, decoder, native
-from cases import SCORES, SEED
-from mrope import FAMILIES, Family, RowContext
+from cases import SEED
+from mrope import FAMILIES, Family, RowContext, converse, drawn_keys, resolve, words
 from native_runtime import Model
 from oracle import llama as oracle
-from oracle import schedule
 
 KEYS = {"st3.preset": "st3", "st3.keep": 0.5, "st3.start": 2, "st3.stride": 2, "st3.anneal_tokens": 12}
 
@@ -30,10 +29,6 @@ def path(tmp_path_factory: pytest.TempPathFactory):
     return make
 
 
-def words(f: Family, rng: np.random.Generator, n: int) -> list[int]:
-    return [int(t) for t in rng.integers(3, f.shape.n_vocab, n)]
-
-
 def prompt(f: Family, number: int) -> list[oracle.Piece]:
     """Two images of different grids, with text before, between and after them."""
     rng = np.random.default_rng([SEED, 50, number])
@@ -47,23 +42,13 @@ def prompt(f: Family, number: int) -> list[oracle.Piece]:
     ]
 
 
-def resolve(f: Family, keys: dict) -> schedule.Schedule:
-    return schedule.resolve(f.shape.n_layer, **{k.removeprefix("st3."): v for k, v in keys.items()})
-
-
 def keys_of(f: Family, number: int) -> dict:
     """The default, and draws of what else there is."""
     if number == 0:
         return {"st3.preset": "st3", "st3.budget": 0.3}
     rng = np.random.default_rng([SEED, 51, number])
     return {
-        "st3.preset": "st3",
-        "st3.keep": float(rng.integers(16, 60)) / 64,
-        "st3.start": int(rng.integers(1, 4)),
-        "st3.stride": int(rng.integers(1, 4)),
-        "st3.score": SCORES[number % len(SCORES)],
-        "st3.merge": bool(rng.random() < 0.5),
-        "st3.rank": str(rng.choice(["score", "distance"])),
+        **drawn_keys(rng, number),
         "st3.coverage": float(rng.choice([0.0, 0.25])),
         "st3.anneal": str(rng.choice(["linear", "cosine", "exponential"])),
         "st3.anneal_tokens": int(rng.integers(4, 16)),
@@ -82,20 +67,7 @@ def test_conversation(rt, path, tally, name: str, number: int) -> None:
         talk = Conversation(ctx, path(name), resolve(f, keys), kv, tally, name=name)
         decoder(path(name)).places = ctx.places
         rng = np.random.default_rng([SEED, 52, number])
-        talk.prefill(prompt(f, number))
-        assert ctx.report()["mode"] == "pruned-prefill" and ctx.report()["reason"] is None
-        for _ in range(8):
-            talk.step(int(rng.integers(3, 300)))
-        talk.text(words(f, rng, 4))
-        talk.prefill(prompt(f, number + 100))
-        for _ in range(6):
-            talk.step(int(rng.integers(3, 300)))
-        talk.picture(mrope.picture(f, rng, 6, 8))
-        talk.text(words(f, rng, 9))
-        assert ctx.report()["mode"] == "evict-only"
-        for _ in range(6):
-            talk.step(int(rng.integers(3, 300)))
-        talk.close()
+        converse(f, talk, rng, prompt(f, number), prompt(f, number + 100))
 
 
 def follow(ctx: RowContext, n: int = 6) -> list[np.ndarray]:

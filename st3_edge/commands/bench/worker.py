@@ -218,18 +218,23 @@ class Worker:
         """The prompt: as it was tokenized, or random words around the pictures, 1/16 of them before."""
         if tokenized and self._job.question is not None:
             return tokenized.units
-        before = max(1, self._job.text // 16)
+        before, after = self._around()
         images: list[Unit] = tokenized.units if tokenized else [Image("random", 0, len(self._random))]
-        return [*self._words[:before], *images, *self._words[before:]]
+        return [*before, *images, *after]
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """Random words before and behind the pictures."""
+        n = max(1, self._job.text // 16)
+        return self._words[:n], self._words[n:]
 
     def _pieces(self, tokenized: Tokenized | None, units: list[Unit]) -> list[st3.Piece]:
         """The prompt, with its pictures encoded."""
         visual = {unit: tokenized.encode(unit) for unit in units if isinstance(unit, Image)} if tokenized else {}
         if tokenized and self._job.question is not None:
             return tokenized.pieces(visual)
-        before = max(1, self._job.text // 16)
-        first, last = (st3.Text(np.array(words, np.int32)) for words in (self._words[:before], self._words[before:]))
-        return [first, *(tokenized.pieces(visual, p0=before) if tokenized else [self._image(before)]), last]
+        first, last = (st3.Text(np.array(words, np.int32)) for words in self._around())
+        p0 = len(first.tokens)
+        return [first, *(tokenized.pieces(visual, p0=p0) if tokenized else [self._image(p0)]), last]
 
     def _image(self, p0: int) -> st3.Visual:
         """Random embeddings, placed as mtmd places an image."""
