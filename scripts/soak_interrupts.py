@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -175,14 +176,22 @@ class Soak:
 
 
 def resident() -> int:
-    """Bytes of this process in memory (Linux)."""
+    """Bytes of this process in memory (Linux), without the freed memory that glibc keeps: see one_arena()."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def one_arena() -> None:
+    """Has glibc serve all threads from one arena: malloc_trim gives back the end of the main one only."""
+    m_arena_max = -8
+    ctypes.CDLL(None).mallopt(m_arena_max, 1)
 
 
 def flat(work: Callable[[int], None], n: int) -> dict[str, Any]:
     """Does `work` n times, after a tenth as often to begin with; the medians of resident memory over the first and the
     last quarter, and how it grew."""
+    one_arena()
     for i in range(max(10, n // 10)):
         work(i)
     sizes = []

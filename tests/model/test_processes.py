@@ -250,7 +250,7 @@ def test_what_a_failed_constructor_had_opened_is_closed(load, monkeypatch, step,
     monkeypatch.undo()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and asks glibc for one arena")
 def test_loads_leave_no_memory_behind(python, tmp_path):
     # broken if a model, or what a failed one had opened, stayed: those that fail do so at six different steps
     said = python(f"""
