@@ -1,11 +1,14 @@
 // barrier-wait.h - how a thread of ggml's own pool waits for the others: it spins while that pays, else it sleeps.
 //
 // Upstream spins without end. Where other programs want the CPUs, the thread that is waited for may have none, and the
-// one that waits keeps it from getting one. Included by ggml-cpu.c behind struct ggml_threadpool (vendor/fixes/0002).
+// one that waits keeps it from getting one. A thread that sleeps asks Linux (from 6.12 on) for short slices of a CPU from
+// then on: the same share of it in all, but sooner when it wakes. Included by ggml-cpu.c behind struct ggml_threadpool
+// (vendor/fixes/0002).
 #pragma once
 
 #if defined(__linux__)
 #include <linux/futex.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -20,7 +23,40 @@ static bool ggml_barrier_passed(struct ggml_threadpool * tp, int n_passed) {
     return atomic_load_explicit(&tp->n_barrier_passed, memory_order_seq_cst) != n_passed;
 }
 
+// Nanoseconds of a short slice: the least that Linux takes.
+#define GGML_BARRIER_SLICE 100000
+
+#if defined(__linux__) && defined(SYS_sched_getattr)
+// struct sched_attr of sched_setattr(2), version 0, which glibc declares from 2.41 on.
+struct ggml_sched_attr {
+    uint32_t size, policy;
+    uint64_t flags;
+    int32_t  nice;
+    uint32_t priority;
+    uint64_t runtime, deadline, period;
+};
+
+static void ggml_barrier_short_slices(void) {
+    static _Thread_local bool asked = false;
+    if (asked) {
+        return;
+    }
+    asked = true;
+
+    struct ggml_sched_attr attr = { .size = sizeof(attr) };
+    if (syscall(SYS_sched_getattr, 0, &attr, sizeof(attr), 0) == 0 &&
+        (attr.policy == SCHED_OTHER || attr.policy == SCHED_BATCH)) {
+        attr.size    = sizeof(attr);
+        attr.runtime = GGML_BARRIER_SLICE;
+        syscall(SYS_sched_setattr, 0, &attr, 0);  // where it may not, all is as before
+    }
+}
+#else
+static void ggml_barrier_short_slices(void) {}
+#endif
+
 static void ggml_barrier_sleep(struct ggml_threadpool * tp, int n_passed) {
+    ggml_barrier_short_slices();
     atomic_fetch_add_explicit(&tp->n_barrier_asleep, 1, memory_order_seq_cst);
 #if defined(__linux__)
     while (!ggml_barrier_passed(tp, n_passed)) {
