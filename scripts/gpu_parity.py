@@ -37,7 +37,8 @@ import numpy as np  # noqa: E402
 import questions  # noqa: E402
 import scenes  # noqa: E402
 from emulator import build  # noqa: E402
-from native_runtime import Context, Image, Model, Runtime, Vision  # noqa: E402
+from native_runtime import Context, Image, Model, Runtime  # noqa: E402
+from native_vision import Vision  # noqa: E402
 from oracle.exact import write_exact  # noqa: E402
 
 from st3_edge import demo  # noqa: E402

@@ -14,6 +14,7 @@ from itertools import cycle
 from pathlib import Path
 
 import native_runtime
+import native_vision
 import numpy as np
 
 from st3_edge import divergence
@@ -152,7 +153,7 @@ def pictures(style: str, indices: range) -> np.ndarray:
     file = job.embeddings / f"{style}-{indices.start}-{len(indices)}.npy"
     if not file.is_file():
         with native_runtime.Model(rt, job.model) as model:
-            vision = native_runtime.Vision(model, job.mmproj, job.threads)
+            vision = native_vision.Vision(model, job.mmproj, job.threads)
             embd = [vision.encode(np.asarray(scenes.scene(i, style=style).image)).embd for i in indices]
             vision.close()
         part = file.with_suffix(f".{os.getpid()}")

@@ -192,6 +192,7 @@ def parity(trained: Trained, state: Path, prompts: int) -> dict:
     """How well llama.cpp's logits agree with Hugging Face's, where answers begin; F32 on both sides."""
     sys.path.append(str(Path(__file__).parents[1]))
     import native_runtime
+    import native_vision
     import transformers
 
     a, tokenizer = assets.load(state), smol.tokenizer(trained.file)
@@ -205,7 +206,7 @@ def parity(trained: Trained, state: Path, prompts: int) -> dict:
             raise SystemExit("no native libraries: build the package (pip install .) or set ST3_LIB_DIR")
         rt = native_runtime.Runtime(libraries)
         model = native_runtime.Model(rt, text)
-        sight = native_runtime.Vision(model, mmproj, threads=2)
+        sight = native_vision.Vision(model, mmproj, threads=2)
         ctx = native_runtime.Context(model, n_ctx=1024, kv="F32", threads=2)
         before = tokenizer.encode(smol.BEFORE_IMAGE).ids
         same, worst, done, i = 0, 0.0, 0, 0

@@ -15,7 +15,8 @@ for package in ("torch", "transformers", "safetensors"):
 
 import torch  # noqa: E402
 from mrope import RowContext  # noqa: E402
-from native_runtime import Context, Image, Model, Vision  # noqa: E402
+from native_runtime import Context, Image, Model  # noqa: E402
+from native_vision import Vision  # noqa: E402
 from oracle import llama as oracle  # noqa: E402
 
 from families import media  # noqa: E402

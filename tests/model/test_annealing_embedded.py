@@ -17,6 +17,7 @@ for folder in (ROOT / "tests", ROOT / "tests" / "native", ROOT / "scripts"):
         sys.path.insert(0, str(folder))
 
 import native_runtime  # noqa: E402
+import native_vision  # noqa: E402
 from annealing import MOST_ERROR_BYTES, MOST_ERROR_LONG, NEAR_TIE, Conversation  # noqa: E402
 from oracle import llama as oracle  # noqa: E402
 from oracle import schedule  # noqa: E402
@@ -58,7 +59,7 @@ def exact(files: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> P
 def pictures(rt: native_runtime.Runtime, files: tuple[str, str], scenes: list) -> list[oracle.Image]:
     """Embeddings of the first three shipped pictures."""
     with native_runtime.Model(rt, Path(files[0])) as model:
-        vision = native_runtime.Vision(model, Path(files[1]), threads=1)
+        vision = native_vision.Vision(model, Path(files[1]), threads=1)
         try:
             seen = [vision.encode(np.asarray(Image.open(s.picture).convert("RGB"))) for s in scenes[:3]]
         finally:

@@ -24,6 +24,7 @@ for folder in (ROOT / "scripts", ROOT / "scripts" / "embedded_model"):
 
 import gguf  # noqa: E402
 import native_runtime  # noqa: E402
+import native_vision  # noqa: E402
 import questions  # noqa: E402
 import scenes  # noqa: E402
 
@@ -107,7 +108,7 @@ def ours(rebuilt: SimpleNamespace) -> SimpleNamespace:
         pytest.fail("no native libraries: build the package (pip install .) or set ST3_LIB_DIR", pytrace=False)
     rt = native_runtime.Runtime(folder)
     model = native_runtime.Model(rt, rebuilt.text)
-    vision = native_runtime.Vision(model, rebuilt.mmproj, threads=1)
+    vision = native_vision.Vision(model, rebuilt.mmproj, threads=1)
     ctx = native_runtime.Context(model, n_ctx=1024, kv="F32", threads=1)
     yield SimpleNamespace(model=model, vision=vision, ctx=ctx)
     ctx.close()

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import SEED
-from native_runtime import Context, Image, Model, Vision
+from native_runtime import Context, Image, Model
+from native_vision import Vision
 
 from st3_edge.commands.bench import random_model
 from st3_edge.commands.bench.shapes import SHAPES, Shape, Tower

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import native_runtime
+import native_vision
 import numpy as np
 import pytest
 from cases import ON_DEVICE, SEED
@@ -79,7 +80,7 @@ def mmproj(tmp_path_factory: pytest.TempPathFactory):
 
 def encode(rt, text: Path, mmproj: Path, keys: dict, *pictures: np.ndarray, threads: int = 1) -> list[np.ndarray]:
     with native_runtime.Model(rt, text, keys) as model:
-        encoder = native_runtime.Vision(model, mmproj, threads)
+        encoder = native_vision.Vision(model, mmproj, threads)
         try:
             return [encoder.encode(picture).embd for picture in pictures]
         finally:
@@ -146,10 +147,11 @@ import sys
 from pathlib import Path
 import numpy as np
 import native_runtime as nr
+from native_vision import Vision
 lib, text, mmproj, picture, out = sys.argv[1:]
 rt = nr.Runtime(Path(lib), st3=False)
 with nr.Model(rt, Path(text)) as model:
-    nr.Vision(model, Path(mmproj), 1).encode(np.load(picture)).embd.tofile(out)
+    Vision(model, Path(mmproj), 1).encode(np.load(picture)).embd.tofile(out)
 """
 
 
