@@ -8,6 +8,7 @@ position table stay F16, vectors F32.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -177,8 +178,10 @@ def write_mmproj(
     std: list[float],
     file_type: str = "Q8_0",
     name: str = "st3 demo LLaVA vision",
+    pinpoints: Sequence[int] = (),
 ) -> None:
-    """Write tower and projector as a LLaVA-1.5 mmproj, with the blocks up to the feature layer only."""
+    """Write tower and projector as a LLaVA mmproj, with the blocks up to the feature layer only. `pinpoints`: the
+    sizes at which LLaVA-1.6 cuts pictures into tiles, width and height in turn."""
     vision = config["vision_config"]
     run = vision["num_hidden_layers"] + 1 + config["vision_feature_layer"]
     w = gguf.GGUFWriter(path, "clip")
@@ -200,6 +203,8 @@ def write_mmproj(
     w.add_vision_image_std(std)
     # hidden_states[-2] is the output of that many blocks
     w.add_array("clip.vision.feature_layer", [run])
+    if pinpoints:
+        w.add_array("clip.vision.image_grid_pinpoints", list(pinpoints))
     for name, value in weights.items():
         if name.startswith("language_model."):
             continue

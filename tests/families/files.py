@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import media, recipes, whole
+from . import media, minicpm, pixtral, recipes, whole
 from .convert import Converter
 
-MEDIA = {**media.MEDIA, **whole.MEDIA_OF_WHOLE}
+MEDIA = {**media.MEDIA, **pixtral.MEDIA, **minicpm.MEDIA, **whole.MEDIA_OF_WHOLE}
 TEXT = {**recipes.TEXT, **whole.WHOLE}
 
 

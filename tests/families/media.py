@@ -19,7 +19,7 @@ from PIL import Image as Pictures
 from safetensors.torch import save_file
 
 from . import recipes
-from .convert import Converter
+from .convert import MARKERS, Converter
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts" / "embedded_model"))
 import gguf_writer
@@ -34,6 +34,7 @@ TOWER: dict[str, Any] = {
     "image_size": SIDE,
     "patch_size": 8,
 }
+MORE = {"num_hidden_layers": 4}  # the converter takes the 3 of "mlp1.3" for the number of a layer
 Array = np.ndarray
 Write = Callable[[Any, Path, Path, Converter], None]  # a model, a folder to work in, the mmproj to write
 
@@ -42,10 +43,10 @@ Write = Callable[[Any, Path, Path, Converter], None]  # a model, a folder to wor
 class Media:
     """A vision model.
 
-    text: the decoder's name in recipes.TEXT, or in whole.WHOLE; build: a model of a text config, None: the decoder's
-    recipe makes all of it; features: embeddings [n, width] of a
-    tile, float32 [1, 3, height, width]; tiles: what mtmd shows of a picture, uint8 [height, width, 3], in the order of
-    its image chunks; size: of the picture, height and width; joined: tiles follow each other and are one image;
+    text: the decoder's name in recipes.TEXT, or in whole.WHOLE; build: a model of a text config, or its tower and
+    projector alone, None: the decoder's recipe makes all of it; features: embeddings [n, width] of a tile,
+    float32 [1, 3, height, width]; tiles: what mtmd shows of a picture, uint8 [height, width, 3], in the order of its
+    image chunks; size: of the picture, height and width; joined: tiles follow each other and are one image;
     markers: special tokens that the family's prompts have; whole: logits of all rows of a prompt by Hugging Face's own
     forward pass, from the pixels.
     """
@@ -66,8 +67,10 @@ class Media:
             return lm
         made = self.build(lm.config).to(torch.float32)
         recipes.randomize(made)
+        if not hasattr(made, "lm_head"):
+            return made.eval()
         made.model.get_decoder().load_state_dict(lm.model.state_dict())
-        made.lm_head.load_state_dict(lm.lm_head.state_dict())
+        made.lm_head.load_state_dict(lm.lm_head.state_dict(), strict=False)  # a bias has no place in most classes
         return made.eval()
 
     def picture(self, number: int) -> Array:
@@ -82,6 +85,12 @@ class Media:
         return torch.from_numpy(scaled.transpose(2, 0, 1)[None].copy())
 
 
+def marker_ids(text: Any) -> dict[str, int]:
+    """Numbers of the special tokens of a text config."""
+    markers = getattr(text, MARKERS, [])
+    return {name: text.vocab_size - len(markers) + i for i, name in enumerate(markers)}
+
+
 def tensor_of(out: Any) -> torch.Tensor:
     """The features in what get_image_features returns, [n, width]."""
     while not isinstance(out, torch.Tensor):
@@ -89,18 +98,22 @@ def tensor_of(out: Any) -> torch.Tensor:
     return out.reshape(-1, out.shape[-1])
 
 
-def write_by_converter(arch: str | None = None, preprocessor: dict[str, Any] | None = None) -> Write:
-    """By upstream's converter, from what Hugging Face saves. arch: the class that it knows the tower by."""
+def write_by_converter(
+    arch: str | None = None, preprocessor: dict[str, Any] | None = None, named: Callable[[str], str] = str
+) -> Write:
+    """By upstream's converter, from what Hugging Face saves. arch: the class that it knows the tower by; named: the
+    name that it knows a weight by."""
 
     def write(model: Any, folder: Path, out: Path, converter: Converter) -> None:
         folder.mkdir()
-        save_file(
-            {k: v.contiguous().clone() for k, v in model.state_dict().items()},
-            folder / "model.safetensors",
-            metadata={"format": "pt"},
-        )
+        weights = {named(k): v.contiguous().clone() for k, v in model.state_dict().items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
         (folder / "config.json").write_text(json.dumps(config, default=str))
+        markers = marker_ids(model.config.text_config)
+        added = [{"content": name, "id": number} for name, number in markers.items()]
+        (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+        (folder / "tokenizer_config.json").write_text("{}")
         seen = {"image_mean": [MEAN] * 3, "image_std": [STD] * 3, **(preprocessor or {})}
         (folder / "preprocessor_config.json").write_text(json.dumps(seen))
         converter(folder, out, mmproj=True, arch=arch)
@@ -109,12 +122,15 @@ def write_by_converter(arch: str | None = None, preprocessor: dict[str, Any] | N
 
 
 def write_llava(model: Any, folder: Path, out: Path, converter: Converter) -> None:
-    """LLaVA's, as the embedded model's is written."""
+    """LLaVA's, as the embedded model's is written. What puts tiles together in LLaVA-1.6 has no place in the file."""
     weights = {}
     for name, w in model.state_dict().items():
+        if name == "model.image_newline":
+            continue
         name = name.removeprefix("model.").replace("vision_tower.", "vision_tower.vision_model.")
         weights[name.replace("vision_model.vision_model", "vision_model")] = w.numpy()
-    gguf_writer.write_mmproj(out, weights, model.config.to_dict(), [MEAN] * 3, [STD] * 3, "F32")
+    pinpoints = [n for size in getattr(model.config, "image_grid_pinpoints", None) or [] for n in size]
+    gguf_writer.write_mmproj(out, weights, model.config.to_dict(), [MEAN] * 3, [STD] * 3, "F32", pinpoints=pinpoints)
 
 
 def alone(picture: Array) -> list[Array]:
@@ -135,13 +151,26 @@ def llava(text: Any) -> Any:
     return hf.LlavaForConditionalGeneration(hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=3))
 
 
+def llava_next(text: Any) -> Any:
+    vision = hf.CLIPVisionConfig(**{**TOWER, "num_hidden_layers": 3}, projection_dim=64)
+    pinpoints = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
+    config = hf.LlavaNextConfig(
+        vision_config=vision, text_config=text, image_grid_pinpoints=pinpoints, image_token_index=3
+    )
+    return hf.LlavaNextForConditionalGeneration(config)
+
+
+def janus(text: Any) -> Any:
+    vision = hf.JanusVisionConfig(**TOWER, mlp_ratio=1.5, projection_dim=text.hidden_size)
+    painter = hf.JanusVQVAEConfig(base_channels=32, channel_multiplier=[1], num_res_blocks=1, latent_channels=32)
+    config = hf.JanusConfig(vision_config=vision, text_config=text, vq_config=painter, image_token_id=3)
+    return hf.JanusForConditionalGeneration(config)
+
+
 def smolvlm(text: Any) -> Any:
     vision = {**TOWER, "size": {"longest_edge": 4 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
     config = hf.SmolVLMConfig(vision_config=vision, text_config=text, scale_factor=2, image_token_id=3)
     return hf.SmolVLMForConditionalGeneration(config)
-
-
-MORE = {"num_hidden_layers": 4}  # the converter takes the 3 of "mlp1.3" for the number of a layer
 
 
 def internvl(text: Any) -> Any:
@@ -155,7 +184,13 @@ def internvl(text: Any) -> Any:
 
 
 def plain_features(model: Any, tile: torch.Tensor) -> torch.Tensor:
-    return tensor_of(model.get_image_features(pixel_values=tile))
+    return tensor_of(model.model.get_image_features(pixel_values=tile))
+
+
+def tile_features(model: Any, tile: torch.Tensor) -> torch.Tensor:
+    """LLaVA-1.6's, before its tiles are put together: llama.cpp leaves them one after the other."""
+    seen = model.model.vision_tower(tile, output_hidden_states=True).hidden_states[-2][:, 1:]
+    return tensor_of(model.model.multi_modal_projector(seen))
 
 
 def one_more_axis(model: Any, tile: torch.Tensor) -> torch.Tensor:
@@ -171,7 +206,9 @@ def of_llava(text: str) -> Media:
 
 
 MEDIA = {
-    **{f"llava-{text}": of_llava(text) for text in ("llama", "qwen2", "phi3", "gemma")},
+    **{f"llava-{text}": of_llava(text) for text in recipes.TEXT},
+    "llava-1.6": Media("llama", llava_next, tile_features, write_llava, grid, (2 * SIDE, 2 * SIDE), joined=True),
+    "janus": Media("llama", janus, plain_features, write_by_converter(), alone),
     "smolvlm": Media(
         "llama",
         smolvlm,

@@ -87,7 +87,8 @@ def randomize(model: torch.nn.Module) -> None:
             elif "embed_tokens" in name:
                 p.copy_(drawn(p))
             else:
-                p.copy_(drawn(p) * (1.2 if "q_proj" in name or "k_proj" in name else 1.0) * (p[0].numel() ** -0.5))
+                inputs = p.shape[-1] if ".experts." in name else p[0].numel()
+                p.copy_(drawn(p) * (1.2 if "q_proj" in name or "k_proj" in name else 1.0) * inputs**-0.5)
 
 
 def save(model: Any, folder: Path, change: Change | None = None) -> None:
@@ -148,6 +149,7 @@ YARN = {
     "llama_4_scaling_beta": 0.1,
 }
 SCALES = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.0}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 TEXT = {
     "llama": Text("llama", hf.LlamaConfig),
@@ -156,7 +158,7 @@ TEXT = {
     "qwen3moe": Text(
         "qwen3moe",
         hf.Qwen3MoeConfig,
-        {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+        {"head_dim": 32, "norm_topk_prob": True, **EXPERTS},  # llama.cpp always scales the chosen experts to 1
         most_error=1e-7,
     ),
     "mistral3": Text("mistral3", hf.Ministral3Config, {"head_dim": 32, "rope_parameters": YARN}),

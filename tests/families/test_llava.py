@@ -14,13 +14,16 @@ for package in ("torch", "transformers", "safetensors"):
 from PIL import Image as Pictures  # noqa: E402
 
 from families.files import MEDIA, write_pair  # noqa: E402
-from st3_edge import ContextError, Llava, ST3Config  # noqa: E402
+from st3_edge import ContextError, Llava, ModelError, ST3Config  # noqa: E402
 from st3_edge.commands.inspect.patches import views  # noqa: E402
+from st3_edge.files import gguf  # noqa: E402
+from st3_edge.files.pair import projector  # noqa: E402
 from st3_edge.native import st3  # noqa: E402
 from st3_edge.native.st3 import Visual  # noqa: E402
 from st3_edge.prompts.images import RGB, load  # noqa: E402
 
-FAMILIES = ("qwen2.5-vl", "qwen3-vl", "gemma3", "internvl3")
+FAMILIES = [name for name in MEDIA if not name.startswith("llava-") or name == "llava-1.6"]
+NOWHERE = ["minicpm-v-2.6"]  # visual tokens of no place in the picture
 CONFIG = ST3Config(start=2, stride=2, keep=0.5, anneal="none")
 GREEDY = {"temperature": 0, "max_tokens": 8}
 families = pytest.mark.parametrize("name", FAMILIES)
@@ -112,17 +115,21 @@ def test_patches_are_where_the_encoder_sees_them(files, name: str) -> None:
     """Breaks if `inspect` drew a family's visual tokens in another grid than the encoder's, or another picture."""
     given = load(picture(name, 0))
     with Llava(*files(name), CONFIG, n_ctx=1024, n_threads=1) as llava:
-        tiles = llava.tiles(given)
-        found = views(given, tiles, "any")
-        (pieces,) = [p for p in llava.pieces([turn("user", given, "What?")]) if isinstance(p, Visual)]
-        assert sum(tile.n for tile in tiles) == len(pieces.embd)
+        tiles, kind = llava.tiles(given), projector(gguf.read_header(files(name)[1], "mmproj"))
+        pieces = [p for p in llava.pieces([turn("user", given, "What?")]) if isinstance(p, Visual)]
+        assert sum(tile.n for tile in tiles) == sum(len(p.embd) for p in pieces)
+        if name in NOWHERE:
+            with pytest.raises(ModelError, match="no place"):
+                views(given, tiles, kind)
+            return
+        found = views(given, tiles, kind)
         for view in found:
             seen = view.tokens.shape
             assert (view.pixels.shape[0] // view.patch, view.pixels.shape[1] // view.patch) == seen
         if name.startswith("qwen"):
-            assert found[0].tokens.shape == (pieces.ny, pieces.nx) == (5, 6)
-            assert pieces.pos is not None and pieces.n_pos == 6
+            assert found[0].tokens.shape == (pieces[0].ny, pieces[0].nx) == (5, 6)
+            assert pieces[0].pos is not None and pieces[0].n_pos == 6
             again = RGB(found[0].pixels.shape[1], found[0].pixels.shape[0], found[0].pixels.tobytes())
             np.testing.assert_array_equal(llava.visual_tokens(again), llava.visual_tokens(given))
-        assert pieces.non_causal == (name == "gemma3")
-        assert [view.name for view in found] == (["whole", "tiles"] if name == "internvl3" else [""])
+        assert {p.non_causal for p in pieces} == {name == "gemma3"}
+        assert [view.name for view in found] == (["whole", "tiles"] if len(tiles) > 1 else [""])

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -176,3 +181,27 @@ def test_a_saved_state_goes_on_the_same(rt, pair, name: str) -> None:
                 assert c.decode([5], at) == 0 and c.decode([6], at + 1) == 0
                 got.append(c.logits())
     assert oracle.nmse(got[1], got[0]) < p.text.most_error
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD is the dynamic linker's of Linux")
+def test_nothing_is_read_before_it_is_written(pair, tmp_path: Path) -> None:
+    """Breaks if an encoder or a decoder computes with memory that nothing wrote, here NaN at first: so did upstream's
+    Pixtral."""
+    compiler = os.environ.get("CC") or shutil.which("cc")
+    assert compiler, "no C compiler"
+    here, library = Path(__file__).parent, tmp_path / "nan_memory.so"
+    flags = ["-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([*compiler.split(), *flags, here / "nan_memory.c", "-o", library, "-ldl"], check=True)
+    made = {name: pair(name) for name in MEDIA}
+    jobs = [[str(p.text.path), str(p.mmproj), *p.media.size, KEYS] for p in made.values()]
+    done = subprocess.run(
+        [sys.executable, here / "finite.py"],
+        input="\n".join(map(json.dumps, jobs)),
+        env={**os.environ, "LD_PRELOAD": str(library)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert dict(zip(made, map(json.loads, done.stdout.splitlines()), strict=True)) == {
+        name: [[], True] for name in made
+    }

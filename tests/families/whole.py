@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from .convert import MARKERS, Converter
 from .media import MEAN, SIDE, STD, Array, Media, alone, tensor_of
-from .recipes import SIZES, Text, randomize
+from .recipes import EXPERTS, SIZES, Text, randomize
 from .reference import HfDecoder, MropeDecoder, WindowDecoder
 
 IMAGE = 3  # the token in whose place visual tokens come
@@ -53,12 +53,14 @@ class Whole(Text):
                 for k, v in weights.items()
                 if k != "lm_head.weight"
             }
+        config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+        if self.change:
+            self.change(config, weights)
         save_file(
             {k: v.contiguous().clone() for k, v in weights.items()},
             folder / "model.safetensors",
             metadata={"format": "pt"},
         )
-        config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
         config[MARKERS] = self.extra.get(MARKERS, [])
         (folder / "config.json").write_text(json.dumps(config, default=str))
         seen = {"image_mean": [MEAN] * 3, "image_std": [STD] * 3, **self.preprocessor}
@@ -131,7 +133,41 @@ QWEN_TOWER = {"depth": 4, "hidden_size": 64, "intermediate_size": 96, "num_heads
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 VISION_MARKERS = ("<|vision_start|>", "<|vision_end|>")
 
+QWEN3_TOWER = {
+    **QWEN_TOWER,
+    "patch_size": PATCH,
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [0, 2],
+}
+QWEN3 = {"head_dim": 32, "rope_parameters": {**ROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True}}
+
+
+def turned_experts(config: dict, weights: dict[str, torch.Tensor]) -> None:
+    """Matrices of experts as the repositories have them: input by output."""
+    for name in weights:
+        if ".experts." in name:
+            weights[name] = weights[name].mT
+
+
 WHOLE = {
+    "qwen2-vl": Whole(
+        "qwen2vl",
+        hf.Qwen2VLConfig,
+        {"rope_parameters": {**ROPE, "mrope_section": [8, 4, 4]}},
+        model=hf.Qwen2VLForConditionalGeneration,
+        more={
+            "vision_config": {
+                "depth": 4,
+                "embed_dim": 64,
+                "mlp_ratio": 2,
+                "num_heads": 2,
+                "hidden_size": SIZES["hidden_size"],
+                "patch_size": PATCH,
+            }
+        },
+        preprocessor={},
+        decoder=lambda m: MropeDecoder(m.model.language_model, m.lm_head),
+    ),
     "qwen2.5-vl": Whole(
         "qwen2vl",
         hf.Qwen2_5_VLConfig,
@@ -152,16 +188,20 @@ WHOLE = {
     "qwen3-vl": Whole(
         "qwen3vl",
         hf.Qwen3VLConfig,
-        {"head_dim": 32, "rope_parameters": {**ROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True}},
+        QWEN3,
         model=hf.Qwen3VLForConditionalGeneration,
-        more={
-            "vision_config": {
-                **QWEN_TOWER,
-                "patch_size": PATCH,
-                "num_position_embeddings": 64,
-                "deepstack_visual_indexes": [0, 2],
-            }
-        },
+        more={"vision_config": QWEN3_TOWER},
+        preprocessor={},
+        decoder=lambda m: MropeDecoder(m.model.language_model, m.lm_head, n_deepstack=2),
+    ),
+    "qwen3-vl-moe": Whole(
+        "qwen3vlmoe",
+        hf.Qwen3VLMoeConfig,
+        {**QWEN3, **EXPERTS},
+        change=turned_experts,
+        most_error=1e-7,
+        model=hf.Qwen3VLMoeForConditionalGeneration,
+        more={"vision_config": QWEN3_TOWER},
         preprocessor={},
         decoder=lambda m: MropeDecoder(m.model.language_model, m.lm_head, n_deepstack=2),
     ),
@@ -209,7 +249,7 @@ MEDIA_OF_WHOLE = {
             markers=VISION_MARKERS,
             whole=qwen_logits,
         )
-        for name in ("qwen2.5-vl", "qwen3-vl")
+        for name in ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe")
     },
     "gemma3": Media(
         "gemma3", None, gemma_features, write, alone, markers=("<start_of_image>", "<end_of_image>"), whole=gemma_logits
