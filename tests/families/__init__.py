@@ -2,5 +2,6 @@
 
 recipes    a model of each family, made by Hugging Face's classes
 convert    upstream's converter on them, in a process of its own
+media      a small tower around each; pixtral, minicpm and whole: those of other families
 reference  their layers in double precision as the oracle of a pruned prompt
 """

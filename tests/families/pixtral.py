@@ -62,7 +62,8 @@ def plain_features(model: Any, picture: torch.Tensor) -> torch.Tensor:
 
 def logits(model: Any, pieces: list[Piece], picture: torch.Tensor) -> Array:
     """Logits [n, vocabulary] of all rows by Hugging Face's own forward pass, to which ends of rows are text."""
-    between = [marker_ids(model.config.text_config)[BREAK]] if has_ends(model) else []
+    markers = marker_ids(model.config.text_config)
+    between = [markers[BREAK]] if BREAK in markers else []
     image = [token for _ in range(ROWS) for token in [IMAGE] * COLUMNS + between][: -len(between) or None]
     ids = [token for piece in pieces for token in (image if isinstance(piece, Image) else piece)]
     with torch.no_grad():
@@ -73,10 +74,6 @@ def logits(model: Any, pieces: list[Piece], picture: torch.Tensor) -> Array:
             use_cache=False,
         )
     return out.logits[0].numpy()
-
-
-def has_ends(model: Any) -> bool:
-    return BREAK in marker_ids(model.config.text_config)
 
 
 def old_name(name: str) -> str:

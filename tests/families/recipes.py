@@ -182,5 +182,5 @@ TEXT = {
     "gemma": Text(
         "gemma", hf.GemmaConfig, {"head_dim": 32, "tie_word_embeddings": True}, image_scale=128**0.5, most_error=1e-8
     ),
-    "chatglm": Text("chatglm", hf.GlmConfig, {"head_dim": 32}),
+    "chatglm": Text("chatglm", hf.GlmConfig, {"head_dim": 32, "seq_length": SIZES["max_position_embeddings"]}),
 }
