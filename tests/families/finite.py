@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT), str(ROOT / "scripts")]
 
 import numpy as np  # noqa: E402
-from native_runtime import Context, Image, Model, Runtime, Vision, lib_dir  # noqa: E402
+from native_runtime import Context, Image, Model, Runtime, lib_dir  # noqa: E402
+from native_vision import Vision  # noqa: E402
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
-"""Vision models of every family by way of the server, and over several machines: each decoder that is pruned, M-RoPE with
-deepstack, images whose tokens see each other, tiles, rows that tokens end."""
+"""Vision models of every family by way of the server, and over several machines: each decoder that is pruned, M-RoPE
+with deepstack, images whose tokens see each other, tiles, rows that tokens end."""
 
 from __future__ import annotations
 
