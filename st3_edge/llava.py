@@ -119,6 +119,7 @@ class Llava:
         self._seed, self._revisit = seed, revisit
         self.n_ctx = n_ctx = n_ctx or trained_n_ctx(header)
         overrides = config.overrides(header.schedule)
+        self._preset = {**header.schedule, **overrides}.get("st3.preset", "a schedule of its own")
         # What a saved conversation is good for. Of the files as they are loaded: later they may be others.
         belongs_to = {
             "model": state.fingerprint(model_name),
@@ -363,7 +364,7 @@ class Llava:
         self.close()
 
     def __repr__(self) -> str:
-        name, preset = os.path.basename(self.model_path), self.config.preset or "the file's schedule"  # noqa: PTH119
+        name, preset = os.path.basename(self.model_path), self._preset  # noqa: PTH119
         what = f"{name}, {preset}, {self._session.conversation.n_tokens} of {self.n_ctx} tokens"
         return f"<Llava {what if self._worker.is_open else f'{name}, closed'}>"
 

@@ -185,7 +185,9 @@ class Report:
         rows = {
             "answer": f"{self.n_generated} tokens, ended by {self.finish_reason}",
             "mode": f"{self.mode}, preset {self.schedule.preset}" + (f" ({self.reason})" if self.reason else ""),
-            "visual tokens": f"{tokens.given}, {self.schedule.budget:.0%} of them kept (mean over layers)",
+            "visual tokens": f"{tokens.given}, {self.schedule.budget:.0%} of them kept (mean over layers)"
+            if tokens.given
+            else "none",
             "by layer": ", ".join(of_layers),
             "prompt reused": f"{self.reused} positions",
             "prefill": f"{flops.prefill / 1e9:.1f} GFLOP of {flops.prefill_full / 1e9:.1f} without ST3",

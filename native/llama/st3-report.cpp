@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <locale>
+#include <numeric>
 #include <sstream>
 
 namespace {
@@ -175,10 +176,8 @@ std::string st3_make_report(const llama_context & ctx, llama_seq_id seq_id) {
         }
     }
 
-    double budget = 0;
-    for (uint32_t il = 0; il < n_layer; ++il) {
-        budget += fate.given ? double(fate.per_layer[il]) / fate.given : std::pow(s.keep, s.stage((int32_t) il));
-    }
+    const double             kept   = std::accumulate(fate.per_layer.begin(), fate.per_layer.end(), 0.0);
+    const double             budget = fate.given ? kept / fate.given / n_layer : s.budget();
     std::vector<std::string> counts;
     for (const auto & of_cut : fate.counts) {
         counts.push_back(list(of_cut));
@@ -208,7 +207,7 @@ std::string st3_make_report(const llama_context & ctx, llama_seq_id seq_id) {
        << ", \"keep\": " << s.keep << ", \"min_keep\": " << s.min_keep << ", \"min_share\": " << s.min_share
        << ", \"score\": " << quote(s.score) << ", \"coverage\": " << s.coverage
        << ", \"merge\": " << (s.merge ? "true" : "false") << ", \"rank\": " << quote(s.rank_name())
-       << ", \"cuts\": " << list(s.cuts) << ", \"counts\": " << list(counts) << ", \"budget\": " << budget / n_layer
+       << ", \"cuts\": " << list(s.cuts) << ", \"counts\": " << list(counts) << ", \"budget\": " << budget
        << ", \"anneal\": {\"curve\": " << quote(s.curve_name()) << ", \"tokens\": " << s.anneal_tokens
        << ", \"floor\": " << s.anneal_floor << ", \"interval\": " << s.anneal_interval
        << ", \"score\": " << quote(s.anneal_score) << "}, \"given\": " << fate.given

@@ -246,6 +246,8 @@ uint32_t st3_schedule::target(uint32_t n, uint32_t n0, uint64_t step) const {
     return std::min(n0, std::max(least(n), round_half_up(n0 * a)));
 }
 
+double st3_schedule::budget() const { return mean_share(*this, keep); }
+
 uint32_t st3_schedule::stage(int32_t il) const {
     return (uint32_t) (std::lower_bound(cuts.begin(), cuts.end(), il) - cuts.begin());
 }

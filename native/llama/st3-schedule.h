@@ -68,6 +68,9 @@ struct st3_schedule {
     // Number of cuts before layer il, which is the stage that the layer belongs to.
     uint32_t stage(int32_t il) const;
 
+    // Mean over layers of the share of an image's tokens that is left, before rounding to whole ones.
+    double budget() const;
+
     // Last layer of a stage.
     int32_t last_layer(uint32_t stage) const;
 

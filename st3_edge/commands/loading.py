@@ -29,13 +29,18 @@ def load(console: Console, arguments: argparse.Namespace, config: ST3Config, fou
         n_ubatch=arguments.n_ubatch,
         n_threads=arguments.threads,
         n_gpu_layers=arguments.n_gpu_layers,
-        lora=dict(map(_adapter, arguments.lora)),
+        lora=adapters(arguments),
         on_stage=lambda stage: console.stage(_STAGES[stage]),
         revisit=getattr(arguments, "revisit", REVISIT[0]),
         image_cache_dir=cache_folder() / "pictures" if arguments.cache else None,
     )
     console.stage(None)
     return llava
+
+
+def adapters(arguments: argparse.Namespace) -> dict[str, float]:
+    """The LoRA adapters of a command line, and their strengths."""
+    return dict(map(_adapter, arguments.lora))
 
 
 def _adapter(text: str) -> tuple[str, float]:

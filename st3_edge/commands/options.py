@@ -117,13 +117,7 @@ def add_shared(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """What every command that asks a model takes; returns the group of the answer's options."""
     model = add_model(parser)
     answer = add_answer(parser)
-    model.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="A.gguf[=S]",
-        help="a LoRA adapter of the text model, and its strength (default 1); may be given several times",
-    )
+    add_lora(model)
     add_schedule(parser)
     memory = parser.add_argument_group("advanced: memory")
     add_context(model, memory)
@@ -134,6 +128,17 @@ def add_shared(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         help="keep encoded pictures (not the pictures themselves) in files that only you can read, for the next time",
     )
     return answer
+
+
+def add_lora(group: argparse._ArgumentGroup) -> None:
+    """--lora."""
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="A.gguf[=S]",
+        help="a LoRA adapter of the text model, and its strength (default 1); may be given several times",
+    )
 
 
 def add_context(group: argparse._ArgumentGroup, advanced: argparse._ArgumentGroup | None = None) -> None:

@@ -76,7 +76,11 @@ def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 
 def _converted(where: Path, key: str, value: Any, action: argparse.Action) -> Any:
-    if isinstance(action, argparse.BooleanOptionalAction):
+    if isinstance(action, argparse._AppendAction):
+        values = value if isinstance(value, list) else [value]
+        good = all(isinstance(one, str) for one in values)
+        value = values
+    elif isinstance(action, argparse.BooleanOptionalAction):
         good = isinstance(value, bool)
     else:
         good = isinstance(value, (str, int, float)) and not isinstance(value, bool)

@@ -57,8 +57,13 @@ def find(console: Console, arguments: argparse.Namespace) -> Model:
     elif settings.get("hf") or settings.get("model"):
         if settings.get("hf") and settings.get("model"):
             raise ModelError("the config file has both hf and model: both name the model")
-        paths = {key: str(Path(settings[key]).expanduser()) for key in ("model", "mmproj") if settings.get(key)}
+        # Path.expanduser fails where there is no such person
+        paths = {key: os.path.expanduser(settings[key]) for key in ("model", "mmproj") if settings.get(key)}  # noqa: PTH111
         found = _from(console, settings.get("hf"), paths.get("model"), paths.get("mmproj"))
+    elif os.environ.get("ST3_MMPROJ"):
+        raise ModelError("ST3_MMPROJ is half of a model: ST3_MODEL names the other")
+    elif settings.get("mmproj"):
+        raise ModelError("the config file's mmproj is half of a model: model names the other")
     else:
         model, half = demo.model_paths()
         found = Model(str(model), str(half), "the demo model", [])

@@ -74,6 +74,18 @@ def load(source: ImageSource) -> RGB:
     raise ImageError(f"a picture is a path, bytes, a data: URL or a PIL image, not {type(source).__name__}")
 
 
+def file_of(source: str) -> Path | None:
+    """The file that a picture on a command line is in; None: standard input, or a data: URL. Raises ImageError."""
+    if source == "-" or source[:5].lower() == "data:":
+        return None
+    if source[:5].lower() != "file:":
+        return Path(source)
+    try:
+        return _file_url(source)
+    except ValueError as e:
+        raise ImageError(f"picture {_name(source)} cannot be read: {one_line(e)}") from e
+
+
 def load_argument(source: str) -> RGB:
     """`load` for a word of a command line, where - is standard input."""
     if source != "-":

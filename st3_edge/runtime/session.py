@@ -84,9 +84,11 @@ class Session:
         self.conversation = Conversation(lambda p0: st3.remove(llama.ctx, p0))
         encodings = None
         if image_cache_dir is not None:
+            schedule = json.loads(self.belongs_to["schedule"])  # the file's keys, too
             of = {
                 **{name: self.belongs_to[name] for name in ("vision half", "llama.cpp")},
-                "schedule": {key: overrides.get(f"st3.{key}") for key in ("preset", "vision_type")},
+                "encoder": state.fingerprint(os.fspath(libraries.path_of("mtmd"))),
+                "schedule": {key: schedule.get(f"st3.{key}") for key in ("preset", "vision_type")},
                 "device": [machine.processor(), n_gpu_layers != 0],
             }
             encodings = Encodings(image_cache_dir, json.dumps(of), self.vision.n_embd, _MAX_ENCODINGS)

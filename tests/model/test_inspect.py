@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,6 +65,15 @@ def test_tiles_are_what_the_encoder_of_tiles_sees(llava, files, tiled):
 
 def run(command, *arguments: str):
     return command("inspect", "--threads", "1", "--max-tokens", "12", *arguments)
+
+
+def test_a_picture_by_its_url_is_not_overwritten(command, picture: str, tmp_path: Path) -> None:
+    # broken if what is read were known by its path alone
+    source = tmp_path / "in.png"
+    source.write_bytes(before := Path(picture).read_bytes())
+    done = run(command, source.as_uri(), "What is red?", "-o", str(source), "--force")
+    assert done.returncode == 1 and "is one of the files to read" in done.stderr
+    assert source.read_bytes() == before
 
 
 def traced(command, *arguments: str) -> dict:

@@ -69,6 +69,8 @@ def test_schedule(rt, random_gguf, n_layer: int, options: dict, grids: list[tupl
             return
         assert model.check() is None
         with Context(model, n_ctx=256) as ctx:
+            mean = schedule.mean_share(n_layer, want.cuts, want.keep, want.min_share)
+            assert ctx.report()["budget"] == pytest.approx(mean, abs=1e-6)  # nothing asked yet
             pieces: list = [[1]]
             for nx, ny in grids:
                 pieces.append(Image(np.ones((nx * ny, 32), np.float32), nx, ny))

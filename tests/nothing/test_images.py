@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, PngImagePlugin, features
 
 from st3_edge import ImageError
-from st3_edge.prompts.images import MAX_BYTES, RGB, data_url, load, load_base64
+from st3_edge.prompts.images import MAX_BYTES, RGB, data_url, file_of, load, load_base64
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
@@ -40,6 +40,17 @@ def png_header(width: int, height: int) -> bytes:
 
     size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def test_the_file_of_a_picture_on_a_command_line(tmp_path):
+    # broken if what inspect reads by a URL were not known for the file that it must not overwrite
+    path = tmp_path / "in put.png"
+    assert file_of(str(path)) == path
+    for url in (path.as_uri(), "FILE:" + path.as_uri()[5:], "file://localhost" + path.as_uri()[7:]):
+        assert file_of(url) == path
+    assert file_of("-") is file_of("data:;base64,AAAA") is None
+    with pytest.raises(ImageError, match="no other machine"):
+        file_of("file://elsewhere/in.png")
 
 
 def test_every_kind_of_source_gives_the_same_pixels(tmp_path):

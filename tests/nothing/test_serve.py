@@ -53,6 +53,23 @@ def test_what_serving_needs_is_set_unless_it_is_said():
     assert VICUNA not in command.flags(parse("--chat-template", "x"), ST3Config(), header, model, mmproj)
 
 
+def test_the_config_files_settings_reach_the_server(tmp_path, monkeypatch):
+    # broken if one of them were dropped in silence
+    monkeypatch.setenv("ST3_CONFIG", str(tmp_path / "config.toml"))
+    (tmp_path / "config.toml").write_text('n-ctx = 700\nthreads = 1\nn-gpu-layers = 0\nlora = ["a", "b=0.5"]\n')
+    made = command.flags(parse("-c", "5"), ST3Config(), None, None, None)
+    expected = ["--ctx-size", "700", "--threads", "1", "--n-gpu-layers", "0", "--lora", "a", "--lora-scaled", "b:0.5"]
+    assert made[4 : 4 + len(expected)] == expected
+
+
+@pytest.mark.parametrize("words", [["--keep", "0.3"], ["--keep=.5"]])
+def test_the_share_that_other_commands_call_keep_is_refused(words, capsys):
+    # broken if llama-server took it for a number of tokens
+    with pytest.raises(SystemExit):
+        parse(*words)
+    assert "--budget" in capsys.readouterr().err
+
+
 def test_overrides_are_written_as_llama_cpp_reads_them():
     # broken if a value came with another type
     values = {"st3.preset": "pvtp", "st3.start": 4, "st3.coverage": 0.25, "a": True}

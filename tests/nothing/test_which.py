@@ -88,6 +88,35 @@ def test_two_names_for_one_model_are_refused(config, asked, text):
         found(*([] if text else ["--hf", "a/b", "-m", "m.gguf"]))
 
 
+@pytest.mark.parametrize("name", ["~nosuchperson/m.gguf", "~/m.gguf"])
+def test_a_home_that_nobody_has_is_a_folders_name(config, name, monkeypatch, tmp_path):
+    # broken by a traceback
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config(f'model = "{name}"\nmmproj = "p.gguf"')
+    assert found().model == os.path.expanduser(name)  # noqa: PTH111
+
+
+def test_half_a_model_is_refused_wherever_it_is_named(config, monkeypatch):
+    # broken if the demo model answered in place of a half that was chosen
+    config('mmproj = "x.gguf"')
+    with pytest.raises(ModelError, match="mmproj is half of a model"):
+        found()
+    monkeypatch.setenv("ST3_MMPROJ", "y.gguf")
+    with pytest.raises(ModelError, match="ST3_MMPROJ is half of a model"):
+        found()
+
+
+@pytest.mark.parametrize(("text", "adapters"), [('"a.gguf"', ["a.gguf"]), ('["a.gguf", "b=0.5"]', ["a.gguf", "b=0.5"])])
+def test_adapters_of_the_file_are_those_that_it_names(config, text, adapters):
+    # broken if a name were taken letter by letter, or one more on the command line ended in a traceback
+    config(f"lora = {text}")
+    assert parse().lora == adapters
+    assert parse("--lora", "c").lora[-1] == "c"
+    config("lora = [1]")
+    with pytest.raises(ConfigError, match="lora cannot be"):
+        parse()
+
+
 def test_pruning_of_the_file_gives_way_to_what_is_said(config):
     # broken if a preset that was asked for got another's budget, or --keep were refused for the file's sake
     config("budget = 0.3\nmerge = false\nn-ctx = 8192\ntemperature = 0.5\n")

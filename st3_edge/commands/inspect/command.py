@@ -26,7 +26,8 @@ def _inspect(console: Console, arguments: argparse.Namespace) -> int:
     # Check what is written and read before the slow model load.
     targets = output.targets(arguments.output, sources)
     found = which.find(console, arguments)
-    inputs = [word for word in (*sources, found.model, found.mmproj) if word != "-" and word[:5].lower() != "data:"]
+    files = [file for source in sources if (file := images.file_of(source))]
+    inputs = [*files, found.model, found.mmproj, *loading.adapters(arguments)]
     for target in targets:
         check_output(target, inputs, force=arguments.force)
     pictures = [images.load_argument(source) for source in sources]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...errors import OutputError, one_line
 from ...files.output import check_output, replacing
+from ...prompts.images import file_of
 
 SUFFIXES = (".png", ".html")
 _OTHERS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".svg", ".pdf", ".htm")
@@ -20,8 +21,8 @@ def targets(output: str | None, sources: Sequence[str]) -> list[Path]:
     if output == "":
         raise OutputError("output '' is no name of a file")
     if output is None or output.endswith(os.sep) or Path(output).is_dir():
-        data_url = sources[0][:5].lower() == "data:"
-        name = ("picture" if data_url else Path(sources[0]).stem) + "-st3"
+        file = file_of(sources[0])
+        name = f"{file.stem if file else 'picture'}-st3"
         return [Path(output or "", name + suffix) for suffix in SUFFIXES]
     suffix = Path(output).suffix.lower()
     if suffix in _OTHERS:

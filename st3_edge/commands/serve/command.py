@@ -16,10 +16,10 @@ from typing import NoReturn
 from ...config import Override, ST3Config
 from ...errors import ConfigError, LibraryError
 from ...files import gguf
-from ...files.pair import check_pair
+from ...files.pair import check_adapter, check_pair
 from ...native import libraries
 from ...prompts.templates import VICUNA
-from .. import options, which
+from .. import loading, options, which
 from ..console import Console
 from .options import Arguments
 
@@ -82,6 +82,14 @@ def flags(
     ]
     if model and mmproj:
         given += ["--model", model, "--mmproj", mmproj]
+    ours = arguments.ours
+    for name, value in (("ctx-size", ours.n_ctx), ("threads", ours.threads), ("n-gpu-layers", ours.n_gpu_layers)):
+        if value is not None:
+            given += [f"--{name}", str(value)]
+    for path, strength in loading.adapters(ours).items():
+        if header:
+            check_adapter(path, header)
+        given += ["--lora", path] if strength == 1 else ["--lora-scaled", f"{path}:{strength:g}"]
     if not arguments.has("-b", "--batch-size"):
         given += ["--batch-size", str(_BATCH)]
     if not arguments.has("--cors-origins"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,7 +46,11 @@ def parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
         epilog=EPILOG,
         allow_abbrev=False,
     )
-    options.add_files(made)
+    model = options.add_files(made)
+    options.add_lora(model)
+    model.add_argument("--n-ctx", type=int, metavar="N", help="positions of all slots' contexts (llama-server's -c)")
+    model.add_argument("--threads", type=int, metavar="N", help="CPU threads (llama-server's -t)")
+    model.add_argument("--n-gpu-layers", type=int, metavar="N", help="layers on the GPU (llama-server's -ngl)")
     where = made.add_argument_group("address")
     where.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on (default 127.0.0.1)")
     where.add_argument("--port", type=int, default=8080, metavar="N", help="port; 0: a free one (default 8080)")
@@ -70,5 +75,7 @@ def parse(kind: type[argparse.ArgumentParser], words: Sequence[str]) -> Argument
         ours.append(word)
         if "=" not in word and action.nargs != 0:
             ours += [value for value in (next(rest, None),) if value is not None]
+    if re.search(r"(?<!\S)--keep[ =]\S*\.", " ".join(theirs)):
+        known.error("--keep is llama-server's own, a whole number of tokens; --budget says how much ST3 keeps")
     found = known.parse_args(ours)
     return Arguments(known.parse_args(ours) if settings.use(known) else found, theirs)
