@@ -1,4 +1,4 @@
-// What GCC's libstdc++ wants of glibc, and an older one has not. Linked statically into each library (old_glibc.py).
+// What GCC's libstdc++ wants of glibc, and an older one has not. Linked statically into each library, hidden (old_glibc.py).
 #include <errno.h>
 #include <stdint.h>
 #include <sys/random.h>

@@ -4,7 +4,8 @@ python scripts/old_glibc.py FOLDER MACHINE VERSION         such as build/sysroot
 
 Zig brings the headers of glibc, and can make stubs of its libraries of any version. It is not the compiler: it links a
 C++ library of its own into every library with hidden symbols, and an exception of one is then not caught in another.
-libstdc++ is GCC's, linked statically; the few functions that it wants and old glibc has not are in old_glibc.c.
+libstdc++ is GCC's, made one shared library of a name of ours (FOLDER/own), which the wheel brings: linked statically
+into each library it frees what another's has made. What it wants and old glibc has not is in old_glibc.c.
 Needs GCC for MACHINE, and the package ziglang.
 """
 
@@ -29,10 +30,14 @@ def run(*command: str | Path, **options: object) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, **options).stdout  # type: ignore[call-overload]
 
 
+def tool(machine: str, name: str) -> str:
+    """The name of a compiler's or binutils' program for a machine."""
+    return name if os.uname().machine == machine else f"{machine}-linux-gnu-{name}"
+
+
 def gcc(machine: str) -> str:
     """The name of GCC's C compiler."""
-    native = os.uname().machine == machine
-    return "gcc" if native else f"{machine}-linux-gnu-gcc"
+    return tool(machine, "gcc")
 
 
 def headers(root: Path, zig: Path, machine: str, version: str) -> None:
@@ -80,7 +85,7 @@ def libraries(root: Path, zig: Path, machine: str, version: str) -> None:
     shutil.copy(made["libc_nonshared.a"], lib)
     compat = lib / "old_glibc.o"
     run(gcc(machine), f"--sysroot={root}", "-O2", "-fPIC", "-c", HERE / "old_glibc.c", "-o", compat)
-    run("ar" if gcc(machine) == "gcc" else f"{target}-ar", "r", lib / "libc_nonshared.a", compat)
+    run(tool(machine, "ar"), "r", lib / "libc_nonshared.a", compat)
     compat.unlink()
     needed = " ".join((*LIBRARIES[1:], "ld.so"))
     (lib / "libc.so").write_text(f"GROUP ( libc.so.6 libc_nonshared.a AS_NEEDED ( {needed} ) )\n")
@@ -90,12 +95,34 @@ def libraries(root: Path, zig: Path, machine: str, version: str) -> None:
         shutil.copy(run(gcc(machine), f"-print-file-name={name}").strip(), lib / name)
 
 
+def cxx_library(root: Path, machine: str) -> None:
+    """own/libst3-stdc++.so, and usr/lib/libstdc++.so for the linker. Its symbols have a version of their own, and none
+    is unique in the process: they are never mixed with those of another libstdc++ there."""
+    own, compiler = root / "own", gcc(machine)
+    own.mkdir()
+    archive, versions, unique = own / "libstdc++.a", own / "versions", own / "unique"
+    gcc_archive = run(compiler, "-print-file-name=libstdc++.a").strip()
+    symbols = [line.split() for line in run(tool(machine, "nm"), gcc_archive).splitlines()]
+    unique.write_text("".join(f"{words[2]}\n" for words in symbols if len(words) == 3 and words[1] == "u"))
+    run(tool(machine, "objcopy"), f"--weaken-symbols={unique}", gcc_archive, archive)
+    versions.write_text("ST3_STDCXX { *; };\n")
+    library = own / "libst3-stdc++.so"
+    where = (f"--sysroot={root}", f"-B{root}/usr/lib", f"-L{root}/usr/lib")
+    options = f"-Wl,-s,-z,defs,-soname,{library.name},--version-script,{versions},--exclude-libs,libc_nonshared.a"
+    whole = ("-Wl,--whole-archive", archive, "-Wl,--no-whole-archive")
+    run(compiler, "-shared", *where, options, *whole, "-lm", "-lgcc_s", "-o", library)
+    for made in (archive, versions, unique):
+        made.unlink()
+    (root / "usr" / "lib" / "libstdc++.so").symlink_to(library)
+
+
 def main() -> None:
     root, machine, version = Path(sys.argv[1]).resolve(), sys.argv[2], sys.argv[3]
     zig = Path(run(sys.executable, "-c", "import ziglang; print(ziglang.__path__[0])").strip())
     shutil.rmtree(root, ignore_errors=True)
     headers(root, zig, machine, version)
     libraries(root, zig, machine, version)
+    cxx_library(root, machine)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ ABI_VERSION = 9
 _PREFIX = "" if sys.platform == "win32" else "lib"
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 _GPU_TYPES = (1, 2)  # ggml_backend_dev_type: GPU, IGPU
+_LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)  # ggml_log_callback
 
 _stock: Path | None = None
 _lock = threading.RLock()
@@ -106,9 +107,20 @@ def _load() -> tuple[Bindings, int]:
 
 
 def load_backends(lib: ctypes.CDLL) -> None:
-    """Loads ggml's backends where they are separate files: upstream would look beside the Python interpreter."""
-    if lib.ggml_backend_dev_count() == 0:
+    """Loads ggml's backends where they are separate files: upstream would look beside the Python interpreter. Raises
+    LibraryError where none of them runs on this machine."""
+    if lib.ggml_backend_dev_count():
+        return
+    before, data = ctypes.c_void_p(), ctypes.c_void_p()
+    quiet = _LogCallback(lambda level, text, user: None)
+    lib.ggml_log_get(ctypes.byref(before), ctypes.byref(data))
+    lib.ggml_log_set(quiet, None)  # which file it took is not for the terminal
+    try:
         lib.ggml_backend_load_all_from_path(os.fsencode(folder()))
+    finally:
+        lib.ggml_log_set(before, data)
+    if not lib.ggml_backend_dev_count():
+        raise LibraryError(f"no backend of ggml in {folder()} runs on this machine")
 
 
 def trim() -> None:

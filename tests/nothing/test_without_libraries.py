@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from st3_edge.commands import doctor
+from st3_edge.errors import LibraryError
+from st3_edge.native import libraries
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("demo", "ask", "inspect", "chat", "serve", "models", "bench", "tune", "doctor")
@@ -182,3 +184,31 @@ def test_help_and_version_go_to_standard_output(tmp_path, arguments):
     done = command(*arguments.split(), lib_dir=tmp_path)
     assert done.returncode == 0
     assert done.stdout and not done.stderr
+
+
+class NoBackend:
+    """ggml where backends are files of their own, and none of them runs on this machine."""
+
+    def __init__(self) -> None:
+        self.logs: list[object] = []
+
+    def ggml_backend_dev_count(self) -> int:
+        return 0
+
+    def ggml_log_get(self, callback: object, data: object) -> None:
+        callback._obj.value = 1234
+
+    def ggml_log_set(self, callback: object, data: object) -> None:
+        self.logs.append(callback)
+
+    def ggml_backend_load_all_from_path(self, path: bytes) -> None:
+        assert len(self.logs) == 1  # quiet
+
+
+def test_a_machine_that_no_backend_runs_on(tmp_path, monkeypatch):
+    # broken by a model that fails to load for no reason, later; or by a log that stays quiet for another user of ggml
+    monkeypatch.setenv("ST3_LIB_DIR", str(tmp_path))
+    lib = NoBackend()
+    with pytest.raises(LibraryError, match=f"no backend of ggml in {tmp_path} runs on this machine"):
+        libraries.load_backends(lib)
+    assert lib.logs[-1].value == 1234
