@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from ...files import gguf
@@ -27,7 +28,7 @@ def _inspect(console: Console, arguments: argparse.Namespace) -> int:
     targets = output.targets(arguments.output, sources)
     found = which.find(console, arguments)
     files = [file for source in sources if (file := images.file_of(source))]
-    inputs = [*files, found.model, found.mmproj, *loading.adapters(arguments)]
+    inputs: list[str | os.PathLike[str]] = [*files, found.model, found.mmproj, *loading.adapters(arguments)]
     for target in targets:
         check_output(target, inputs, force=arguments.force)
     pictures = [images.load_argument(source) for source in sources]
