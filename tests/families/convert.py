@@ -84,6 +84,7 @@ def main() -> None:
     def get_model_class(name: str, mmproj: bool = False) -> Any:
         made = plain_class(name, mmproj=mmproj)
         if not mmproj:  # a class that is built of another one writes that one's vocabulary
+            made.no_mtp = True  # no heads that guess tokens ahead
             made.set_vocab = lambda self: set_vocab(getattr(self, "impl", self))
         return made
 

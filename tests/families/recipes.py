@@ -91,9 +91,16 @@ def randomize(model: torch.nn.Module) -> None:
                 p.copy_(drawn(p) * (1.2 if "q_proj" in name or "k_proj" in name else 1.0) * inputs**-0.5)
 
 
+def save_words(folder: Path) -> None:
+    """Writes a tokenizer.json, whose words the converter counts."""
+    words = {str(i): i for i in range(SIZES["vocab_size"])}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": words}, "added_tokens": []}))
+
+
 def save(model: Any, folder: Path, change: Change | None = None) -> None:
-    """Writes config.json and model.safetensors."""
+    """Writes config.json, model.safetensors and tokenizer.json."""
     model.save_pretrained(folder)
+    save_words(folder)
     if change:
         config = json.loads((folder / "config.json").read_text())
         weights = load_file(folder / "model.safetensors")
@@ -149,6 +156,7 @@ YARN = {
     "llama_4_scaling_beta": 0.1,
 }
 SCALES = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.0}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 TEXT = {

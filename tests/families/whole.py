@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from .convert import MARKERS, Converter
 from .media import MEAN, SIDE, STD, Array, Media, alone, tensor_of
-from .recipes import EXPERTS, SIZES, Text, randomize
+from .recipes import EXPERTS, ROPE, SIZES, Text, randomize, save_words
 from .reference import HfDecoder, MropeDecoder, WindowDecoder
 
 IMAGE = 3  # the token in whose place visual tokens come
@@ -65,8 +65,7 @@ class Whole(Text):
         (folder / "config.json").write_text(json.dumps(config, default=str))
         seen = {"image_mean": [MEAN] * 3, "image_std": [STD] * 3, **self.preprocessor}
         (folder / "preprocessor_config.json").write_text(json.dumps(seen))
-        words = {str(i): i for i in range(SIZES["vocab_size"])}  # which the converter counts
-        (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": words}, "added_tokens": []}))
+        save_words(folder)
 
     def oracle(self, model: Any) -> HfDecoder:
         """Its decoder's."""
@@ -130,7 +129,6 @@ def gemma_features(model: Any, picture: torch.Tensor) -> torch.Tensor:
 
 
 QWEN_TOWER = {"depth": 4, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 128}
-ROPE = {"rope_type": "default", "rope_theta": 1e4}
 VISION_MARKERS = ("<|vision_start|>", "<|vision_end|>")
 
 QWEN3_TOWER = {
