@@ -49,7 +49,8 @@ size_t cells_used(const llama_kv_cache & kv) {
 
 size_t cell_bytes(const llama_kv_cache & kv, const llama_hparams & hparams, int32_t il) {
     const size_t k = ggml_row_size(kv.type_k(), hparams.n_embd_k_gqa(il));
-    return hparams.is_mla() ? k : k + ggml_row_size(kv.type_v(), hparams.n_embd_v_gqa(il));  // MLA has no values beside keys
+    // latent attention has no values beside its keys
+    return hparams.is_mla() ? k : k + ggml_row_size(kv.type_v(), hparams.n_embd_v_gqa(il));
 }
 
 kv_bytes count_kv_bytes(const llama_context & ctx) {
