@@ -206,7 +206,7 @@ def of_llava(text: str) -> Media:
 
 
 MEDIA = {
-    **{f"llava-{text}": of_llava(text) for text in recipes.TEXT},
+    **{f"llava-{name}": of_llava(name) for name, text in recipes.TEXT.items() if not text.streams},
     "llava-1.6": Media("llama", llava_next, tile_features, write_llava, grid, (2 * SIDE, 2 * SIDE), joined=True),
     "janus": Media("llama", janus, plain_features, write_by_converter(), alone),
     "smolvlm": Media(

@@ -40,7 +40,8 @@ Change = Callable[[dict, dict], None]  # of config.json and the weights, in plac
 class Text:
     """A decoder: the architecture of the file, the config class and its arguments.
 
-    image_scale: as HfDecoder's; change: what upstream's converter wants to find instead of what Hugging Face saves;
+    image_scale: as HfDecoder's; streams: layers before which more is added to an image's rows;
+    change: what upstream's converter wants to find instead of what Hugging Face saves;
     most_error: NMSE of logits that floats explain, some four times the worst seen (llama.cpp has GELU in a table of F16
     on the CPU: choices are as inexact then).
     """
@@ -49,6 +50,7 @@ class Text:
     config: type
     extra: dict[str, Any] = field(default_factory=dict)
     image_scale: float = 1.0
+    streams: tuple[int, ...] = ()
     change: Change | None = None
     most_error: float = 1e-9
 
@@ -62,8 +64,10 @@ class Text:
 
     def oracle(self, model: Any) -> Any:
         """The HfDecoder of a model."""
-        from .reference import HfDecoder
+        from .reference import HfDecoder, StreamsDecoder
 
+        if self.streams:
+            return StreamsDecoder(model.model, model.lm_head, self.streams)
         return HfDecoder(model.model, model.lm_head, self.image_scale)
 
     def make(self) -> Any:
@@ -144,6 +148,17 @@ def as_minicpm(config: dict, weights: dict[str, torch.Tensor]) -> None:
     config["dim_model_base"] = config["hidden_size"] / config["logits_scaling"]
 
 
+def with_streams(*layers: int) -> Change:
+    """Granite as Granite 4 Vision's decoder: the first of its projectors is what an image's rows begin with."""
+
+    def change(config: dict, weights: dict[str, torch.Tensor]) -> None:
+        config["deepstack_layer_map"] = [[0, 0], *([1 + i, layer] for i, layer in enumerate(layers))]
+        config["text_config"] = {"num_hidden_layers": config["num_hidden_layers"]}
+        config["vision_config"] = {"num_hidden_layers": 1 + len(layers)}
+
+    return change
+
+
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e6,
@@ -187,6 +202,13 @@ TEXT = {
     "stablelm-parallel": Text("stablelm", hf.StableLmConfig, {"use_parallel_residual": True, "use_qkv_bias": True}),
     "minicpm": Text("minicpm", hf.GraniteConfig, {**SCALES, "attention_multiplier": 32**-0.5}, change=as_minicpm),
     "granite": Text("granite", hf.GraniteConfig, {**SCALES, "attention_multiplier": 0.25}),
+    "granite4-vision": Text(
+        "granite",
+        hf.GraniteConfig,
+        {**SCALES, "attention_multiplier": 0.25},
+        streams=(1, 3, 4),
+        change=with_streams(1, 3, 4),
+    ),
     "gemma": Text(
         "gemma", hf.GemmaConfig, {"head_dim": 32, "tie_word_embeddings": True}, image_scale=128**0.5, most_error=1e-8
     ),

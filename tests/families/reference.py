@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from oracle import gemma3, rounding
 from oracle.llama import TILE_ROWS, Array, Decoder, Image, Layer, Piece
+from transformers import Granite4VisionTextConfig, Granite4VisionTextModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ATTENTION = "st3_oracle"
@@ -76,7 +77,7 @@ class HfDecoder(Decoder):
         self.image_scale = image_scale
         self.input_scale = getattr(config, "embedding_multiplier", 1.0)  # of all rows, at the graph's beginning
         self.n_layer = config.num_hidden_layers
-        self.n_embd = config.hidden_size
+        self.n_embd = self.n_embd_inp = config.hidden_size
         self.n_head = config.num_attention_heads
         self.n_head_kv = getattr(config, "num_key_value_heads", None) or self.n_head
         self.head = getattr(config, "head_dim", None) or self.n_embd // self.n_head
@@ -143,24 +144,43 @@ class HfDecoder(Decoder):
         return out / getattr(self.config, "logits_scaling", 1.0)
 
 
-class MropeDecoder(HfDecoder):
-    """A decoder whose tokens have several positions each, and behind whose rows lies what deepstack adds to them."""
+class WideDecoder(HfDecoder):
+    """A decoder behind whose rows lies what is added to them later, as deepstack does: `n_parts` times their width."""
 
-    def __init__(self, model: Any, head: Any, n_deepstack: int = 0) -> None:
+    def __init__(self, model: Any, head: Any, n_parts: int) -> None:
         super().__init__(model, head)
-        self.n_deepstack = n_deepstack
+        self.n_parts, self.n_embd_inp = n_parts, (1 + n_parts) * self.n_embd
 
     def embed(self, pieces: list[Piece]) -> Array:
-        """The first rows, and what deepstack adds to them: nothing to text."""
-        more = self.n_deepstack * self.n_embd
+        """The first rows, and what is added to them: nothing to text, whose rows alone are scaled."""
+        more = self.n_embd_inp - self.n_embd
         with torch.no_grad():
             rows = [
                 p.embd.astype(np.float64)
                 if isinstance(p, Image)
                 else np.pad(self.model.get_input_embeddings()(torch.tensor(p)).numpy(), ((0, 0), (0, more)))
+                * self.input_scale
                 for p in pieces
             ]
         return np.concatenate(rows)
+
+    def part(self, rows: Any, i: int) -> Any:
+        """Part i of what lies behind rows."""
+        return rows[..., (1 + i) * self.n_embd : (2 + i) * self.n_embd]
+
+    def seen_by(self, i: int, x: Array) -> Array:
+        """What the attention of layer i sees of rows x."""
+        return super().seen_by(i, x[:, : self.n_embd])
+
+    def _logits(self, row: Array) -> Array:
+        return super()._logits(row[: self.n_embd])
+
+
+class MropeDecoder(WideDecoder):
+    """A decoder whose tokens have several positions each; after layer i, part i is added."""
+
+    def __init__(self, model: Any, head: Any, n_deepstack: int = 0) -> None:
+        super().__init__(model, head, n_deepstack)
 
     def rotary(self, i: int, x: torch.Tensor, pos: Array) -> Any:
         """The same for the three positions of each row that `pos` names."""
@@ -169,18 +189,41 @@ class MropeDecoder(HfDecoder):
 
     def run_layer(self, i: int, x: torch.Tensor, pos: Array, **kwargs: Any) -> torch.Tensor:
         """Hugging Face's layer i, and what comes on top of its rows."""
-        x, more = x[..., : self.n_embd], x[..., self.n_embd :]
-        x = super().run_layer(i, x, pos, **kwargs)
-        if i < self.n_deepstack:
-            x = x + more[..., i * self.n_embd : (i + 1) * self.n_embd]
-        return torch.cat([x, more], -1)
+        out = super().run_layer(i, x[..., : self.n_embd], pos, **kwargs)
+        if i < self.n_parts:
+            out = out + self.part(x, i)
+        return torch.cat([out, x[..., self.n_embd :]], -1)
 
-    def seen_by(self, i: int, x: Array) -> Array:
-        """What the attention of layer i sees of rows x."""
-        return super().seen_by(i, x[:, : self.n_embd])
 
-    def _logits(self, row: Array) -> Array:
-        return super()._logits(row[: self.n_embd])
+class StreamsDecoder(WideDecoder):
+    """Granite 4 Vision's: before layer `layers[i]`, part i is added."""
+
+    def __init__(self, model: Any, head: Any, layers: tuple[int, ...]) -> None:
+        super().__init__(model, head, len(layers))
+        self.layers = layers
+
+    def run_layer(self, i: int, x: torch.Tensor, pos: Array, **kwargs: Any) -> torch.Tensor:
+        """Hugging Face's layer i on rows with what comes on top of them."""
+        rows = x[..., : self.n_embd]
+        if i in self.layers:
+            rows = rows + self.part(x, self.layers.index(i))
+        return torch.cat([super().run_layer(i, rows, pos, **kwargs), x[..., self.n_embd :]], -1)
+
+    def whole(self, pieces: list[Piece]) -> Array:
+        """Logits [n, vocabulary] of all rows by Hugging Face's own forward pass."""
+        kinds = [isinstance(p, Image) for p in pieces for _ in (p.embd if isinstance(p, Image) else p)]
+        x, of_image = torch.from_numpy(self.embed(pieces)), torch.tensor(kinds)
+        model = Granite4VisionTextModel(Granite4VisionTextConfig(**self.config.to_dict())).double().eval()
+        model.load_state_dict(self.model.state_dict())
+        with torch.no_grad():
+            out = model(
+                inputs_embeds=x[None, :, : self.n_embd] / self.input_scale,
+                vision_mask=of_image[None, :, None],
+                deepstack_features={layer: self.part(x[of_image], i) for i, layer in enumerate(self.layers)},
+                use_cache=False,
+            )
+            logits = self.head_of(out.last_hidden_state)[0].numpy()
+        return logits / self.config.logits_scaling
 
 
 class WindowDecoder(gemma3.Windows, HfDecoder):

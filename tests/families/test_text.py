@@ -45,8 +45,9 @@ def words(number: int, n: int) -> list[int]:
 def picture(made: Made, number: int = 0, nx: int = 9, ny: int = 7) -> oracle.Image:
     """Embeddings of about the size that the model's own tokens have."""
     rng = np.random.default_rng([SEED, 9, number])
-    size = np.sqrt(np.square(made.oracle.embed([[5, 6, 7]])).mean()) / made.oracle.input_scale
-    return oracle.Image((size * rng.standard_normal((nx * ny, made.oracle.n_embd))).astype(np.float32), nx, ny)
+    tokens = made.oracle.embed([[5, 6, 7]])[:, : made.oracle.n_embd]
+    size = np.sqrt(np.square(tokens).mean()) / made.oracle.input_scale
+    return oracle.Image((size * rng.standard_normal((nx * ny, made.oracle.n_embd_inp))).astype(np.float32), nx, ny)
 
 
 def prompt(made: Made, number: int = 0) -> list[oracle.Piece]:
