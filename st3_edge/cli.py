@@ -79,9 +79,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         known = [name for action in own._actions for name in action.option_strings]
         own.error(f"unrecognized arguments: {' '.join(rest)}{suggestion(word.partition('=')[0], known)}")
     if arguments.command in ("ask", "inspect") and len(arguments.inputs) < 2:
-        parser.error(f"{arguments.command} needs at least one picture, and last the question")
+        own.error(f"{arguments.command} needs at least one picture, and last the question")
     if arguments.command == "ask" and arguments.trace and not arguments.json:
-        parser.error("--trace goes with --json")
+        own.error("--trace goes with --json")
     return arguments
 
 

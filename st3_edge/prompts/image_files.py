@@ -15,6 +15,11 @@ from PIL import Image
 
 # Raster formats only: others of Pillow's run helper programs or hold more than a picture.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+# Endings of names: of these formats, and of HEIC.
+SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".heic", ".heif"),
+)
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 # All that pixels depend on; others hold text, colour profiles and the like, of any size.

@@ -227,6 +227,7 @@ def libraries(tmp_path) -> str:
         (["--question", " "], "the question is empty", 1),
         (["--shape", "tinyllama-1.1b", "--question", ""], "--shape is in place of", 1),
         (["--shape", "tinyllama-1.1b", "--image", "a.png"], "--shape is in place of", 1),
+        (["--shape", "tinyllama-1.1b", "--mmproj", "p.gguf"], "--shape is in place of", 1),
         (["--image", "none.png"], "No such file", 1),
         (["--model", "none.gguf", "--mmproj", "none.gguf"], "No such file", 1),
         (["--against", "stock", "--stock", "/nowhere"], "ST3_STOCK=ON", 1),

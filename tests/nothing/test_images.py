@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, PngImagePlugin, features
 
 from st3_edge import ImageError
+from st3_edge.prompts.image_files import FORMATS, SUFFIXES
 from st3_edge.prompts.images import MAX_BYTES, RGB, data_url, file_of, load, load_base64
 
 
@@ -411,3 +412,10 @@ def test_nothing_of_pillows_is_changed():
     before = limits()
     load(encoded(noise(64, 48), "JPEG")[:-2])
     assert limits() == before
+
+
+def test_endings_of_names_are_of_formats_that_are_read():
+    # broken if a folder's pictures were passed over, or a file that cannot be read were taken for one
+    of = Image.registered_extensions()
+    assert {of[ending] for ending in SUFFIXES if ending in of} >= set(FORMATS)
+    assert {ending for ending in SUFFIXES if of.get(ending) not in FORMATS} == {".heic", ".heif"}

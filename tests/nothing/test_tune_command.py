@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from st3_edge import cli, demo
+from st3_edge import ST3Config, cli, demo
+from st3_edge.commands import options
+from st3_edge.commands.parser import Parser
+from st3_edge.commands.tune import command
 
 gguf = pytest.importorskip("gguf")
 
@@ -111,3 +114,26 @@ def test_the_output_is_checked_first(refused, folder, tmp_path):
 def test_models_that_cannot_be_tuned_are_refused(refused, tmp_path, values, says):
     # broken if a schedule without a place for a cut, or one against the file's own keys, were tried
     assert says in refused(*model(tmp_path / "model.gguf", **values))
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_the_options_that_it_prints_are_the_schedule(merge):
+    # broken if ask refused one of them (--merge False), or read another value
+    parser = Parser()
+    options.add_shared(parser)
+    names = [
+        a.dest for a in parser._actions if a.dest in ST3Config.__dataclass_fields__ and a.dest not in ("keep", "merge")
+    ]
+    texts = {
+        "preset": "st3",
+        "score": "text-max-sum+last-mean",
+        "rank": "score",
+        "anneal": "cosine",
+        "vision_type": "file",
+    }
+    values = {
+        name: texts.get(name, 7 if name in ("start", "stride", "min_keep", "anneal_tokens") else 0.35) for name in names
+    }
+    overrides = ST3Config(**values, merge=merge).overrides()
+    words = [word for item in overrides.items() for word in command._option(*item)]
+    assert options.config(parser.parse_args(words)).overrides() == overrides

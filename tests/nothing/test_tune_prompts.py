@@ -71,10 +71,10 @@ def test_a_byte_order_mark_is_no_part_of_the_first_question(tmp_path):
 
 def test_pictures_are_found_by_their_endings_in_order(tmp_path):
     # broken if other files, or folders, were taken for pictures
-    for name in ("b.PNG", "a.jpg", "notes.txt", "c.webp"):
+    for name in ("b.PNG", "a.jpg", "notes.txt", "c.webp", "d.avif", "e.HEIC"):
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
-    assert [p.name for p in prompts.pictures_in(str(tmp_path))] == ["a.jpg", "b.PNG", "c.webp"]
+    assert [p.name for p in prompts.pictures_in(str(tmp_path))] == [*("a.jpg", "b.PNG", "c.webp", "d.avif", "e.HEIC")]
     for folder, says in ((tmp_path / "folder.png", "no picture"), (tmp_path / "none", "cannot be read")):
         with pytest.raises(ImageError, match=says):
             prompts.pictures_in(str(folder))

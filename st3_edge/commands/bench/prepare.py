@@ -56,8 +56,8 @@ def make_jobs(console: Console, arguments: argparse.Namespace, tell: Tell) -> tu
     stock, remark = find_stock(arguments.against, arguments.stock)
     arguments.against = "stock" if stock else "off"
     if arguments.shape:
-        if arguments.model or arguments.hf or arguments.image or arguments.question is not None:
-            raise ConfigError("--shape is in place of --model, --mmproj, --image and --question")
+        if any((arguments.hf, arguments.model, arguments.mmproj, arguments.image)) or arguments.question is not None:
+            raise ConfigError("--shape is in place of --hf, --model, --mmproj, --image and --question")
         shape = SHAPES[arguments.shape]
         if (arguments.type or TYPES[0]) not in shape.types:
             raise ConfigError(

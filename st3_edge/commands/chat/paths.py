@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 from ...errors import ImageError
+from ...prompts.image_files import SUFFIXES
 
-_NAME = re.compile(r".+\.(png|jpe?g|jpe|webp|gif|bmp|tiff?|p[gnp]m|avif|hei[cf])", re.IGNORECASE | re.DOTALL)
+_NAME = re.compile(rf".+({'|'.join(map(re.escape, SUFFIXES))})", re.IGNORECASE | re.DOTALL)
 
 # A word, as terminals write the name of a file that is dropped on them: in quotes, or with backslashes before spaces.
 _WORD = re.compile(r"""'([^']*)'|"((?:[^"\\]|\\.)*)"|((?:\\.|[^\s\\])+)""")

@@ -225,8 +225,7 @@ def _page(task: Task, found: Found) -> str:
         return "\n".join(lines)
     worst = task.prompts[found.best.worst]
     kl = found.best.measured[found.best.worst].kl
-    ask = {f"--{key.removeprefix('st3.').replace('_', '-')}": v for key, v in found.overrides.items()}
-    words = [*task.words, *(str(word) for option in ask.items() for word in option)]
+    words = [*task.words, *(word for item in found.overrides.items() for word in _option(*item))]
     lines += [
         f"*: the cheapest within {task.max_kl:g}; farthest, {kl:.4f}: {worst.question!r} about {worst.picture.name}",
         f"\nst3-edge ask IMAGE QUESTION {shlex.join(words)}",
@@ -234,6 +233,14 @@ def _page(task: Task, found: Found) -> str:
     if found.output:
         lines.append(f"\n{found.output} is the model with this schedule: it needs none of these options")
     return "\n".join(lines)
+
+
+def _option(key: str, value: Override) -> list[str]:
+    """A `st3.*` key as a person types it."""
+    name = key.removeprefix("st3.").replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", str(value)]
 
 
 def _object(task: Task, found: Found) -> dict[str, Any]:

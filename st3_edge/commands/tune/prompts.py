@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ...errors import ImageError, PromptError, one_line
+from ...prompts.image_files import SUFFIXES
 
 # Both what a picture shows as a whole and what hangs on a few of its tokens.
 QUESTIONS = (
@@ -15,7 +16,6 @@ QUESTIONS = (
     "How many objects are there, and what colors do they have?",
     "Is there any text in the image? What does it say?",
 )
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
 _MAX_BYTES = 2**20
 
 # A question, and the name of the picture that it is about; None: of every picture.
@@ -28,12 +28,12 @@ def pictures_in(folder: str) -> list[Path]:
     Raises ImageError where there is no folder, or none in it.
     """
     try:
-        found = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file())
+        found = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
     except (OSError, ValueError) as e:
         reason = one_line(getattr(e, "strerror", None) or e)
         raise ImageError(f"folder {folder!r} cannot be read: {reason}") from e
     if not found:
-        raise ImageError(f"folder {folder!r} holds no picture ({' '.join(sorted(_SUFFIXES))})")
+        raise ImageError(f"folder {folder!r} holds no picture ({' '.join(SUFFIXES)})")
     return found
 
 
