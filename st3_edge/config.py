@@ -21,6 +21,8 @@ PRESETS = ("off", "st3", "pvtp", "paper", "fastv", "pyramiddrop", "vtw", "random
 # Types of the KV cache that flash attention reads; a GGUF type id each (ggml.h).
 KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
 
+MAX_CTX = 2**20  # tokens
+
 _DEFAULT_PRESET = "st3"
 _SCORE_TERM = re.compile(r"(last|text)-(mean|max)(-sum)?")
 _U32_MAX = 2**32 - 1
@@ -33,7 +35,8 @@ class ST3Config:
     """How visual tokens are pruned. Each field is a `st3.*` metadata key; None leaves that key to the model file,
     and what the file lacks to the preset.
 
-    preset    one of PRESETS; "off" is stock llama.cpp; None: the model file's, and where it has none "st3"
+    preset    one of PRESETS; "off" is stock llama.cpp, and no other field goes with it; None: the model file's, and
+              where it has none "st3"
     budget    (0, 1]: mean over layers of visual tokens kept / given; `keep` is solved from it
     start     >= 1: the first cut is after layer start - 1 (layers count from 0)
     stride    >= 1: one cut every `stride` layers after that
@@ -58,7 +61,7 @@ class ST3Config:
 
     vision_type one of VISION_TYPES; "auto": the one that the CPU is fastest in; "file": its file's, as stock
 
-    Raises ConfigError where a value is of the wrong type or outside its range.
+    Raises ConfigError where a value is of the wrong type or outside its range, or two exclude each other.
     """
 
     preset: str | None = None
@@ -83,6 +86,9 @@ class ST3Config:
     def __post_init__(self) -> None:
         if self.preset is not None and self.preset not in PRESETS:
             raise ConfigError(f"unknown preset {self.preset!r}; there are: {', '.join(PRESETS)}")
+        idle = [f.name for f in fields(self) if f.name != "preset" and getattr(self, f.name) is not None]
+        if self.preset == "off" and idle:
+            raise ConfigError(f"preset off drops nothing, so there is nothing for {', '.join(idle)} to say")
         if self.budget is not None and self.keep is not None:
             raise ConfigError("budget and keep exclude each other: keep is solved from budget")
         if self.anneal is not None and self.anneal not in CURVES:
@@ -122,8 +128,7 @@ class ST3Config:
         value = getattr(self, name)
         if value is None:
             return
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or not (0 < value <= 1 if above else 0 <= value <= 1):
+        if not is_number(value) or not (0 < value <= 1 if above else 0 <= value <= 1):
             raise ConfigError(f"{name} must be in {'(' if above else '['}0, 1], not {value!r}")
 
     def _int(self, name: str, low: int) -> None:
@@ -143,6 +148,14 @@ class ST3Config:
         keys = {} if "st3.preset" in carried else {"preset": _DEFAULT_PRESET}
         keys |= {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         return {f"st3.{name}": float(v) if name in real else v for name, v in keys.items()}
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number that a double can hold."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
 
 
 def check_whole(name: str, value: Any, low: int, high: int, *, optional: bool = False) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import demo
-from .config import KV_TYPES, REVISIT, ST3Config, check_whole
+from .config import KV_TYPES, MAX_CTX, REVISIT, ST3Config, check_whole, is_number
 from .errors import ConfigError, StateError
 from .files import choose
 from .files.pair import check_adapter, check_pair, is_llava
@@ -33,7 +32,7 @@ from .runtime.conversation import n_tokens
 from .runtime.generation import Answer
 from .runtime.prefill import ms_since
 from .runtime.session import Session
-from .runtime.text_model import MAX_CTX, trained_n_ctx
+from .runtime.text_model import trained_n_ctx
 from .runtime.text_stream import TextStream
 from .runtime.vision import Tile
 
@@ -68,9 +67,10 @@ class Llava:
     on_stage                  called with "encode", "prefill" and "decode" as each of a call begins; without "encode"
                               where no picture is encoded
 
-    Raises ModelError, ConfigError or LibraryError. The work is done in a thread of its own, one call after the other: a
-    call waits for a step of another to end, and then ends the other's answer. Ctrl-C, and whatever a signal handler
-    raises, ends a call soon, and the conversation can go on. In a forked child it cannot be used.
+    Raises ModelError, ConfigError or LibraryError, and PromptError for a chat_template that is no Jinja or shows
+    nothing of a message. The work is done in a thread of its own, one call after the other: a call waits for a step of
+    another to end, and then ends the other's answer. Ctrl-C, and whatever a signal handler raises, ends a call soon,
+    and the conversation can go on. In a forked child it cannot be used.
     """
 
     def __init__(
@@ -103,6 +103,8 @@ class Llava:
         check_whole("image_cache_bytes", image_cache_bytes, 0, 2**62)
         sampling.check_seed(seed)
         _check_revisit(revisit)
+        if not isinstance(chat_template, str | None):
+            raise ConfigError(f"chat_template is a string or None, not of the type {type(chat_template).__name__}")
         for name, kv_type in (("type_k", type_k), ("type_v", type_v)):
             if kv_type not in KV_TYPES:
                 raise ConfigError(f"{name} is one of {', '.join(KV_TYPES)}, not {kv_type!r}")
@@ -393,7 +395,7 @@ def _adapters(lora: Path | Iterable[Path] | Mapping[Path, float]) -> dict[str, f
         lora = (lora,)
     result = {}
     for path, strength in lora.items() if isinstance(lora, Mapping) else ((path, 1.0) for path in lora):
-        if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
+        if not is_number(strength):
             raise ConfigError(f"the strength of an adapter is a number, not {strength!r}")
         result[os.fspath(path)] = float(strength)
     return result

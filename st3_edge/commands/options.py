@@ -3,15 +3,47 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ..config import CURVES, PRESETS, RANKS, VISION_TYPES, ST3Config
+from ..config import CURVES, MAX_CTX, PRESETS, RANKS, VISION_TYPES, ST3Config
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from ..report import Report
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """The type of an option: a whole number within bounds."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"a whole number from {low} to {high}, not {text!r}")
+        return value
+
+    return read
+
+
+def _sampling(name: str, kind: Callable[[str], Any] = float) -> Callable[[str], Any]:
+    """The type of a sampling option: what `Sampling` takes for it."""
+
+    def read(text: str) -> Any:
+        from ..runtime.sampling import Sampling  # takes long to import
+
+        value = kind(text)
+        try:
+            Sampling(**{name: value})
+        except ConfigError as e:
+            raise argparse.ArgumentTypeError(str(e)) from e
+        return value
+
+    read.__name__ = kind.__name__  # argparse shows it of what is no number
+    return read
 
 
 def add_files(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -34,11 +66,13 @@ def add_files(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 def add_model(parser: argparse.ArgumentParser, n_gpu_layers: int = -1) -> argparse._ArgumentGroup:
     """`add_files`, --threads and --n-gpu-layers with that default; returns their group."""
     group = add_files(parser)
-    group.add_argument("--threads", "-t", type=int, metavar="N", help="CPU threads (default: those of this machine)")
+    group.add_argument(
+        "--threads", "-t", type=whole(1, 1024), metavar="N", help="CPU threads (default: those of this machine)"
+    )
     group.add_argument(
         "--n-gpu-layers",
         "-ngl",
-        type=int,
+        type=whole(-1, 2**31 - 1),
         default=n_gpu_layers,
         metavar="N",
         help="layers on a GPU, where the libraries were built for one; -1: all, 0: the CPU alone "
@@ -146,14 +180,14 @@ def add_context(group: argparse._ArgumentGroup, advanced: argparse._ArgumentGrou
     group.add_argument(
         "--n-ctx",
         "-c",
-        type=int,
+        type=whole(0, MAX_CTX),
         default=4096,
         metavar="N",
         help="room for prompt and answer, in tokens; 0: what the model was trained on (default 4096)",
     )
     (advanced or group).add_argument(
         "--n-ubatch",
-        type=int,
+        type=whole(1, MAX_CTX),
         metavar="N",
         help="tokens prefilled at once; a longer prompt is read unpruned (default: --n-ctx, at most 4096)",
     )
@@ -166,28 +200,38 @@ def add_answer(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument(
         "--max-tokens",
         "-n",
-        type=int,
+        type=whole(-(2**31), 2**31 - 1),
         default=256,
         metavar="N",
         help="longest answer, in tokens; 0 or less: as long as there is room in --n-ctx (default 256)",
     )
     group.add_argument(
         "--temperature",
-        type=float,
+        type=_sampling("temperature"),
         default=0.0,
         metavar="T",
         help="0: always the likeliest word (default); 1: much chance",
     )
-    group.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest words that add up to P")
-    group.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest words")
     group.add_argument(
-        "--min-p", type=float, metavar="P", help="choose among words that are P times as likely as the best"
+        "--top-p", type=_sampling("top_p"), metavar="P", help="choose among the likeliest words that add up to P"
     )
-    group.add_argument("--repeat-penalty", type=float, metavar="R", help="above 1: words that were said count for less")
+    group.add_argument("--top-k", type=_sampling("top_k", int), metavar="K", help="choose among the K likeliest words")
+    group.add_argument(
+        "--min-p",
+        type=_sampling("min_p"),
+        metavar="P",
+        help="choose among words that are P times as likely as the best",
+    )
+    group.add_argument(
+        "--repeat-penalty",
+        type=_sampling("repeat_penalty"),
+        metavar="R",
+        help="above 1: words that were said count for less",
+    )
     group.add_argument(
         "--seed",
         dest="sampling_seed",  # ST3Config has a seed too
-        type=int,
+        type=_sampling("seed", int),
         metavar="N",
         help="with a temperature above 0: the same N gives the same answer (default: another one each time)",
     )
@@ -230,9 +274,6 @@ def config(arguments: argparse.Namespace) -> ST3Config:
     """The schedule that was asked for, on the command line or in the config file. Raises ConfigError where it cannot
     be."""
     given = {f.name: getattr(arguments, f.name) for f in fields(ST3Config) if hasattr(arguments, f.name)}
-    idle = [f"--{name.replace('_', '-')}" for name, value in given.items() if name != "preset" and value is not None]
-    if arguments.preset == "off" and idle:
-        raise ConfigError(f"--preset off drops nothing, so there is nothing for {', '.join(idle)} to say")
     if arguments.preset is None:  # another preset is another schedule
         exclusive = {"budget", "keep"}
         typed = {name for name, value in given.items() if value is not None}
@@ -240,4 +281,11 @@ def config(arguments: argparse.Namespace) -> ST3Config:
         offered = set(given) | (exclusive if "budget" in given else set())  # st3-edge tune looks for the budget itself
         settings = getattr(arguments, "settings", {})
         given |= {f.name: settings[f.name] for f in fields(ST3Config) if f.name in settings.keys() & offered - own}
-    return ST3Config(**given)
+    idle = [f"--{name.replace('_', '-')}" for name, value in given.items() if name != "preset" and value is not None]
+    if given.get("preset") == "off" and idle:
+        raise ConfigError(f"--preset off drops nothing, so there is nothing for {', '.join(idle)} to say")
+    try:
+        return ST3Config(**given)
+    except ConfigError as e:  # in a person's words, not in Python's
+        name, must, rest = str(e).partition(" must be ")
+        raise ConfigError(f"--{name.replace('_', '-')}{must}{rest}") if must else e from e

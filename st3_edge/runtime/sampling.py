@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import check_whole
+from ..config import check_whole, is_number
 from ..errors import ConfigError
 from ..native import libraries, log
 from ..prompts.grammar import gbnf, schema
@@ -65,15 +66,14 @@ class Sampling:
             self._number(name, low=0.0)
         for name in ("frequency_penalty", "presence_penalty"):
             self._number(name)
-        self._number("top_k")
+        check_whole("top_k", self.top_k, -(2**31), 2**31 - 1)
         check_seed(self.seed)
         if self.repeat_penalty == 0:
             raise ConfigError("repeat_penalty must be greater than 0")
 
     def _number(self, name: str, low: float = -math.inf) -> None:
         value = getattr(self, name)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or value < low:
+        if not is_number(value) or value < low:
             at_least = f" of at least {low:g}" if low > -math.inf else ""
             raise ConfigError(f"{name} must be a finite number{at_least}, not {value!r}")
 
@@ -97,7 +97,7 @@ class Sampling:
         if self.temperature == 0:
             chain.add("greedy")
         else:
-            chain.add("top_k", int(self.top_k))
+            chain.add("top_k", self.top_k)
             chain.add("typical", self.typical_p, 1)
             chain.add("top_p", self.top_p, 1)
             chain.add("min_p", self.min_p, 1)
@@ -118,11 +118,12 @@ class Sampling:
 
 def _biases(given: Mapping[Any, float], n_vocab: int) -> dict[int, float]:
     try:
-        biases = {int(token): float(bias) for token, bias in given.items()}
-    except (TypeError, ValueError, AttributeError) as e:
+        # JSON's keys are text.
+        biases = {int(t) if isinstance(t, str) else operator.index(t): float(bias) for t, bias in given.items()}
+    except (TypeError, ValueError, AttributeError, OverflowError) as e:
         raise ConfigError("logit_bias maps token ids to numbers") from e
-    if not all(0 <= token < n_vocab for token in biases):
-        raise ConfigError(f"logit_bias names a token id outside 0 to {n_vocab - 1}")
+    for token in biases:
+        check_whole("a token id of logit_bias", token, 0, n_vocab - 1)
     # Infinite ones would become NaN on their way through the samplers.
     biases = {token: -_MAX_BIAS if bias == -math.inf else bias for token, bias in biases.items()}
     if not all(abs(bias) <= _MAX_BIAS for bias in biases.values()):

@@ -7,12 +7,11 @@ import ctypes
 import os
 from collections.abc import Mapping
 
-from ..config import KV_TYPES, Override
+from ..config import KV_TYPES, MAX_CTX, Override
 from ..errors import ModelError
 from ..files import gguf
 from ..native import libraries, log, machine, st3
 
-MAX_CTX = 2**20
 # Pruned prefill needs the whole prompt in one physical batch. Its compute buffers grow with it, so the default holds
 # a picture of LLaVA-1.6 (up to 2880 tokens), or six of LLaVA-1.5, and not the whole of a long context; a longer prompt
 # runs unpruned between its layers.

@@ -29,7 +29,7 @@ def test_budget_or_keep_beside_the_other_one_in_the_file_is_told(given, carried)
 
 
 @given(
-    preset=st.sampled_from(PRESETS),
+    preset=st.sampled_from([name for name in PRESETS if name != "off"]),
     budget=SHARES.filter(lambda b: b > 0),
     start=WHOLE,
     stride=WHOLE,
@@ -70,6 +70,7 @@ def test_a_budget_outside_its_range_is_refused(value):
         ("preset", ""),
         ("preset", 1),
         ("keep", 1.5),
+        ("keep", 10**400),
         ("keep", "0.5"),
         ("coverage", -0.1),
         ("coverage", math.nan),
@@ -124,3 +125,10 @@ def test_budget_and_keep_exclude_each_other():
 def test_scores_of_the_grammar_are_taken(score):
     # broken by a pattern that is narrower than native/st3.h's
     assert ST3Config(score=score).overrides()["st3.score"] == score
+
+
+@pytest.mark.parametrize("values", [{"budget": 0.3}, {"min_keep": 0, "merge": False}, {"vision_type": "file"}])
+def test_nothing_goes_with_preset_off(values):
+    # broken if a value that no layer reads were taken without a word, as the command line does not
+    with pytest.raises(ConfigError, match=f"preset off drops nothing, so there is nothing for {', '.join(values)} to"):
+        ST3Config(preset="off", **values)

@@ -52,12 +52,9 @@ def model(path, **values):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--max-kl", "0"], "max-kl must be above 0"),
-        (["--max-kl", "nan"], "max-kl must be above 0"),
-        (["--max-kl", "inf"], "max-kl must be above 0"),
-        (["--tokens", "0"], "tokens must be a whole number from 1"),
-        (["--tokens", "2000"], "tokens must be a whole number from 1 to 1024"),
-        (["--prompts", "0"], "prompts must be a whole number from 1"),
+        (["--max-kl", "0"], "--max-kl must be above 0"),
+        (["--max-kl", "nan"], "--max-kl must be above 0"),
+        (["--max-kl", "inf"], "--max-kl must be above 0"),
         (["--preset", "off"], "nothing to tune"),
         (["--preset", "best"], "unknown preset"),
         (["--start", "16"], "start must be below 16"),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
-from ...config import KV_TYPES
+from ...config import KV_TYPES, MAX_CTX
 from .. import options
 from .shapes import SHAPES, TYPES
 
@@ -28,8 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     random = parser.add_argument_group("random weights in place of a model: they cost as much, and say nothing")
     random.add_argument("--shape", choices=SHAPES, metavar="SHAPE", help=", ".join(SHAPES))
     random.add_argument("--type", choices=TYPES, help=f"of the weights (default {TYPES[0]})")
-    random.add_argument("--visual", type=_whole(1, 2**16), metavar="N", help="visual tokens (default: the shape's)")
-    random.add_argument("--text", type=_whole(2, 2**16), metavar="N", help=f"text tokens around them (default {TEXT})")
+    random.add_argument(
+        "--visual", type=options.whole(1, 2**16), metavar="N", help="visual tokens (default: the shape's)"
+    )
+    random.add_argument(
+        "--text", type=options.whole(2, 2**16), metavar="N", help=f"text tokens around them (default {TEXT})"
+    )
     random.add_argument("--cache", type=Path, metavar="DIR", help="where they are kept (default: your cache folder)")
     options.add_schedule(parser)
     how = parser.add_argument_group("measurement")
@@ -39,12 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="off: our own libraries with pruning off, which compute the same bits (default stock, where it is built)",
     )
     how.add_argument("--stock", metavar="DIR", help="its libraries (default: $ST3_STOCK_LIB_DIR, else build/stock/lib)")
-    how.add_argument("--pairs", type=_whole(1, 1000), default=5, metavar="N", help="runs of each side (default 5)")
     how.add_argument(
-        "--generate", type=_whole(1, 2**16), default=256, metavar="N", help="tokens of each answer (default 256)"
+        "--pairs", type=options.whole(1, 1000), default=5, metavar="N", help="runs of each side (default 5)"
     )
-    how.add_argument("--n-ctx", type=_whole(1, 2**20), metavar="N", help="room in the context (default: what it takes)")
-    how.add_argument("--n-ubatch", type=_whole(1, 2**20), metavar="N", help="tokens prefilled at once (default: all)")
+    how.add_argument(
+        "--generate", type=options.whole(1, 2**16), default=256, metavar="N", help="tokens of each answer (default 256)"
+    )
+    how.add_argument(
+        "--n-ctx", type=options.whole(1, MAX_CTX), metavar="N", help="room in the context (default: what it takes)"
+    )
+    how.add_argument(
+        "--n-ubatch", type=options.whole(1, MAX_CTX), metavar="N", help="tokens prefilled at once (default: all)"
+    )
     how.add_argument(
         "--ctk", choices=KV_TYPES, default="f16", metavar="TYPE", help=f"of the KV cache: {', '.join(KV_TYPES)}"
     )
@@ -60,16 +69,3 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weights as they are in the file: slower, but both sides read the same memory",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object: machine, setup, all runs, summary")
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def whole(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"a whole number from {low} to {high}, not {text!r}")
-        return value
-
-    return whole

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from ... import demo
-from ...config import Override, check_whole
+from ...config import Override
 from ...errors import ConfigError, LibraryError, ModelError, PromptError
 from ...files import gguf
 from ...files.output import cache_folder
@@ -50,8 +50,6 @@ def make_jobs(console: Console, arguments: argparse.Namespace, tell: Tell) -> tu
     """Stock's and ST³'s; random weights are written where they are missing. Sets `arguments.against` to what is
     compared with, and says so where that was not asked for. Raises St3Error's kinds."""
     config = options.config(arguments)
-    check_whole("--threads", arguments.threads, 1, 1024, optional=True)
-    check_whole("--n-gpu-layers", arguments.n_gpu_layers, -1, 2**16)
     libraries.check_present()
     stock, remark = find_stock(arguments.against, arguments.stock)
     arguments.against = "stock" if stock else "off"

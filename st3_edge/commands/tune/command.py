@@ -146,10 +146,7 @@ def _find(console: Console, arguments: argparse.Namespace, task: Task, stage: Ca
 
 def _task(console: Console, arguments: argparse.Namespace) -> Task:
     if not (math.isfinite(arguments.max_kl) and arguments.max_kl > 0):
-        raise ConfigError(f"max-kl must be above 0, not {arguments.max_kl:g}")
-    for name, high in (("prompts", 10_000), ("tokens", 1024)):
-        if not 1 <= getattr(arguments, name) <= high:
-            raise ConfigError(f"{name} must be a whole number from 1 to {high}, not {getattr(arguments, name)}")
+        raise ConfigError(f"--max-kl must be above 0, not {arguments.max_kl:g}")
     config, output = options.config(arguments), arguments.output
     found = which.find(console, arguments)
     model, mmproj = found.model, found.mmproj

@@ -35,9 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"mean KL divergence from the full model, in nats a token, at most (default {MAX_KL})",
     )
     group.add_argument(
-        "--prompts", type=int, default=24, metavar="N", help="pairs of picture and question, at most (default 24)"
+        "--prompts",
+        type=options.whole(1, 10_000),
+        default=24,
+        metavar="N",
+        help="pairs of picture and question, at most (default 24)",
     )
-    group.add_argument("--tokens", type=int, default=32, metavar="N", help="of each answer, at most (default 32)")
+    group.add_argument(
+        "--tokens", type=options.whole(1, 1024), default=32, metavar="N", help="of each answer, at most (default 32)"
+    )
     group.add_argument("--output", metavar="NEW.gguf", help="write the model with the schedule found as a new file")
     group.add_argument("--force", action="store_true", help="replace an output file that exists")
     group.add_argument("--json", action="store_true", help="print one JSON object")
