@@ -340,9 +340,10 @@ class Llava:
         """
         self._worker.run(self._session.save, path, messages)
 
-    def load_state(self, path: Path) -> Any:
+    def load_state(self, path: Path, check: Callable[[Any], object] | None = None) -> Any:
         """Goes on with the conversation of a file that `save_state` wrote; returns the messages that it was given.
 
+        `check`: called with these messages before anything changes; what it raises leaves the conversation as it is.
         The next call with the same messages and a new question computes no more than it would have. Ends a streamed
         answer. Raises StateError where the file is damaged, or another model's, schedule's or KV cache type's: the
         conversation before goes on then.
@@ -352,6 +353,8 @@ class Llava:
         n = n_tokens(saved.record.units)
         if n > self.n_ctx:
             raise StateError(f"the conversation has {n} tokens and n_ctx is {self.n_ctx}")
+        if check is not None:
+            check(saved.messages)
         self._worker.run(self._session.replace, saved, os.fspath(path))
         return saved.messages
 

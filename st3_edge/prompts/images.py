@@ -67,8 +67,6 @@ def load(source: ImageSource) -> RGB:
     scheme = source.partition(":")[0].lower() if isinstance(source, str) else ""
     if isinstance(source, str) and scheme == "data":
         return _open(_data_url(source), "picture of the data URL")
-    if isinstance(source, str) and source.partition("://")[0].lower() in ("http", "https", "ftp"):
-        raise ImageError("pictures are not fetched from a network: download it, and give the file")
     if isinstance(source, (str, os.PathLike)):
         return _open(_read(source), f"picture {_name(source)}")
     raise ImageError(f"a picture is a path, bytes, a data: URL or a PIL image, not {type(source).__name__}")
@@ -104,6 +102,15 @@ def load_base64(text: str) -> RGB:
     return load(text)
 
 
+def as_source(text: str) -> str:
+    """What `load` takes for what `load_base64` takes."""
+    try:
+        _open(_unbase64(text.encode(errors="replace")), "picture in base64")
+    except ImageError:
+        return text
+    return f"data:;base64,{text}"
+
+
 def data_url(path: str) -> str:
     """A picture file as a `data:` URL, which JSON can hold; one that is one already is returned. Raises ImageError as
     `load` does."""
@@ -122,6 +129,8 @@ def _name(source: str | os.PathLike[str]) -> str:
 
 def _read(source: str | os.PathLike[str]) -> bytes:
     name = _name(source)
+    if isinstance(source, str) and source.partition("://")[0].lower() in ("http", "https", "ftp"):
+        raise ImageError("pictures are not fetched from a network: download it, and give the file")
     try:
         path = _file_url(source) if isinstance(source, str) and source[:5].lower() == "file:" else Path(source)
         # Checked before it is opened: opening a pipe would wait for its writer.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import PromptError
-from .images import RGB, load, load_base64
+from .images import RGB, as_source, load, load_base64
 
 Message = Mapping[str, Any]
 
@@ -86,7 +86,23 @@ def _read_message(message: Message) -> Turn:
     return Turn(role, parts)
 
 
+def parts_of(message: Message) -> list[dict[str, Any]]:
+    """The content of a message that `read_messages` takes, in one form: parts {"type": "text", "text": str} and
+    {"type": "image", "image": source}, whose sources `load` takes, in order."""
+    content = message.get("content") or []
+    pairs = [("text", content)] if isinstance(content, str) else [_value(part) for part in content]
+    shown = [as_source(image) if isinstance(image, str) else image for image in message.get("images") or []]
+    form = [("image", image) for image in shown] + pairs
+    return [{"type": kind, kind: value} for kind, value in form]
+
+
 def _read_part(part: Any) -> str | RGB:
+    kind, value = _value(part)
+    return _read_text(value) if kind == "text" else load(value)
+
+
+def _value(part: Any) -> tuple[str, Any]:
+    """A part's text, or its picture's source, behind "text" or "image"."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     keys = _PARTS.get(kind, frozenset()) if isinstance(kind, str) else frozenset()
     given = [key for key in part if key != "type"] if keys else []
@@ -97,8 +113,6 @@ def _read_part(part: Any) -> str | RGB:
             f"a part of a message is of the type text, image_url or image, with a field of that name{said}"
         )
     value = part[given[0]]
-    if kind == "text":
-        return _read_text(value)
     if kind == "image_url" and isinstance(value, Mapping):
         for key in value:
             if key not in _IMAGE_URL:
@@ -106,7 +120,7 @@ def _read_part(part: Any) -> str | RGB:
         if value.get("detail") not in (None, *_DETAILS):
             raise PromptError(f"the detail of an image_url is one of {', '.join(_DETAILS)}")
         value = value.get("url")
-    return load(value)
+    return ("text" if kind == "text" else "image"), value
 
 
 def _read_text(text: Any) -> str:

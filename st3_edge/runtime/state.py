@@ -16,10 +16,11 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -123,17 +124,8 @@ def read(path: str | os.PathLike[str], belongs_to: Mapping[str, str], *, n_vocab
     `belongs_to` must be equal to the file's; token ids must be below n_vocab, embeddings n_embd wide.
     """
     name = f"state file {str(path)!r}"
-    try:
-        # Checked before it is opened: opening a pipe would wait for its writer.
-        if not stat.S_ISREG(Path(path).stat().st_mode):
-            raise StateError(f"{name} is not a file")
-        with Path(path).open("rb") as file:
-            fixed = file.read(_FIXED.size)
-            if fixed[: len(MAGIC)] != MAGIC:
-                raise StateError(f"{name} does not begin as a saved conversation")
-            data = fixed + file.read()
-    except (OSError, ValueError) as e:
-        raise StateError(f"{name} cannot be read: {one_line(getattr(e, 'strerror', None) or e)}") from e
+    with _opened(path, name) as file:
+        data = MAGIC + file.read()
     if len(data) < _FIXED.size + _DIGEST:
         raise StateError(f"{name} is cut short")
     _, version, length = _FIXED.unpack_from(data)
@@ -152,6 +144,27 @@ def read(path: str | os.PathLike[str], belongs_to: Mapping[str, str], *, n_vocab
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as e:
         # The checksum is right: somebody made it so.
         raise StateError(f"{name} is no saved conversation: {one_line(e) or type(e).__name__}") from e
+
+
+def check_saved(path: str | os.PathLike[str]) -> None:
+    """Raises StateError where no file at `path` begins as a saved conversation: for use before a slow model load."""
+    with _opened(path, f"state file {str(path)!r}"):
+        pass
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str], name: str) -> Iterator[BinaryIO]:
+    """The file of a saved conversation, behind its magic."""
+    try:
+        # Checked before it is opened: opening a pipe would wait for its writer.
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise StateError(f"{name} is not a file")
+        with Path(path).open("rb") as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                raise StateError(f"{name} does not begin as a saved conversation")
+            yield file
+    except (OSError, ValueError) as e:
+        raise StateError(f"{name} cannot be read: {one_line(getattr(e, 'strerror', None) or e)}") from e
 
 
 def _parse(header: Any, rest: memoryview, belongs_to: Mapping[str, str], n_vocab: int, n_embd: int) -> Saved:

@@ -257,6 +257,24 @@ def test_a_chat_goes_on_from_question_to_question_and_from_day_to_day(environmen
     assert told and int(told[1]) > 576, second.stderr
 
 
+def test_a_chat_goes_on_with_what_a_program_saved(environment, load, picture, tmp_path):
+    # broken if a question without an answer at the end, as in docs/conversations.md, ended in an error
+    kept, nothing = tmp_path / "talk.st3", tmp_path / "nothing.st3"
+    with load(n_ctx=4096) as llava:
+        content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": QUESTION}]
+        messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": content}]
+        answer = llava.create_chat_completion(messages, max_tokens=6)["choices"][0]["message"]
+        llava.save_state(nothing)
+        llava.save_state(kept, [*messages, answer, {"role": "user", "content": "And what is behind it?"}])
+    done = chat(environment, "/system\n/retry\nIs there a ring?\n/report\n", picture, "--load", str(kept))
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2, done.stderr
+    assert "(system: Be short.)" in done.stderr and "ask it again: And what is behind it?" in done.stderr
+    assert "% of 1152 visual tokens" in done.stderr and "error" not in done.stderr
+    other = chat(environment, "", "--load", str(kept), "--system", "Be long.")
+    assert other.returncode == 0 and "1 questions so far" in other.stderr
+    refused(chat(environment, QUESTION, "--load", str(nothing)), "holds no messages")
+
+
 def test_what_goes_wrong_in_a_chat_is_told_and_the_chat_goes_on(environment, picture, tmp_path):
     # broken by a traceback, or if one bad line ended the program
     lines = f"/image {tmp_path}/none.png\n/load {picture}\n{'word ' * 5000}\n/save {tmp_path}\n{QUESTION}\n"

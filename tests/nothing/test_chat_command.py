@@ -65,10 +65,11 @@ class Model:
         self.calls.append(("save", str(path)))
         self.kept = messages
 
-    def load_state(self, path):
-        self.calls.append(("load", str(path)))
+    def load_state(self, path, check):
         if "bad" in str(path):
             raise StateError("it is bad")
+        check(self.kept)
+        self.calls.append(("load", str(path)))
         return self.kept
 
 
@@ -359,3 +360,115 @@ def test_words_that_leave(talk):
         model = Model()
         talk(model, word, "a?")
         assert model.asked == []
+
+
+USER, ANSWER = {"role": "user", "content": "a?"}, {"role": "assistant", "content": "one"}
+
+
+@pytest.mark.parametrize("messages", [[USER], [USER, ANSWER, {"role": "user", "content": "and b?"}]])
+def test_a_question_that_was_saved_without_an_answer_is_said(talk, messages):
+    # broken if /retry took it for an answer, as of the example in docs/conversations.md, or it were lost silently
+    model = Model()
+    model.kept = messages
+    console = talk(model, "/load f", "/retry", "c?")
+    assert f"ask it again: {messages[-1]['content']}" in console.err
+    n_errors = 0 if len(messages) > 1 else 1  # there is no answer to try again
+    assert console.err.count("error: ") == n_errors
+    lengths = [len(asked) for asked in model.asked]
+    assert lengths == ([1] if n_errors else [1, 3])
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        None,
+        {"a": 1},
+        "hello",
+        [1, 2],
+        [{}],
+        [USER, USER],
+        [ANSWER],
+        [USER, ANSWER, ANSWER, USER],
+        [USER, {"role": "system", "content": "x"}],
+        [{"role": "user", "content": [{"type": "image", "image": "gone.png"}]}, ANSWER],
+        [{"role": "assistant", "content": "", "tool_calls": [1]}],
+    ],
+)
+def test_messages_that_are_no_conversation_are_refused_and_this_one_goes_on(talk, messages):
+    # broken by a traceback, or if the model's cache and the chat's messages were of two conversations
+    model = Model()
+    model.kept = messages
+    console = talk(model, "/system Be short.", "a?", "/load f", "b?")
+    assert console.err.count("error: the messages of the file are") + console.err.count("error: the file holds no") == 1
+    assert model.calls == [] and [m["role"] for m in model.asked[-1]] == ["system", "user", "assistant", "user"]
+
+
+def test_messages_of_any_form_go_on_with_their_pictures(talk, tmp_path):
+    # broken if a list were shown for instructions, or pictures of another form were forgotten with their questions
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4), "red").save(path)
+    url = images.data_url(str(path))
+    text = {"type": "text", "text": "a?"}
+    questions = [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, text]},
+        {"role": "user", "content": [{"type": "image_url", "image_url": str(path)}, text]},
+        {"role": "user", "content": [{"type": "image", "path": str(path)}, text]},
+        {"role": "user", "content": "a?", "images": [url.partition(",")[2]]},
+    ]
+    system = {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "short."}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "one"}]}
+    model = Narrow(8)
+    model.kept = [system, *(message for question in questions for message in (question, answer)), questions[0]]
+    console = talk(model, "/load f", "/system", "b?")
+    assert "(system: Be short.)" in console.err and "error" not in console.err
+    shown = [
+        part["image"]
+        for m in model.asked[-1]
+        for part in m["content"]
+        if isinstance(part, dict) and part["type"] == "image"
+    ]
+    assert len(shown) == 5 and len({images.load(source) for source in shown}) == 1
+
+
+def test_a_budget_keeps_what_else_was_chosen():
+    # broken if /budget 1, which drops nothing, forgot the rest for the budgets after it
+    loaded = []
+    chosen = ST3Config(preset="fastv", anneal="cosine", vision_type="file", keep=0.5)
+    console, model = Console(), Model()
+    model.close = lambda: None
+
+    def load(config):
+        loaded.append(config)
+        return model
+
+    chat = Chat(console, model, [], {"max_tokens": 9}, chosen, load)
+    for line in ("/budget 1", "/budget", "/budget 0.5"):
+        chat.do(line)
+    assert loaded == [
+        ST3Config(preset="off"),
+        ST3Config(preset="fastv", anneal="cosine", vision_type="file", budget=0.5),
+    ]
+    assert "the budget is 1)" in console.err
+
+
+@pytest.mark.parametrize("command", ["/image", "/save", "/load", "/lo"])
+def test_a_command_that_needs_a_file_says_so(talk, command):
+    # broken if it were said to be none of the commands, above a list that has it
+    model = Model()
+    console = talk(model, command)
+    assert console.err.startswith(f"st3-edge: error: {command}") and console.err.endswith(" needs a file\n")
+    assert model.calls == []
+
+
+@pytest.mark.parametrize("line", ["nope/missing.jpg what is it?", "missing.jpg", "missing.jpg 'no such.png'"])
+def test_a_picture_that_is_not_there_is_an_error_and_no_question(talk, line):
+    # broken if the model answered from the letters of its name
+    model = Model()
+    assert talk(model, line).err.count("error: there is no picture") == 1 and model.asked == []
+
+
+def test_a_picture_of_the_network_is_an_error_and_no_question(talk):
+    # broken if the model answered from the letters of its address
+    for line in ("https://example.org/a.png what is it?", "/image HTTP://example.org/a.png"):
+        model = Model()
+        assert "error: pictures are not fetched" in talk(model, line).err and model.asked == []

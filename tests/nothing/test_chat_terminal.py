@@ -53,14 +53,25 @@ def test_pictures_and_words_in_any_order(picture, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "line", ["what is a.jpg?", "is 1/2.png right", "It's 5 o'clock", 'he said "hi"', "a \\ b", "  x "]
+    "line", ["what is a.jpg?", "is b.png right", "It's 5 o'clock", 'he said "hi"', "a \\ b", "  x "]
 )
 def test_words_stay_words(line):
     # broken if an apostrophe opened a quotation, or a file that is not there were looked for
     assert paths.split(line) == ([], line.strip())
 
 
-@pytest.mark.parametrize("line", ["/none/at all.png", "~/none.jpg what is it?", "./none.webp", "C:\\none.png"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "/none/at all.png",
+        "~/none.jpg what is it?",
+        "./none.webp",
+        "C:\\none.png",
+        "is 1/2.png right",
+        "a.png",
+        "a.png b.jpg",
+    ],
+)
 def test_a_path_that_is_not_there_is_said(line):
     # broken if the model were asked about the letters of a path
     with pytest.raises(ImageError, match="there is no picture"):

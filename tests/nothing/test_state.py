@@ -284,3 +284,19 @@ def test_a_fingerprint_tells_files_apart(tmp_path):
         paths[0].write_bytes(changed.tobytes())
         digests.add(state.fingerprint(str(paths[0])))
     assert len(digests) == 4
+
+
+def test_a_file_is_looked_at_before_a_model_is_loaded(path, tmp_path):
+    # broken if a person waited for a model to hear of a slip in a name
+    state.write(path, saved())
+    state.check_saved(path)
+    path.write_bytes(b"something else")
+    os.mkfifo(tmp_path / "pipe")
+    for name, says in (
+        ("none", "No such file"),
+        ("pipe", "is not a file"),
+        (path.name, "does not begin"),
+        ("\0", "read"),
+    ):
+        with pytest.raises(StateError, match=says):
+            state.check_saved(tmp_path / name)

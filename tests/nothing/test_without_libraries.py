@@ -176,6 +176,8 @@ def test_a_bad_picture_is_told_before_anything_is_loaded(tmp_path):
     one_line_error(command("ask", "a.png", "What?", lib_dir=tmp_path), 1, "No such file")
     one_line_error(command("chat", "a.png", lib_dir=tmp_path), 1, "No such file")
     one_line_error(command("chat", "--revisit", "never", "a.png", lib_dir=tmp_path), 1, "No such file")
+    one_line_error(command("chat", "--load", "none.st3", lib_dir=tmp_path), 1, "No such file")
+    one_line_error(command("chat", "--load", __file__, lib_dir=tmp_path), 1, "does not begin as a saved conversation")
 
 
 @pytest.mark.parametrize("question", ["", "  ", "\n"])

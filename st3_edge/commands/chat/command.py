@@ -15,10 +15,11 @@ from ...config import ST3Config
 from ...errors import ConfigError, ContextError, ImageError, OutputError, St3Error, one_line
 from ...llava import Llava
 from ...prompts import images
+from ...prompts.messages import parts_of
 from ...runtime import state
 from .. import loading, options, which
 from ..console import Console, run
-from . import lines, paths, terminal
+from . import lines, paths, saved, terminal
 
 _HELP = """\
 Ask, and drop or paste a picture's path where you like: several pictures are looked at together.
@@ -44,6 +45,8 @@ _RETRY_TEMPERATURE = 0.8
 def main(console: Console, arguments: argparse.Namespace) -> int:
     """Loads the model and talks; returns the exit code."""
     config = options.config(arguments)
+    if arguments.load:  # check before the slow model load
+        state.check_saved(_path(arguments.load))
     pictures = [images.data_url(picture) for picture in arguments.images]
     threading.Thread(target=lines.warm_up, daemon=True).start()
     found = run(console, lambda: which.find(console, arguments))
@@ -51,15 +54,16 @@ def main(console: Console, arguments: argparse.Namespace) -> int:
     def load(config: ST3Config) -> Llava:
         return run(console, lambda: loading.load(console, arguments, config, found))
 
-    chat = Chat(console, load(config), pictures, options.answer(arguments), config, load)
+    chat = Chat(console, load(config), [], options.answer(arguments), config, load)
     try:
+        if arguments.load:
+            chat.restore(arguments.load)
+        chat.system = arguments.system or chat.system
+        chat.pictures += pictures
         found.say(console)
-        chat.system = arguments.system or ""
         console.note(f"{found.name}: ask, or drop a picture here. /help shows what else there is.")
         if pictures:
             console.note(f"({len(pictures)} to look at, shown with the next question)")
-        if arguments.load:
-            chat.do(f"/load {arguments.load}")
         return chat.loop()
     finally:
         chat.close()
@@ -80,8 +84,9 @@ class Chat:
         load: Callable[[ST3Config], Llava] | None = None,
     ) -> None:
         self._console, self._llava = console, llava
-        self._pictures, self._options = pictures, options
-        self._config, self._load = config or ST3Config(), load
+        self.pictures, self._options = pictures, options
+        self._chosen = self._config = config or ST3Config()  # as the chat began, and in use
+        self._load = load
         self._messages: list[dict[str, Any]] = []
         self.system = ""
         self._is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -130,14 +135,16 @@ class Chat:
             "/kept": self._kept,
             "/report": self._report,
             "/save": self._save,
-            "/load": self._restore,
+            "/load": self.restore,
             "/clear": self._clear,
             "/help": self._help,
         }
         if command not in does:  # the beginning of one is enough
             begun = [name for name in does if len(command) > 1 and name.startswith(command)]
             command = begun[0] if len(begun) == 1 else command
-        if command in does and (rest or command not in _WITH_FILES):
+        if command in does:
+            if command in _WITH_FILES and not rest:
+                raise ConfigError(f"{command} needs a file")
             does[command](rest)
             return
         found, question = paths.split(line)
@@ -165,7 +172,7 @@ class Chat:
         self._console.note("(shown with the next question)")
 
     def _show(self, picture: str) -> None:
-        self._pictures.append(picture)
+        self.pictures.append(picture)
         if self._is_terminal and (drawn := terminal.picture(terminal.thumbnail(picture))):
             self._console.say(drawn, end="")
 
@@ -189,13 +196,13 @@ class Chat:
         try:
             budget = float(rest.rstrip("%")) / (100 if rest.endswith("%") else 1)
         except ValueError:
-            now = self._config.budget
+            now = 1 if self._config.preset == "off" else self._config.budget
             self._console.note(f"(the budget is {now if now is not None else 'that of the model file or preset'})")
             return
         if self._load is None:
             raise ConfigError("the model cannot be loaded again")
-        preset = None if self._config.preset == "off" else self._config.preset
-        config = replace(self._config, budget=budget, keep=None, preset=preset)
+        preset = None if self._chosen.preset == "off" else self._chosen.preset
+        config = replace(self._chosen, budget=budget, keep=None, preset=preset)
         if budget == 1:
             config = ST3Config(preset="off")
         self._llava.close()  # memory may not hold two
@@ -238,29 +245,30 @@ class Chat:
         self._llava.save_state(path, [*self._system(), *self._messages])
         self._console.note(f"(kept in {path})")
 
-    def _restore(self, rest: str) -> None:
-        messages = self._llava.load_state(_path(rest))
-        messages = messages if isinstance(messages, list) else []
-        self.system = ""
-        if messages and messages[0]["role"] == "system":
-            self.system = messages.pop(0)["content"]
-        self._messages = messages
-        self._pictures.clear()
+    def restore(self, path: str) -> None:
+        """Goes on with the conversation of a file. Raises StateError, and goes on with this one then."""
+        found: list[saved.Conversation] = []
+        self._llava.load_state(_path(path), lambda messages: found.append(saved.conversation(messages)))
+        ((self.system, self._messages, question),) = found
+        self.pictures = [part["image"] for part in question if part["type"] == "image"]
         self._console.note(f"({len(self._messages) // 2} questions so far)")
+        if question:
+            text = "".join(part["text"] for part in question if part["type"] == "text")
+            self._console.note(f"(its last question has no answer, ask it again: {text})")
 
     def _clear(self, _: str) -> None:
         self._llava.reset()
         self._messages = []
-        self._pictures.clear()
+        self.pictures.clear()
         self._console.note("(begun anew)")
 
     def _ask(self, text: str) -> None:
-        own = len(self._pictures)
+        own = len(self.pictures)
         while True:
-            question = {"role": "user", "content": [*map(_part, self._pictures), {"type": "text", "text": text}]}
+            question = {"role": "user", "content": [*map(_part, self.pictures), {"type": "text", "text": text}]}
             try:
                 if self._answer_to(question, self._options):
-                    self._pictures.clear()
+                    self.pictures.clear()
                 return
             except ContextError:
                 if not self._forget(own):
@@ -290,7 +298,7 @@ class Chat:
         if report and not stopped and (note := options.cut(report, how, self._llava.n_ctx)):
             self._console.note(note)
             if any(said) and options.is_full(report, how):
-                self._pictures.clear()
+                self.pictures.clear()
                 self._forget(0)  # or the next answer would be as short
         return any(said)
 
@@ -312,13 +320,13 @@ class Chat:
             del self._messages[: 2 * gone]
             if self._messages:
                 first = self._messages[0]
-                self._messages[0] = {**first, "content": [*pictures, *_parts_of(first)]}
+                self._messages[0] = {**first, "content": [*pictures, *parts_of(first)]}
             else:
-                self._pictures[:0] = [part["image"] for part in pictures]
+                self.pictures[:0] = [part["image"] for part in pictures]
             what = "the oldest question is" if gone == 1 else f"the {gone} oldest questions are"
             more = "forgotten, and their pictures kept" if pictures else "forgotten"
-        elif len(self._pictures) > own:
-            del self._pictures[0]
+        elif len(self.pictures) > own:
+            del self.pictures[0]
             what, more = "the oldest picture is", "forgotten"
         else:
             return False
@@ -335,13 +343,8 @@ def _part(source: str) -> dict[str, Any]:
     return {"type": "image", "image": source}
 
 
-def _parts_of(message: dict[str, Any]) -> list[Any]:
-    content = message["content"]
-    return content if isinstance(content, list) else [{"type": "text", "text": content}]
-
-
 def _pictures_of(message: dict[str, Any]) -> list[Any]:
-    return [part for part in _parts_of(message) if part["type"] == "image"]
+    return [part for part in parts_of(message) if part["type"] == "image"]
 
 
 def _of_clipboard() -> list[str]:

@@ -14,21 +14,22 @@ _NAME = re.compile(rf".+({'|'.join(map(re.escape, SUFFIXES))})", re.IGNORECASE |
 # A word, as terminals write the name of a file that is dropped on them: in quotes, or with backslashes before spaces.
 _WORD = re.compile(r"""'([^']*)'|"((?:[^"\\]|\\.)*)"|((?:\\.|[^\s\\])+)""")
 _ESCAPE = re.compile(r"\\(.)")
-_PATH = re.compile(r"(?:file://|data:image/|~|\.{0,2}/|[A-Za-z]:[\\/])", re.IGNORECASE)
 
 
 def split(line: str) -> tuple[list[str], str]:
     """The pictures of a line, in order, and its other words.
 
-    A picture is a `file://` or `data:` URL, or a path with the suffix of a picture, that is there or can be nothing
-    else than a path. Raises ImageError for a path that is not there.
+    A picture is a URL, or a path with the suffix of a picture, that is there or can be nothing else than a path: it has
+    a slash in it, or the line holds nothing but names of pictures. Raises ImageError for a path that is not there.
     """
     whole = _path(line.strip())
     if whole and _is_file(whole):  # a name with spaces that nobody quoted
         return [whole], ""
     found, rest, last = [], [], 0
-    for word in _WORD.finditer(line):
-        path = _picture(word)
+    words = list(_WORD.finditer(line))
+    alone = all(_NAME.fullmatch(_bare(word)) for word in words)
+    for word in words:
+        path = _picture(word, alone)
         if path:
             found.append(path)
             rest.append(line[last : word.start()])
@@ -55,16 +56,16 @@ def _bare(word: re.Match[str]) -> str:
     return text if re.match(r"[A-Za-z]:\\", text) else _ESCAPE.sub(r"\1", text)
 
 
-def _picture(word: re.Match[str]) -> str | None:
+def _picture(word: re.Match[str], alone: bool) -> str | None:
     bare = _bare(word)
     path = _path(bare)
     if bare[:11].lower() == "data:image/" or bare[:7].lower() == "file://":
         return path
     if not _NAME.fullmatch(path):
         return None
-    if _is_file(path):
+    if _is_file(path) or re.match(r"(?:https?|ftp)://", bare, re.IGNORECASE):
         return path
-    if _PATH.match(bare):
+    if alone or re.search(r"/|^[A-Za-z]:\\", bare):
         raise ImageError(f"there is no picture {path!r}")
     return None  # as in "what is photo.jpg?"
 
