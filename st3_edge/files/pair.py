@@ -51,6 +51,8 @@ _ROPE_SCALING = ("none", "linear", "yarn", "longrope")  # upstream aborts on any
 
 LLAVA = "mlp"  # its projector's name
 
+_MROPE_FOR_IMAGES = ("glm4", "glm4moe")  # upstream aborts at the first picture where the file has none
+
 _MAX_TILES = 64  # of a picture; LLaVA-1.6 has up to 4, LLaVA-OneVision 36
 
 
@@ -67,6 +69,11 @@ def check_pair(model: str, mmproj: str) -> gguf.Header:
     for key, kind in _KINDS.items():
         if (found := other.kinds.get(key, kind)) != kind:
             raise ModelError(f"mmproj {mmproj!r} is damaged: its {key} is of the type {found}, not {kind}")
+    sections = header.arrays.get(f"{header.architecture}.rope.dimension_sections", ())
+    if header.architecture in _MROPE_FOR_IMAGES and not all((*sections, 0, 0)[:2]):
+        raise ModelError(
+            f"model {model!r} has no M-RoPE, without which it reads no pictures: convert it again with a newer llama.cpp"
+        )
     _Vision(mmproj, other).check_values()
     if projector(other) == LLAVA:
         width = _Llava(mmproj, other).check()

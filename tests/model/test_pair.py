@@ -173,3 +173,11 @@ def test_yis_projector_is_taken(files):
     tensors, types = dict.fromkeys(named, 1), {name: 0 if len(shape) == 1 else 8 for name, shape in named.items()}
     yi = replace(header, shapes=named, tensors=tensors, types={**types, "v.patch_embd.weight": 1})
     assert pair._Llava("x", yi).check() == 192
+
+
+def test_a_glm_without_mrope_is_refused(files, tmp_path):
+    # broken if it were loaded: upstream aborts the process at the first picture
+    model = tmp_path / "glm4.gguf"
+    gguf_copy.copy(files[0], model, {"general.architecture": "glm4"}, force=False)
+    with pytest.raises(ModelError, match="no M-RoPE"):
+        check_pair(str(model), files[1])
