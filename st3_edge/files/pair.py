@@ -72,7 +72,7 @@ def check_pair(model: str, mmproj: str) -> gguf.Header:
     sections = header.arrays.get(f"{header.architecture}.rope.dimension_sections", ())
     if header.architecture in _MROPE_FOR_IMAGES and not all((*sections, 0, 0)[:2]):
         raise ModelError(
-            f"model {model!r} has no M-RoPE, without which it reads no pictures: convert it again with a newer llama.cpp"
+            f"model {model!r} has no M-RoPE, without which it reads no pictures: convert it with a newer llama.cpp"
         )
     _Vision(mmproj, other).check_values()
     if projector(other) == LLAVA:
