@@ -152,6 +152,7 @@ st3_weights(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, f
 //  "budget": float,                                 mean over layers of kept / given for them (schedule's own if none)
 //  "anneal": {"curve": str, "tokens": int, "floor": float, "interval": int, "score": str},
 //  "given": int, "images": [{"n": visual tokens, "nx", "ny": patch grid}],
+//  "kept_from": [int|null],                         of each image, the index of its first token in st3_kept(); null: of another prompt
 //  "per_layer": [visual tokens that each layer held after their prompts], "held": [that it holds now],
 //  "waiting": int,                                  positions that wait to be computed
 //  "embedding_bytes": int,                          of all images of the context that wait or may have to be read again

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -17,7 +18,10 @@ struct st3_account {
     std::vector<double>   pairs;           // [stage] (query, key) pairs of a causal mask
     double                pairs_full = 0;  // had nothing ever been dropped
 
-    st3_kept_t  kept;    // none if not pruned in the compute
-    st3_kept_t  owners;  // [cut] which token stands for each of all; -1: none
+    st3_kept_t kept;    // none if not pruned in the compute
+    st3_kept_t owners;  // [cut] which token stands for each of all; -1: none
+
+    std::map<uint32_t, int32_t> first;  // by an image's number, the index of its first token in these
+
     std::string reason;  // why its last image was not; stays for later prompts without one
 };

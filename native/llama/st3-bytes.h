@@ -62,14 +62,15 @@ class st3_io_count : public llama_io_write_i {
 };
 
 // A writer into memory.
-class st3_io_bytes : public st3_io_count {
+class st3_io_bytes : public llama_io_write_i {
   public:
     std::vector<uint8_t> data;
 
     void write(const void * src, size_t size) override {
         data.insert(data.end(), (const uint8_t *) src, (const uint8_t *) src + size);
     }
-    bool only_counts() const override { return false; }
+    void   write_tensor(ggml_tensor *, size_t, size_t) override { GGML_ABORT("st3_writer reads tensors itself"); }
+    size_t n_bytes() override { return data.size(); }
 };
 
 // Writes to llama.cpp's writer, and sums up what it wrote unless that only counts.

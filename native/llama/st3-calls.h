@@ -68,6 +68,9 @@ ggml_tensor * st3_ffn_in_parts(
 // llama_context
 //
 
+// Where a context has made its memory.
+void st3_belongs_to(llama_memory_i * memory, llama_context * ctx);
+
 // In graph_max_nodes: nodes that ST3 may add to a graph of n_tokens.
 uint32_t st3_graph_extra_nodes(const llama_memory_i * memory, uint32_t n_tokens);
 

@@ -176,6 +176,7 @@ void st3_memory::take_account(const llama_ubatch & ubatch, const st3_work & work
             if (!plan) {
                 a.kept.clear();
                 a.owners.clear();
+                a.first.clear();
             }
         }
         const auto pairs = [](double n_rows, double n_before) { return n_rows * n_before + n_rows * (n_rows + 1) / 2; };

@@ -194,6 +194,7 @@ bool st3_kv::resize_layer(size_t i, uint32_t n) {
         copy_rows(layer.v_stream[s], 0, res.v_stream[s], 0, n_rows);
     }
     layer = std::move(res);
+    n_resized++;  // graphs that saw the old tensors must not be used again
 
     ctxs_bufs[i] = { std::move(ctx), std::move(buf) };
     return true;
@@ -212,7 +213,6 @@ bool st3_kv::resize(uint32_t n) {
             return false;
         }
     }
-    n_resized++;
 #ifdef __GLIBC__
     malloc_trim(0);  // tensors of many sizes come and go: else what they left would stay resident
 #endif

@@ -29,9 +29,15 @@ st3_memory::st3_memory(
     }
 }
 
+void st3_belongs_to(llama_memory_i * memory, llama_context * ctx) {
+    if (auto * mem = dynamic_cast<st3_memory *>(memory)) {
+        mem->belongs_to(ctx);
+    }
+}
+
 void st3_memory::synchronize() const {
     // the context's own function would end what it times, in the middle of a decode
-    if (lctx && lctx->get_sched()) {
+    if (lctx->get_sched()) {
         ggml_backend_sched_synchronize(lctx->get_sched());
     }
 }
@@ -262,12 +268,10 @@ llama_memory_context_ptr st3_memory::init_full() {
     return std::make_unique<st3_memory_context>(this, std::move(ctxs));
 }
 
-llama_memory_context_ptr st3_memory::init_update(llama_context * lctx_, bool optimize) {
-    lctx = lctx_;
-
+llama_memory_context_ptr st3_memory::init_update(llama_context * ctx, bool optimize) {
     std::vector<llama_memory_context_ptr> ctxs;
     for (auto & stage : stages) {
-        ctxs.push_back(stage->init_update(lctx, optimize));
+        ctxs.push_back(stage->init_update(ctx, optimize));
     }
     return std::make_unique<st3_memory_context>(this, std::move(ctxs));
 }
@@ -349,8 +353,10 @@ void st3_memory::commit(const st3_plan & plan, const std::vector<llama_kv_cache:
         }
     }
 
-    auto & kept   = accounts[seq_id].kept;
-    auto & owners = accounts[seq_id].owners;
+    auto & kept     = accounts[seq_id].kept;
+    auto & owners   = accounts[seq_id].owners;
+    auto & first_of = accounts[seq_id].first;
+    first_of.clear();
     kept.assign(plan.n_stage() - 1, {});
     owners.assign(schedule.merge ? plan.n_stage() - 1 : 0, {});
 
@@ -404,6 +410,7 @@ void st3_memory::commit(const st3_plan & plan, const std::vector<llama_kv_cache:
                     kept[s - 1].push_back(i_first + ids[j]);
                 }
             }
+            first_of[list[i_new + i].number] = i_first;
             i_first += (int32_t) plan.spans[i].n;
         }
         for (auto & record : work.records) {

@@ -36,7 +36,7 @@ class st3_memory : public llama_memory_i {
 
     llama_memory_context_ptr init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) override;
     llama_memory_context_ptr init_full() override;
-    llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
+    llama_memory_context_ptr init_update(llama_context * ctx, bool optimize) override;
 
     // Dropped tokens have no keys to turn, so positions stay as they are.
     bool get_can_shift() const override { return false; }
@@ -203,7 +203,7 @@ class st3_memory : public llama_memory_i {
     const llama_model & model;
     const bool          unified;
 
-    llama_context * lctx = nullptr;  // null until its first batch
+    llama_context * lctx = nullptr;
 
     std::vector<std::unique_ptr<st3_kv>> stages;
 

@@ -7,7 +7,7 @@
 
 std::pair<uint32_t, uint32_t> st3_announced::grid(const std::vector<st3_place> & came) const {
     const auto n_came = (uint32_t) came.size();
-    if (nx > 0 && nx * ny == n_came) {
+    if (nx > 0 && uint64_t(nx) * ny == n_came) {
         return { nx, ny };
     }
     if (const auto grid = st3_grid_of(came); grid.first > 0) {

@@ -82,8 +82,8 @@ struct st3_waits {
     st3_announced                       announced;
     std::map<llama_seq_id, std::string> pictures;  // whose tokens came last
 
-    // Whether what is announced and begins is of the picture that came last in a sequence, as which it is noted.
-    bool same_picture(llama_seq_id seq_id) {
+    // Notes the announced picture as a sequence's last one. Whether it was that before.
+    bool note_picture(llama_seq_id seq_id) {
         const auto last = std::exchange(pictures[seq_id], announced.picture);
         return !last.empty() && last == announced.picture;
     }
@@ -108,6 +108,8 @@ struct st3_waits {
     void clear() {
         waiting.clear();
         asked.clear();
+        pictures.clear();
+        announced = {};
     }
 
     // Bytes of embeddings.

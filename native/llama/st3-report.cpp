@@ -108,6 +108,7 @@ struct fate_t {
     std::vector<uint32_t>              per_layer;  // visual tokens held after their prompts
     std::vector<uint32_t>              held;       // and now
     std::vector<std::string>           images;     // as JSON
+    std::vector<std::string>           kept_from;  // the same
 };
 
 fate_t look_at_images(const st3_memory & mem, llama_seq_id seq_id) {
@@ -118,12 +119,16 @@ fate_t look_at_images(const st3_memory & mem, llama_seq_id seq_id) {
     res.per_layer.assign(s.n_layer, 0);
     res.held.assign(s.n_layer, 0);
 
+    const auto * account = mem.account(seq_id);
+
     bool pruned  = false;
     bool evicted = false;
     for (const auto & image : mem.images.of(seq_id)) {
         const auto n = (uint32_t) image.places.size();
         res.given += n;
         res.images.push_back(format("{\"n\": %u, \"nx\": %u, \"ny\": %u}", n, image.nx, image.ny));
+        const bool last = account && account->first.count(image.number);
+        res.kept_from.push_back(last ? std::to_string(account->first.at(image.number)) : "null");
         pruned |= image.pruned;
         evicted |= image.evicted;
         for (size_t c = 0; c < s.cuts.size(); ++c) {
@@ -213,8 +218,9 @@ std::string st3_make_report(const llama_context & ctx, llama_seq_id seq_id) {
        << ", \"anneal\": {\"curve\": " << quote(s.curve_name()) << ", \"tokens\": " << s.anneal_tokens
        << ", \"floor\": " << s.anneal_floor << ", \"interval\": " << s.anneal_interval
        << ", \"score\": " << quote(s.anneal_score) << "}, \"given\": " << fate.given
-       << ", \"images\": " << list(fate.images) << ", \"per_layer\": " << list(fate.per_layer)
-       << ", \"held\": " << list(fate.held) << ", \"waiting\": " << (prompt ? prompt->n_rows() : 0)
+       << ", \"images\": " << list(fate.images) << ", \"kept_from\": " << list(fate.kept_from)
+       << ", \"per_layer\": " << list(fate.per_layer) << ", \"held\": " << list(fate.held)
+       << ", \"waiting\": " << (prompt ? prompt->n_rows() : 0)
        << ", \"embedding_bytes\": " << (mem ? mem->waits.n_bytes() : 0)
        << ", \"kv_bytes\": {\"allocated\": " << kv.allocated << ", \"live\": " << kv.live << ", \"full\": " << kv.full
        << "}";

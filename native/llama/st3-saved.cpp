@@ -185,11 +185,8 @@ st3_prompt st3_get_prompt(st3_reader & r, const llama_model & model, uint32_t ve
 }
 
 void st3_put(st3_writer & w, const llama_kv_cells & cells, uint32_t i, const std::vector<llama_seq_id> & seqs) {
-    if (cells.pos_get(i) - cells.get_shift(i) < 0) {
-        st3_fail("positions were divided: decode once before the state is saved");
-    }
     w.put(cells.pos_get(i));
-    w.put(cells.get_shift(i));
+    w.put(llama_pos(0));  // a shift: a pruned cache has none
     w.put(cells.ext_get(i).x);
     w.put(cells.ext_get(i).y);
     w.put(cells.ext_get(i).tok);
@@ -205,15 +202,14 @@ void st3_put(st3_writer & w, const llama_kv_cells & cells, uint32_t i, const std
 
 st3_saved_cell st3_get_cell(st3_reader & r) {
     st3_saved_cell cell;
-    cell.pos     = r.get<llama_pos>();
-    cell.shift   = r.get<llama_pos>();
-    cell.ext.x   = r.get<llama_pos>();
-    cell.ext.y   = r.get<llama_pos>();
-    cell.ext.tok = r.get<llama_token>();
-    cell.seqs    = r.get<llama_seq_id>(r.get<uint32_t>());
+    cell.pos         = r.get<llama_pos>();
+    const auto shift = r.get<llama_pos>();
+    cell.ext.x       = r.get<llama_pos>();
+    cell.ext.y       = r.get<llama_pos>();
+    cell.ext.tok     = r.get<llama_token>();
+    cell.seqs        = r.get<llama_seq_id>(r.get<uint32_t>());
 
-    const auto unshifted = int64_t(cell.pos) - cell.shift;
-    if (cell.seqs.empty() || cell.pos < 0 || cell.pos > MAX_POS || unshifted < 0 || unshifted > MAX_POS) {
+    if (cell.seqs.empty() || cell.pos < 0 || cell.pos > MAX_POS || shift != 0) {
         st3_fail("the saved state holds an impossible cell");
     }
     return cell;

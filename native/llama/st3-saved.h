@@ -13,7 +13,6 @@ struct llama_model;
 
 struct st3_saved_cell {
     llama_pos                 pos;
-    llama_pos                 shift;
     llama_kv_cell_ext         ext;
     std::vector<llama_seq_id> seqs;
 };

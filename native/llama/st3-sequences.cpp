@@ -65,13 +65,13 @@ void st3_memory::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_
         return;
     }
     const bool empty = !unified || seq_pos_max(seq_id_dst) < 0;
-    if (!(whole && empty)) {
-        for (const auto id : { seq_id_src, seq_id_dst }) {
-            if (st3_decode_waiting(*lctx, id) != 0) {
-                LLAMA_LOG_ERROR(
-                        "%s: what waits in sequence %d could not be computed: nothing is copied\n", __func__, id);
-                return;
-            }
+    for (const auto id : { seq_id_src, seq_id_dst }) {
+        // text alone is computed now: sequences share its cells, but each would compute what waits
+        const auto * prompt = waits.of(id);
+        const bool   text   = prompt && prompt->images.empty() && id == seq_id_src;
+        if ((text || !(whole && empty)) && st3_decode_waiting(*lctx, id) != 0) {
+            LLAMA_LOG_ERROR("%s: what waits in sequence %d could not be computed: nothing is copied\n", __func__, id);
+            return;
         }
     }
     absorb();

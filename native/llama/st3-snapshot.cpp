@@ -10,7 +10,7 @@
 //     prompts u32 n, then each: i32 sequence, u32 waits (else it was asked), its fields (from version 3 on; in version 3:
 //             the first position alone, from which the others count; up to version 4: images without whether they are causal,
 //             which all are)
-//     stages  each: u32 n cells, then each: i32 position, i32 shift not yet applied, i32 x, y, token, u32 n and i32 sequences
+//     stages  each: u32 n cells, then each: i32 position, i32 0, i32 x, y, token, u32 n and i32 sequences
 //             and for each of its layers the rows of K, the rows of V
 //
 // It is written as a stream, and no tensor is read where only its size is asked for. It is read and checked in full before anything
@@ -254,9 +254,6 @@ void make_room(st3_kv & stage, const std::vector<uint32_t> & need, llama_seq_id 
         if (n > stage.n_max) {
             st3_fail(format("the saved state needs %u KV cells of %u", n, stage.n_max));
         }
-        if (n > stage.get_size() && stage.get_has_shift()) {
-            st3_fail("a context shift is pending: decode once before a state is restored");
-        }
         if (n > stage.get_size() && !stage.fit(n)) {
             st3_fail("no memory for the saved state");
         }
@@ -275,13 +272,10 @@ void restore(st3_kv & stage, const saved_stage & saved) {
             next[t]++;
         }
         const uint32_t at = next[t];
-        cells.pos_set(at, cell.pos - cell.shift);
+        cells.pos_set(at, cell.pos);
         cells.ext_set(at, cell.ext);
         for (const auto id : cell.seqs) {
             cells.seq_add(at, id);
-        }
-        if (cell.shift != 0) {
-            cells.pos_add(at, cell.shift);
         }
         add_cell(runs, t, at);
     }

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 std::string st3_why_not(const llama_context & ctx, uint32_t n, bool causal) {
     const auto & cparams = ctx.get_cparams();
@@ -31,12 +32,10 @@ std::string st3_why_not(const llama_context & ctx, uint32_t n, bool causal) {
 
 class st3_seam {
   public:
-    st3_seam(llama_context & ctx, st3_memory & mem) : ctx(ctx), mem(mem), n_batch(ctx.cparams.n_batch) {
-        mem.belongs_to(&ctx);
-    }
+    st3_seam(llama_context & ctx, st3_memory & mem) : ctx(ctx), mem(mem), n_batch(ctx.cparams.n_batch) {}
 
     int decode(const llama_batch_ext & in);
-    int decode_waiting(llama_seq_id seq_id, uint32_t n_rows);
+    int decode_between(llama_seq_id seq_id);
 
   private:
     // A sequence's rows in a batch, none of which belongs to another as well.
@@ -51,6 +50,7 @@ class st3_seam {
     int decode_text(const llama_batch_ext & in, const shares_t & shares);
     int decode_all(llama_seq_id seq_id);
     int ask(const llama_batch_ext & in, llama_seq_id seq_id, const share_t & share);
+    int decode_waiting(llama_seq_id seq_id, uint32_t n_rows);
 
     void add_tokens(st3_prompt & prompt, const llama_batch_ext & in, const share_t & share) const;
     void hold(const llama_batch_ext & in, llama_seq_id seq_id, const share_t & share);
@@ -78,8 +78,7 @@ int llama_context::decode(const llama_batch_ext & batch) {
 int st3_decode_waiting(llama_context & ctx, llama_seq_id seq_id) {
     auto * mem = dynamic_cast<st3_memory *>(ctx.get_memory());
 
-    const auto * prompt = mem ? mem->waits.of(seq_id) : nullptr;
-    return prompt ? st3_seam(ctx, *mem).decode_waiting(seq_id, prompt->n_rows()) : 0;
+    return mem && mem->waits.of(seq_id) ? st3_seam(ctx, *mem).decode_between(seq_id) : 0;
 }
 
 void st3_compute_waiting(llama_context & ctx) {
@@ -159,7 +158,8 @@ int st3_seam::decode_image(const llama_batch_ext & in, llama_seq_id seq_id) {
     const auto     left   = mem.waits.announced.left;
 
     // tiles of a picture with nothing between them are one image, but for those that see only themselves
-    if (mem.waits.announced.begins() && mem.waits.same_picture(seq_id) && ctx.cparams.causal_attn) {
+    const bool goes_on = mem.waits.announced.begins() && mem.waits.note_picture(seq_id);
+    if (goes_on && ctx.cparams.causal_attn) {
         const auto & list = mem.images.of(seq_id);
         if (prompt && prompt->ends_in_image()) {
             const auto & span = prompt->images.back();
@@ -215,10 +215,6 @@ int st3_seam::decode_text(const llama_batch_ext & in, const shares_t & shares) {
     std::vector<llama_seq_id> holds;  // that wait on
     std::vector<size_t>       rest;   // rows of all others
 
-    size_t n_others = 0;
-    for (const auto & [seq_id, share] : shares) {
-        n_others += mem.waits.of(seq_id) == nullptr;
-    }
     for (const auto & [seq_id, share] : shares) {
         const auto   n      = (uint32_t) share.rows.size();
         const auto * prompt = mem.waits.of(seq_id);
@@ -405,6 +401,21 @@ llama_batch_ext st3_seam::make_batch(const st3_prompt & prompt, llama_seq_id seq
 int st3_seam::decode_all(llama_seq_id seq_id) {
     const auto * prompt = mem.waits.of(seq_id);
     return prompt ? decode_waiting(seq_id, prompt->n_rows()) : 0;
+}
+
+// All that waits, between two batches of the caller, who may still read the logits of the last one.
+int st3_seam::decode_between(llama_seq_id seq_id) {
+    std::map<size_t, std::vector<float>> outputs;
+    if (ctx.n_outputs > 0 && ctx.logits.data) {
+        std::vector<size_t> rows(ctx.output_ids.size());
+        std::iota(rows.begin(), rows.end(), 0);
+        take_outputs(rows, 0, outputs);
+    }
+    const int res = decode_all(seq_id);
+    if (!outputs.empty()) {
+        put_outputs(outputs);
+    }
+    return res;
 }
 
 // The first n_rows that wait, as they came: text as tokens, each image by itself.

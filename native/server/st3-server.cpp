@@ -6,8 +6,12 @@
 #include <algorithm>
 #include <vector>
 
+// null where the model needs no memory, as an encoder.
 static common_json report(const llama_context * ctx, llama_seq_id seq_id) {
     std::string text(st3_report(ctx, seq_id, nullptr, 0), '\0');
+    if (text.empty()) {
+        return nullptr;
+    }
     st3_report(ctx, seq_id, text.data(), text.size() + 1);
     return common_json::parse(text);
 }
@@ -18,31 +22,42 @@ static std::vector<int32_t> kept(const llama_context * ctx, llama_seq_id seq_id,
     return res;
 }
 
-// [picture][visual token] layers that read it.
+// [picture][visual token] layers that read it; null for a picture of an earlier prompt.
 static common_json layers_of(const llama_context * ctx, llama_seq_id seq_id, const common_json & st3) {
     const auto cuts    = st3.at("cuts").get<std::vector<int>>();
     const int  n_layer = (int) st3.at("per_layer").size();
 
-    // a cut is after its layer; who is kept by it is read up to the next one
-    std::vector<int> layers(st3.at("given").get<size_t>(), cuts.empty() ? n_layer : cuts[0] + 1);
+    std::vector<std::vector<int32_t>> of_cuts;
     for (size_t i = 0; i < cuts.size(); ++i) {
-        for (const int32_t token : kept(ctx, seq_id, (int32_t) i)) {
-            layers.at(token) = i + 1 < cuts.size() ? cuts[i + 1] + 1 : n_layer;
-        }
+        of_cuts.push_back(kept(ctx, seq_id, (int32_t) i));
     }
-    common_json res   = common_json::array();
-    size_t      first = 0;
-    for (const auto & image : st3.at("images")) {
-        const size_t n = image.at("n").get<size_t>();
-        res.push_back(std::vector<int>(layers.begin() + first, layers.begin() + first + n));
-        first += n;
+    common_json res = common_json::array();
+    for (size_t k = 0; k < st3.at("images").size(); ++k) {
+        const auto & from = st3.at("kept_from").at(k);
+        if (from.is_null()) {
+            res.push_back(nullptr);
+            continue;
+        }
+        const int n     = st3.at("images").at(k).at("n").get<int>();
+        const int first = from.get<int>();
+
+        // a cut is after its layer; who is kept by it is read up to the next one
+        std::vector<int> layers((size_t) n, cuts.empty() ? n_layer : cuts[0] + 1);
+        for (size_t i = 0; i < cuts.size(); ++i) {
+            for (const int32_t token : of_cuts[i]) {
+                if (token >= first && token < first + n) {
+                    layers[(size_t) (token - first)] = i + 1 < cuts.size() ? cuts[i + 1] + 1 : n_layer;
+                }
+            }
+        }
+        res.push_back(layers);
     }
     return res;
 }
 
 common_json st3_of_slot(const llama_context * ctx, llama_seq_id seq_id) {
     common_json res = report(ctx, seq_id);
-    if (res.at("given").get<int>() == 0) {
+    if (res.is_null() || res.at("given").get<int>() == 0) {
         return nullptr;
     }
     const std::string mode = res.at("mode");
@@ -50,9 +65,13 @@ common_json st3_of_slot(const llama_context * ctx, llama_seq_id seq_id) {
     return res;
 }
 
+bool st3_holds_all(const llama_context * ctx) { return st3_visual(ctx, 0, 0, nullptr, 0) >= 0; }
+
 common_json st3_of_model(const llama_context * ctx) {
     common_json res = report(ctx, -1);
-
+    if (res.is_null()) {
+        return nullptr;
+    }
     const std::string preset = res.at("preset");
     return preset == "off" && res.at("reason").is_null() ? common_json(nullptr) : res;
 }
@@ -77,7 +96,9 @@ json server_task_result_cmpl_final::to_json() {
 
 std::string st3_line(const llama_context * ctx, llama_seq_id seq_id) {
     const common_json st3 = report(ctx, seq_id);
-
+    if (st3.is_null()) {
+        return "off";
+    }
     const std::string mode  = st3.at("mode");
     const int         given = st3.at("given").get<int>();
     if (given == 0) {

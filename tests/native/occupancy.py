@@ -393,12 +393,14 @@ class Occupancy:
         if not self.unified and not whole:
             return False
         whole = whole and (not self.unified or not self.logical(dst))
-        if not whole:
-            try:
+        text = self.waiting[src] is not None and not self.waiting[src].grids
+        try:
+            if text or not whole:
                 self.flush(src)
+            if not whole:
                 self.flush(dst)
-            except NoRoom:
-                return False
+        except NoRoom:
+            return False
         if not self.unified:
             self.rm(dst, 0, -1)
         self.waiting[dst] = copy.deepcopy(self.waiting[src]) if whole else None

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 
+import gguf
+import numpy as np
 import pytest
 from serving import Server, Start, free_port, message, text
 
@@ -75,6 +77,63 @@ def test_what_st3_did_is_the_same_in_every_form(server: Server, scenes):
 def test_text_alone_has_no_report(server: Server):
     # broken if every answer carried one
     assert "st3" not in server.chat({"role": "user", "content": "Hello"}, max_tokens=4)
+
+
+def test_layers_of_every_turn_are_what_the_layers_read(server: Server, scenes):
+    # broken if what was kept of one prompt's pictures were told of another's
+    talk = []
+    turns = (message("What is this?", scenes[0].picture), message("Where?"), message("And this?", scenes[1].picture))
+    for turn in turns:
+        talk.append(turn)
+        answer = server.chat(*talk, max_tokens=4)
+        talk.append({"role": "assistant", "content": text(answer)})
+        st3 = answer["st3"]
+        told = [layers for layers in st3["layers"] if layers is not None]
+        for layer, n in enumerate(st3["per_layer"]):
+            read = sum(last > layer for layers in told for last in layers)
+            assert read == n if len(told) == len(st3["images"]) else read < n
+        if turn is not turns[1]:
+            assert st3["layers"][-1] is not None
+
+
+def test_a_model_without_a_kv_cache_is_served(start_server: Start, tmp_path):
+    # broken if a report of nothing ended the server: encoders have no memory to report of
+    path, rng = tmp_path / "bert.gguf", np.random.default_rng(1)
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"\u2581{c}" for c in "abcdefghijklmnopqrstuvwxyz")]
+    writer = gguf.GGUFWriter(path, "bert")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_causal_attention(False)
+    writer.add_pooling_type(gguf.PoolingType.MEAN)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("bert")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * 5 + [1] * 26)
+    writer.add_token_type_count(2)
+    for name, i in (("bos", 2), ("eos", 3), ("unknown", 1), ("seperator", 3), ("padding", 0), ("cls", 2), ("mask", 4)):
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", i)
+    shapes = {"token_embd": (len(tokens), 32), "token_types": (2, 32), "position_embd": (64, 32)}
+    shapes |= {f"blk.0.attn_{n}": (32, 32) for n in ("q", "k", "v", "output")}
+    shapes |= {"blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64)}
+    norms = ("token_embd_norm", "blk.0.attn_output_norm", "blk.0.layer_output_norm")
+    tensors = {f"{name}.weight": shape for name, shape in shapes.items()}
+    tensors |= {f"{name}.{part}": (32,) for name in norms for part in ("weight", "bias")}
+    tensors |= {f"{name}.bias": (shape[0],) for name, shape in shapes.items() if name.startswith("blk")}
+    for name, shape in tensors.items():
+        writer.add_tensor(name, (rng.standard_normal(shape) / 20).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    server = start_server("-m", str(path), "--embeddings", program="llama-server")
+    status, found = server.request("POST", "/v1/embeddings", {"input": "a b"})
+    assert status == 200 and len(found["data"][0]["embedding"]) == 32
+    assert server.request("GET", "/props")[1]["st3"] is None
 
 
 def test_props_and_log_name_the_schedule(server: Server, scenes):
