@@ -288,4 +288,6 @@ def config(arguments: argparse.Namespace) -> ST3Config:
         return ST3Config(**given)
     except ConfigError as e:  # in a person's words, not in Python's
         name, must, rest = str(e).partition(" must be ")
-        raise ConfigError(f"--{name.replace('_', '-')}{must}{rest}") if must else e from e
+        if not must:
+            raise
+        raise ConfigError(f"--{name.replace('_', '-')}{must}{rest}") from e

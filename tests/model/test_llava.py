@@ -326,6 +326,8 @@ def test_an_own_chat_template_is_used(load, picture):
         {"n_gpu_layers": -2},
         {"seed": "a"},
         {"config": {"budget": 0.3}},
+        {"chat_template": 5},
+        {"lora": {"a.gguf": 10**400}},
     ],
 )
 def test_loading_options_out_of_range_are_refused(load, options):

@@ -82,6 +82,21 @@ def test_a_conversation_can_be_taken_up_where_it_was(llava, kept, picture):
     assert np.array_equal(logits(llava, messages), expected)
 
 
+def test_messages_that_are_refused_leave_the_conversation(llava, kept, picture):
+    # broken if the cache were already the file's when a caller finds that it cannot use the messages
+    ask(llava, first(picture))
+    record, seen = llava._session.conversation.record, []
+
+    def check(messages):
+        seen.append(messages)
+        raise ValueError("not these")
+
+    with pytest.raises(ValueError, match="not these"):
+        llava.load_state(kept, check)
+    assert llava._session.conversation.record == record
+    assert seen == [llava.load_state(kept, lambda _: None)]
+
+
 def test_nothing_can_be_kept_too(llava, picture, tmp_path):
     # broken if an empty conversation could not be written, or loading it left what was there
     llava.reset()

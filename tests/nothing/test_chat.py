@@ -10,7 +10,7 @@ from PIL import Image
 
 from st3_edge import ImageError, PromptError
 from st3_edge.prompts.images import RGB
-from st3_edge.prompts.messages import Turn, read_messages
+from st3_edge.prompts.messages import Turn, parts_of, read_messages
 from st3_edge.prompts.templates import ChatTemplate
 
 RED = RGB(2, 2, b"\xff\x00\x00" * 4)
@@ -305,3 +305,23 @@ def test_other_names_of_a_pictures_source(tmp_path):
     ]
     (turn,) = read_messages([{"role": "user", "content": content}])
     assert turn.parts == (RED,) * 3
+
+
+def test_one_form_of_parts_reads_the_same(tmp_path):
+    # broken if a picture or a word of a saved conversation were lost, or came in another order
+    path = tmp_path / "a.png"
+    Image.frombytes("RGB", (2, 2), RED.data).save(path)
+    alone = base64.b64encode(path.read_bytes()).decode()
+    text = {"type": "text", "text": "a"}
+    for message in (
+        {"content": "a"},
+        {"content": "a", "images": [str(path), alone, path.as_uri()]},
+        {"content": [text, {"type": "image_url", "image_url": {"url": str(path)}}, text]},
+        {"content": [{"type": "image", "path": str(path)}, {"type": "image_url", "image_url": str(path)}]},
+        {"images": [alone]},
+    ):
+        parts = parts_of({"role": "user", **message})
+        assert all(part.keys() == {"type", part["type"]} and part["type"] in ("text", "image") for part in parts)
+        again, first = (read_messages([{"role": "user", **m}]) for m in ({"content": parts}, message))
+        assert [p for p in again[0].parts if p] == [p for p in first[0].parts if p]
+    assert parts_of({"role": "assistant", "content": None}) == []

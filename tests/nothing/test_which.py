@@ -130,6 +130,9 @@ def test_pruning_of_the_file_gives_way_to_what_is_said(config):
         made = options.config(parse("--preset", preset))
         assert (made.budget, made.merge, made.preset) == (None, None, preset)
     assert parse("--n-ctx", "100").n_ctx == 100
+    config('preset = "off"')
+    with pytest.raises(ConfigError, match="nothing for --budget to say"):
+        options.config(parse("--budget", "0.4"))
     config("keep = 0.5\nmin-share = 0.1")
     tune = Parser()
     tune_options.add_arguments(tune)
