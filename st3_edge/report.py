@@ -164,7 +164,7 @@ class Report:
             "off": f"{given} visual tokens, none dropped",
         }[self.mode]
         parts = [f"{kept} ({self.reason})" if self.reason else kept]
-        parts += [f"{self.reused} positions of the prompt reused"] if self.reused else []
+        parts += [f"{self.reused} position{'s' * (self.reused != 1)} of the prompt reused"] if self.reused else []
         parts.append(
             f"first token after {ms.first_token:.0f} ms (pictures {ms.encode:.0f}, prompt {ms.prefill:.0f}), "
             f"answer {ms.decode:.0f} ms"

@@ -271,7 +271,7 @@ def test_a_chat_goes_on_with_what_a_program_saved(environment, load, picture, tm
     assert "(system: Be short.)" in done.stderr and "ask it again: And what is behind it?" in done.stderr
     assert "% of 1152 visual tokens" in done.stderr and "error" not in done.stderr
     other = chat(environment, "", "--load", str(kept), "--system", "Be long.")
-    assert other.returncode == 0 and "1 questions so far" in other.stderr
+    assert other.returncode == 0 and "1 question so far" in other.stderr
     refused(chat(environment, QUESTION, "--load", str(nothing)), "holds no messages")
 
 

@@ -170,7 +170,7 @@ def test_commands_reach_the_model(talk):
     console = talk(model, "a?", "/save my file", "/reset", "/load my file", "b?", "/rep", "/what", "/quit", "c?")
     assert model.calls == [("save", "my file"), "reset", ("load", "my file")]
     assert [len(messages) for messages in model.asked] == [1, 3]
-    assert "1 questions so far" in console.err and "no answer yet" in console.err and "/image FILE" in console.err
+    assert "1 question so far" in console.err and "no answer yet" in console.err and "no command" in console.err
 
 
 def test_a_conversation_that_is_fetched_begins_without_pictures(talk, tmp_path):
@@ -458,6 +458,22 @@ def test_a_command_that_needs_a_file_says_so(talk, command):
     console = talk(model, command)
     assert console.err.startswith(f"st3-edge: error: {command}") and console.err.endswith(" needs a file\n")
     assert model.calls == []
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("/foo", "there is no command '/foo' (/help"),
+        ("/retri again", "did you mean '/retry'?"),
+        ("/tmp what is this?", "'/tmp' is a folder"),
+    ],
+)
+def test_what_is_no_command_is_one_line(talk, line, says):
+    # broken if the whole of /help came each time, or a folder were called a command
+    model = Model()
+    err = talk(model, line).err
+    assert says in err and err.startswith("st3-edge: error: ") and err.count("\n") == 1
+    assert model.calls == [] and model.asked == []
 
 
 @pytest.mark.parametrize("line", ["nope/missing.jpg what is it?", "missing.jpg", "missing.jpg 'no such.png'"])

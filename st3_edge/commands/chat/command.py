@@ -19,6 +19,7 @@ from ...prompts.messages import parts_of
 from ...runtime import state
 from .. import loading, options, which
 from ..console import Console, run
+from ..parser import suggestion
 from . import lines, paths, saved, terminal
 
 _HELP = """\
@@ -149,8 +150,10 @@ class Chat:
             return
         found, question = paths.split(line)
         if not found and line.startswith("/"):
-            self._console.note(f"{line!r} is not one of these:\n{_HELP}")
-            return
+            first = line.split()[0]
+            if Path(first).is_dir():
+                raise ImageError(f"{first!r} is a folder, not a picture")
+            raise ConfigError(f"there is no command {first!r}{suggestion(first, does)} (/help lists them)")
         for path in found:
             self._show(images.data_url(path))
         if question:
@@ -251,7 +254,8 @@ class Chat:
         self._llava.load_state(_path(path), lambda messages: found.append(saved.conversation(messages)))
         ((self.system, self._messages, question),) = found
         self.pictures = [part["image"] for part in question if part["type"] == "image"]
-        self._console.note(f"({len(self._messages) // 2} questions so far)")
+        n = len(self._messages) // 2
+        self._console.note(f"({n} question{'s' * (n != 1)} so far)")
         if question:
             text = "".join(part["text"] for part in question if part["type"] == "text")
             self._console.note(f"(its last question has no answer, ask it again: {text})")
