@@ -43,7 +43,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     """Of all commands, with the options of one."""
     parser = Parser(
         prog="st3-edge",
-        description="Ask a LLaVA model about pictures, on this machine. Visual tokens that the answer does not need "
+        description="Ask a vision model about pictures, on this machine. Visual tokens that the answer does not need "
         "are dropped on the way (ST3), so that it comes sooner and its KV cache takes less memory.",
         epilog="Begin with: st3-edge demo",
     )

@@ -29,7 +29,7 @@ class Cached:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describes the subcommand."""
     parser.description = (
-        "Lists the LLaVA models in Hugging Face's cache, which --hf takes without a network: their size, and the "
+        "Lists the vision models in Hugging Face's cache, which --hf takes without a network: their size, and the "
         "pruning schedule that their files carry (st3-edge tune writes one)."
     )
     parser.epilog = "To download one, use it: st3-edge chat --hf OWNER/REPO[:QUANT]. To remove one: hf cache rm."

@@ -54,9 +54,9 @@ def add_files(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "-hf",
         "--hf-repo",
         metavar="OWNER/REPO[:QUANT]",
-        help="a LLaVA from Hugging Face, downloaded once (QUANT: Q4_K_M, or what there is)",
+        help="a vision model from Hugging Face, downloaded once (QUANT: Q4_K_M, or what there is)",
     )
-    group.add_argument("--model", "-m", metavar="M.gguf", help="the text model of a LLaVA, in GGUF")
+    group.add_argument("--model", "-m", metavar="M.gguf", help="the language model of the pair, in GGUF")
     group.add_argument(
         "--mmproj", "-mm", metavar="P.gguf", help="its vision half, in GGUF (default: the one beside the model)"
     )

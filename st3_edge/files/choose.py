@@ -87,7 +87,7 @@ def beside(model: str) -> str:
         raise ModelError(f"model {model!r} cannot be read: {getattr(e, 'strerror', None) or e}") from e
     found = [str(path.parent / name) for name in half(path.name, halves(names)[1]) if name != path.name]
     if not found:
-        raise ModelError(f"there is no mmproj (the vision half of a LLaVA) beside model {model!r}: --mmproj names one")
+        raise ModelError(f"there is no mmproj (the vision half) beside model {model!r}: --mmproj names one")
     for other in found if len(found) > 1 else []:
         try:
             check_pair(model, other)

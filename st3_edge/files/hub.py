@@ -116,7 +116,7 @@ def _lacks(repo_id: str, names: list[str], quant: str) -> str:
         there = ", ".join(dict.fromkeys(choose.quant_of(m) or m for m in models))
         return f"{repo_id} has no {quant}: there are {there}"
     kind = "a text model but no mmproj" if models else "an mmproj but no text model" if vision else "no model in GGUF"
-    return f"{repo_id} does not hold both halves of a LLaVA in GGUF, but {kind}: {', '.join(names[:12]) or 'nothing'}"
+    return f"{repo_id} does not hold both halves of a model in GGUF, but {kind}: {', '.join(names[:12]) or 'nothing'}"
 
 
 def _why(e: Exception) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from .. import options, settings
 
-DESCRIPTION = "Serves a LLaVA with ST3 on: llama-server of this package, with its web page and its APIs."
+DESCRIPTION = "Serves a vision model with ST3 on: llama-server of this package, with its web page and its APIs."
 EPILOG = (
     "Every other option goes to llama-server as it is (-c, -np, -ngl, --api-key, ...; `llama-server --help` in the "
     "package's bin folder lists them). "
