@@ -65,6 +65,7 @@ class Media:
         """The model around a decoder, F32."""
         if self.build is None:
             return lm
+        torch.manual_seed(recipes.SEED)
         made = self.build(lm.config).to(torch.float32)
         recipes.randomize(made)
         if not hasattr(made, "lm_head"):

@@ -72,6 +72,7 @@ class Text:
 
     def make(self) -> Any:
         """The model, F32, with weights that keep the residual stream of one size and its attention peaked."""
+        torch.manual_seed(SEED)  # what randomize adds to: sinks and biases of some classes are drawn
         made = hf.AutoModelForCausalLM.from_config(self.config(**{**SIZES, **self.extra}), dtype=torch.float32)
         randomize(made)
         return made.eval()

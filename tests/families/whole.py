@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from .convert import MARKERS, Converter
 from .media import MEAN, SIDE, STD, Array, Media, alone, tensor_of
-from .recipes import EXPERTS, ROPE, SIZES, Text, randomize, save_words
+from .recipes import EXPERTS, ROPE, SEED, SIZES, Text, randomize, save_words
 from .reference import HfDecoder, MropeDecoder, WindowDecoder
 
 IMAGE = 3  # the token in whose place visual tokens come
@@ -38,6 +38,7 @@ class Whole(Text):
     def make(self) -> Any:
         """The vision model, F32."""
         text = {**SIZES, **self.extra}
+        torch.manual_seed(SEED)
         made = self.model(self.config(text_config=text, image_token_id=IMAGE, **self.more)).to(torch.float32)
         randomize(made)
         return made.eval()
