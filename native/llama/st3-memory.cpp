@@ -342,21 +342,25 @@ void st3_memory::commit(const st3_plan & plan, const std::vector<llama_kv_cache:
     auto &       list   = images.of(seq_id);
     const auto   i_new  = (uint32_t) list.size();
 
+    auto &  first_of = accounts[seq_id].first;
+    int32_t n_tokens = 0;
+    first_of.clear();
     for (size_t i = 0; i < plan.spans.size(); ++i) {
         auto & image = images.add(seq_id, places_of(first, plan.spans[i].row, plan.spans[i].n), false);
         image.nx     = plan.spans[i].nx;
         image.ny     = plan.spans[i].ny;
         image.number = plan.number + (uint32_t) i;
+
+        first_of[image.number] = n_tokens;
+        n_tokens += (int32_t) plan.spans[i].n;
         image.pruned = true;
         for (uint32_t s = 0; s < plan.n_stage(); ++s) {
             image.n0.push_back(plan.counts[s][i]);
         }
     }
 
-    auto & kept     = accounts[seq_id].kept;
-    auto & owners   = accounts[seq_id].owners;
-    auto & first_of = accounts[seq_id].first;
-    first_of.clear();
+    auto & kept   = accounts[seq_id].kept;
+    auto & owners = accounts[seq_id].owners;
     kept.assign(plan.n_stage() - 1, {});
     owners.assign(schedule.merge ? plan.n_stage() - 1 : 0, {});
 
@@ -410,7 +414,6 @@ void st3_memory::commit(const st3_plan & plan, const std::vector<llama_kv_cache:
                     kept[s - 1].push_back(i_first + ids[j]);
                 }
             }
-            first_of[list[i_new + i].number] = i_first;
             i_first += (int32_t) plan.spans[i].n;
         }
         for (auto & record : work.records) {

@@ -183,8 +183,9 @@ std::string st3_make_report(const llama_context & ctx, llama_seq_id seq_id) {
         }
     }
 
-    const double             kept   = std::accumulate(fate.per_layer.begin(), fate.per_layer.end(), 0.0);
-    const double             budget = fate.given ? kept / fate.given / n_layer : s.budget();
+    const double kept   = std::accumulate(fate.per_layer.begin(), fate.per_layer.end(), 0.0);
+    const double budget = fate.given ? kept / fate.given / n_layer : s.budget();
+
     std::vector<std::string> counts;
     for (const auto & of_cut : fate.counts) {
         counts.push_back(list(of_cut));

@@ -130,6 +130,7 @@ def gemma_features(model: Any, picture: torch.Tensor) -> torch.Tensor:
 
 
 QWEN_TOWER = {"depth": 4, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 128}
+QWEN2 = {"rope_parameters": {**ROPE, "mrope_section": [8, 4, 4]}}
 VISION_MARKERS = ("<|vision_start|>", "<|vision_end|>")
 
 QWEN3_TOWER = {
@@ -139,6 +140,11 @@ QWEN3_TOWER = {
     "deepstack_visual_indexes": [0, 2],
 }
 QWEN3 = {"head_dim": 32, "rope_parameters": {**ROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True}}
+
+
+def mrope_decoder(model: Any) -> HfDecoder:
+    """The decoder of a model without deepstack."""
+    return MropeDecoder(model.model.language_model, model.lm_head)
 
 
 def turned_experts(config: dict, weights: dict[str, torch.Tensor]) -> None:
@@ -152,7 +158,7 @@ WHOLE = {
     "qwen2-vl": Whole(
         "qwen2vl",
         hf.Qwen2VLConfig,
-        {"rope_parameters": {**ROPE, "mrope_section": [8, 4, 4]}},
+        QWEN2,
         model=hf.Qwen2VLForConditionalGeneration,
         more={
             "vision_config": {
@@ -165,12 +171,12 @@ WHOLE = {
             }
         },
         preprocessor={},
-        decoder=lambda m: MropeDecoder(m.model.language_model, m.lm_head),
+        decoder=mrope_decoder,
     ),
     "qwen2.5-vl": Whole(
         "qwen2vl",
         hf.Qwen2_5_VLConfig,
-        {"rope_parameters": {**ROPE, "mrope_section": [8, 4, 4]}},
+        QWEN2,
         model=hf.Qwen2_5_VLForConditionalGeneration,
         more={
             "vision_config": {
@@ -182,7 +188,7 @@ WHOLE = {
             }
         },
         preprocessor={},
-        decoder=lambda m: MropeDecoder(m.model.language_model, m.lm_head),
+        decoder=mrope_decoder,
     ),
     "qwen3-vl": Whole(
         "qwen3vl",
