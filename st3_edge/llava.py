@@ -121,13 +121,14 @@ class Llava:
         self._seed, self._revisit = seed, revisit
         self.n_ctx = n_ctx = n_ctx or trained_n_ctx(header)
         overrides = config.overrides(header.schedule)
-        self._preset = {**header.schedule, **overrides}.get("st3.preset", "a schedule of its own")
+        schedule = {**header.schedule, **overrides}
+        self._preset = schedule.get("st3.preset", "a schedule of its own")
         # What a saved conversation is good for. Of the files as they are loaded: later they may be others.
         belongs_to = {
             "model": state.fingerprint(model_name),
             "vision half": state.fingerprint(mmproj_name),
             **{f"adapter {i}": f"{state.fingerprint(p)} at {s:g}" for i, (p, s) in enumerate(adapters.items())},
-            "schedule": json.dumps({**header.schedule, **overrides}, sort_keys=True),
+            "schedule": json.dumps(schedule, sort_keys=True),
             "KV cache type": f"{type_k}, {type_v}",
         }
         libraries.check_present()
