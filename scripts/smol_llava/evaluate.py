@@ -43,8 +43,8 @@ def main() -> None:
     tokens = next((s.tokens for s in STAGES if s.name == args.checkpoint.stem and s.tokens), 576)
     task = learn.Task(a, tokenizer, decoder, tokens, {"": 1.0})
     task.net.load_state_dict(net, strict=False)
-    samples = [learn.held_out(a, tokenizer, i, args.style) for i in range(args.scenes)]
-    samples += [learn.described(a, tokenizer, i) for i in range(args.descriptions)]
+    samples = [task.maker.held_out(i, args.style) for i in range(args.scenes)]
+    samples += [task.maker.described(i) for i in range(args.descriptions)]
     with torch.autocast("cpu", torch.bfloat16):
         found = task.accuracy(samples, 8)
     print(json.dumps({"checkpoint": args.checkpoint.name, "style": args.style, "tokens": tokens, "right": found}))

@@ -1,7 +1,7 @@
-"""Stages two and three: the encoder and its projector through the frozen decoder, then a LoRA of the decoder.
+"""The stages with a decoder: the encoder and its projector through the frozen decoder, then a LoRA of it as well.
 
-The loss is the cross-entropy of answers. Early on the decoder sees 144 tokens, averages of 2 x 2 patches at
-their places' rotary positions; later all 576. No token is ever dropped.
+The loss is the cross-entropy of answers, and a share of what stage one asks of every patch. Early on the decoder
+sees 144 tokens, averages of 2 x 2 patches at their places' rotary positions; later all 576. No token is ever dropped.
 """
 
 from __future__ import annotations
@@ -14,69 +14,80 @@ import numpy as np
 import smol
 import torch
 import torch.nn.functional as F
+import vision
 from assets import Assets
 from embedded import modeling
 from packs import TEXT, Pack, blocks, pack
-from pictures import scene
+from pictures import Scene, labels, scene
 from talk import Question, describe_question, description, questions
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from vision import DEVICE, SHAPE, pixels_of, turns
+from vision import DEVICE, SHAPE, WEIGHTS, Head, Words, patch_losses, pixels_of, shown, turns
 
 PACKS = 2  # sets of questions that are kept for one picture
 SENTENCES = 0.3  # weight of a description's token; a short answer's is 1
+PATCHES = 0.2  # weight of what every patch is asked
 
 
 class Pair(nn.Module):
-    """Encoder, projector and decoder."""
+    """Encoder, projector and decoder, and the encoder's head."""
 
-    def __init__(self, decoder: smol.Decoder) -> None:
+    def __init__(self, decoder: smol.Decoder, things: int) -> None:
         super().__init__()
+        self.head = Head(things)
         self.vision_model = modeling.VisionModel(SHAPE)
         self.projector = modeling.Projector(SHAPE)
         self.decoder = decoder
 
 
 @dataclass
-class Sample:
-    """A picture, uint8 [336, 336, 3], and packs of questions about it."""
+class Sample(vision.Sample):
+    """A picture with its labels, and packs of questions about it."""
 
-    pixels: np.ndarray
     packs: list[Pack]
+
+
+class Maker:
+    """Makes samples of scenes."""
+
+    def __init__(self, assets: Assets, tokenizer) -> None:
+        self.assets, self.tokenizer, self.words = assets, tokenizer, Words.of(assets, tokenizer)
+
+    def sample(self, s: Scene, packs: list[Pack]) -> Sample:
+        """A scene with these packs."""
+        return Sample(**vars(vision.sample(s, labels(s), self.assets, self.words)), packs=packs)
+
+    def train(self, index: int) -> Sample:
+        """Sample number `index` of the training split."""
+        s, rng = scene(self.assets, index, "train"), random.Random(f"talk train {index}")
+        return self.sample(s, [pack(s, rng, self.assets.names, self.tokenizer) for _ in range(PACKS)])
+
+    def held_out(self, index: int, style: str) -> Sample:
+        """A held-out scene with its short answers, each on its own."""
+        asked = [[q] for q in held_out_questions(self.assets, index, style)]
+        return self.sample(scene(self.assets, index, "held-out", style), [blocks(asked, self.tokenizer)])
+
+    def described(self, index: int) -> Sample:
+        """A held-out scene with its description."""
+        s = scene(self.assets, index, "held-out")
+        q = Question("describe", describe_question(random.Random(index)), description(s))
+        return self.sample(s, [blocks([[q]], self.tokenizer)])
 
 
 class Stream(IterableDataset):
     """Training samples without end, from picture number `first` on."""
 
-    def __init__(self, assets: Assets, tokenizer, first: int) -> None:
-        self.assets, self.tokenizer, self.first = assets, tokenizer, first
-
-    def one(self, index: int) -> Sample:
-        """Sample number `index` of the training split."""
-        s, rng = scene(self.assets, index, "train"), random.Random(f"talk train {index}")
-        return Sample(np.asarray(s.image), [pack(s, rng, self.assets.names, self.tokenizer) for _ in range(PACKS)])
+    def __init__(self, maker: Maker, first: int) -> None:
+        self.maker, self.first = maker, first
 
     def __iter__(self):
-        yield from map(self.one, turns(self.first))
+        yield from map(self.maker.train, turns(self.first))
 
 
 def held_out_questions(assets: Assets, index: int, style: str, n: int = 8) -> list[Question]:
     """The questions that go with a held-out scene: always the same ones."""
     s = scene(assets, index, "held-out", style)
     return questions(s, random.Random(f"talk held-out {style} {index}"), assets.names, n)
-
-
-def held_out(assets: Assets, tokenizer, index: int, style: str) -> Sample:
-    """A held-out scene with its short answers, each on its own."""
-    asked = [[q] for q in held_out_questions(assets, index, style)]
-    return Sample(np.asarray(scene(assets, index, "held-out", style).image), [blocks(asked, tokenizer)])
-
-
-def described(assets: Assets, tokenizer, index: int) -> Sample:
-    """A held-out scene with its description."""
-    s = scene(assets, index, "held-out")
-    q = Question("describe", describe_question(random.Random(index)), description(s))
-    return Sample(np.asarray(s.image), [blocks([[q]], tokenizer)])
 
 
 def pool(features: Tensor, tokens: int) -> Tensor:
@@ -122,12 +133,13 @@ class Task:
     """What `loop.Loop` trains in these stages."""
 
     def __init__(self, assets: Assets, tokenizer, decoder: smol.Decoder, tokens: int, rates: dict[str, float]) -> None:
-        self.net = Pair(decoder.bfloat16()).to(DEVICE)
+        self.net = Pair(decoder.bfloat16(), len(assets.names)).to(DEVICE)
         for name, p in decoder.named_parameters():
             if "lora" in name:
                 p.data = p.data.float()
-        self.assets, self.tokenizer, self.part = assets, tokenizer, rates
-        self.stream = Stream(assets, tokenizer, 0)
+        self.part = rates
+        self.maker = Maker(assets, tokenizer)
+        self.stream = Stream(self.maker, 0)
         self.layout = Layout(tokenizer, tokens)
         self.encode = torch.compile(self.net.vision_model.forward)
         for layer in decoder.model.layers:
@@ -139,13 +151,12 @@ class Task:
         """Each part's share of the rate."""
         return self.part
 
-    def _rows(self, samples: list[Sample], packs: list[Pack]) -> tuple[Tensor, Tensor, Tensor]:
+    def _rows(self, features: Tensor, packs: list[Pack]) -> tuple[Tensor, Tensor, Tensor]:
         """Normed outputs of the rows that have a label, the labels, and where they are in [B, T]."""
-        features = self.encode(pixels_of(samples))
         seen = self.net.projector(pool(features, self.layout.tokens)).bfloat16()
         put = self.layout.feed(packs)
         table = self.net.decoder.model.embed_tokens
-        b = len(samples)
+        b = len(packs)
         x = torch.cat(
             [
                 table(torch.zeros(b, self.layout.pad, dtype=torch.long, device=DEVICE)),
@@ -160,9 +171,10 @@ class Task:
         return h[where], put["labels"][where], where
 
     def loss(self, samples: list[Sample], step: int) -> tuple[Tensor, dict]:
-        """Mean cross-entropy over answer tokens, and what to log."""
+        """The loss to go down, and what to log."""
         packs = [self.rng.choice(s.packs) for s in samples]
-        h, labels, where = self._rows(samples, packs)
+        features = self.encode(pixels_of(samples))
+        h, labels, where = self._rows(features, packs)
         logits = self.net.decoder.logits(h)
         weight = torch.ones(len(packs), TEXT)
         for i, p in enumerate(packs):
@@ -171,7 +183,10 @@ class Task:
         w = weight.to(DEVICE)[where]
         loss = (F.cross_entropy(logits, labels, reduction="none") * w).sum() / w.sum()
         right = (logits.argmax(-1) == labels)[w == 1].float().mean()
-        return loss, {"tokens_right": round(right.item(), 3)}
+        patches, shares = patch_losses(self.net.head, features, samples)
+        rest = sum(v * WEIGHTS[k] for k, v in patches.items())
+        log = {"answer_loss": round(loss.item(), 4), "tokens_right": round(right.item(), 3), **shown(shares)}
+        return loss + PATCHES * rest, log
 
     @torch.no_grad()
     def right(self, samples: list[Sample]) -> list[list[tuple[str, bool]]]:
@@ -180,7 +195,7 @@ class Task:
         That is so if and only if each of its tokens is the arg max where those before it are the answer's.
         """
         packs = [s.packs[0] for s in samples]
-        h, labels, where = self._rows(samples, packs)
+        h, labels, where = self._rows(self.encode(pixels_of(samples)), packs)
         hit = torch.zeros_like(where)
         hit[where] = self.net.decoder.logits(h).argmax(-1) == labels
         return [
@@ -203,6 +218,6 @@ class Task:
         out = {}
         for style in ("known", "other"):
             if style not in self.kept:
-                self.kept[style] = [held_out(self.assets, self.tokenizer, i, style) for i in range(n)]
+                self.kept[style] = [self.maker.held_out(i, style) for i in range(n)]
             out[style] = self.accuracy(self.kept[style], batch)
         return out

@@ -32,31 +32,23 @@ def keep(batch: list) -> list:
 
 
 class Loop:
-    """One stage in progress. `task` has `net`, `stream`, `rates`, `loss` and `evaluate`."""
+    """One stage in progress: a `train.Stage`, and what it trains.
 
-    def __init__(
-        self,
-        task: Any,
-        name: str,
-        steps: int,
-        batch: int,
-        rate: float,
-        state: Path,
-        fresh: float = 0.5,
-        workers: int = 1,
-        fall: float = 0.3,
-    ) -> None:
-        self.task, self.name, self.steps, self.batch = task, name, steps, batch
-        self.workers, self.fall = workers, fall
-        self.fresh = max(1, round(batch * fresh))
-        self.file, self.log = state / f"{name}.pt", state / "log.jsonl"
-        self.rng = random.Random(name)
+    `task` has `net`, `stream`, `rates`, `loss` and `evaluate`; `fresh` is the share of a batch not seen before.
+    """
+
+    def __init__(self, task: Any, stage: Any, state: Path, workers: int = 1, fresh: float = 0.5) -> None:
+        self.task, self.name, self.steps, self.batch, self.fall = task, stage.name, stage.steps, stage.batch, stage.fall
+        self.workers = workers
+        self.fresh = max(1, round(stage.batch * fresh))
+        self.file, self.log = state / f"{self.name}.pt", state / "log.jsonl"
+        self.rng = random.Random(self.name)
         self.step, self.spent = 0, 0.0
         groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
         for key, p in task.net.named_parameters():
             part = max((k for k in task.rates() if key.startswith(k)), key=len)
             if p.requires_grad and task.rates()[part] > 0:
-                groups.setdefault((is_matrix(key, p), task.rates()[part] * rate), []).append(p)
+                groups.setdefault((is_matrix(key, p), task.rates()[part] * stage.rate), []).append(p)
             else:
                 p.requires_grad_(False)
         muon = [{"params": p, "lr": r} for (m, r), p in groups.items() if m]

@@ -6,6 +6,7 @@ Parameter names are Hugging Face's. The decoder is frozen; `Lora` adds trainable
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import zipfile
 from pathlib import Path
@@ -124,7 +125,12 @@ class Attention(nn.Module):
         q, k, v = (f(x).view(b, t, -1, HEAD).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k = modeling.rotate(q, cos, sin), modeling.rotate(k, cos, sin)
         k, v = (y.repeat_interleave(HEADS // KV_HEADS, 1) for y in (k, v))
-        rows = [modeling.attend(q[:, :, :n], k[:, :, :n], v[:, :, :n], first)] if n else []
+        ends = (0, n // 2, n)  # two causal halves: the upper one's keys are only half
+        rows = [
+            modeling.attend(q[:, :, a:e], k[:, :, :e], v[:, :, :e], first[..., a:e, :e])
+            for a, e in itertools.pairwise(ends)
+            if a < e
+        ]
         rows += [modeling.attend(q[:, :, n:], k, v, rest)] if n < t else []
         return self.o_proj(torch.cat(rows, 2).transpose(1, 2).reshape(b, t, w))
 

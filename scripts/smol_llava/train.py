@@ -31,19 +31,20 @@ class Stage:
     first: int  # number of the first picture: stages do not repeat each other's
     start: str | None = None  # the stage whose weights it starts from
     windows: bool = False  # attention within quarters of the picture
+    fall: float = 0.3  # the last part of the stage, over which the rate falls to nothing
     dense: float = 0.0  # share of crowds and pages
     tokens: int = 0  # visual tokens that the decoder sees; 0: no decoder
     rank: int = 0  # of the LoRA; 0: the decoder is frozen
 
 
 STAGES = (
-    Stage("windows", 4000, 16, 0.02, 0, windows=True, dense=0.7),
-    Stage("whole", 800, 16, 0.008, 10_000_000, "windows", dense=0.5),
-    Stage("pooled", 2000, 8, 0.004, 20_000_000, "whole", tokens=144),
-    Stage("full", 800, 8, 0.003, 30_000_000, "pooled", tokens=576),
-    Stage("lora", 1500, 8, 0.003, 40_000_000, "full", tokens=576, rank=24),
+    Stage("windows", 3200, 16, 0.02, 0, windows=True, dense=0.7),
+    Stage("whole", 1800, 16, 0.016, 10_000_000, "windows", fall=0.6, dense=0.5),
+    Stage("frozen", 250, 8, 0.006, 20_000_000, "whole", tokens=144),
+    Stage("pooled", 2000, 8, 0.005, 30_000_000, "frozen", tokens=144, rank=24),
+    Stage("full", 700, 8, 0.003, 40_000_000, "pooled", tokens=576, rank=24),
 )
-PARTS = {"": 1.0, "projector": 0.5, "vision_model": 0.25}  # shares of the rate, once the decoder is there
+PARTS = {"": 1.0, "projector": 0.5, "vision_model": 0.4, "head": 0.4}  # shares of the rate, once the decoder is there
 
 
 def load(path: Path) -> dict[str, torch.Tensor]:
@@ -95,9 +96,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     for stage in (replace(s, steps=steps.get(s.name, s.steps)) for s in STAGES):
         if args.stage in (None, stage.name) and not Loop.finished(state, stage.name, stage.steps):
-            Loop(
-                task(stage, state), stage.name, stage.steps, stage.batch, stage.rate, state, workers=args.workers
-            ).run()
+            Loop(task(stage, state), stage, state, args.workers).run()
 
 
 if __name__ == "__main__":

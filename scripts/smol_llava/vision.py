@@ -28,7 +28,6 @@ SHAPE = modeling.Shape(
 )
 TOKENS = 6  # tokens of a name or word that are asked for
 COLOR_NAMES = list(COLORS)
-WEIGHTS = {"thing": 1.0, "token": 1.0, "chars": 2.0, "color": 0.3, "offset": 1.0, "embed": 0.5}
 
 
 @dataclass(frozen=True)
@@ -113,15 +112,22 @@ class Stream(IterableDataset):
         yield from map(self.one, turns(self.first))
 
 
+class Head(nn.Linear):
+    """What every patch is asked, in one matrix; dropped at export."""
+
+    def __init__(self, things: int) -> None:
+        self.parts = {"thing": things + 2, "color": len(COLORS) + 1, "chars": SLOTS * (len(CHARS) + 1), "offset": 3}
+        super().__init__(SHAPE.vision_width, sum(self.parts.values()))
+
+
 class Trainee(nn.Module):
-    """Encoder, projector and the heads that are dropped at export."""
+    """Encoder, projector and head."""
 
     def __init__(self, things: int, table: Tensor) -> None:
         super().__init__()
         self.vision_model = modeling.VisionModel(SHAPE)
         self.projector = modeling.Projector(SHAPE)
-        self.parts = {"thing": things + 2, "color": len(COLORS) + 1, "chars": SLOTS * (len(CHARS) + 1), "offset": 3}
-        self.head = nn.Linear(SHAPE.vision_width, sum(self.parts.values()))
+        self.head = Head(things)
         self.register_buffer("table", table, persistent=False)  # float32 [tokens, 576]
         self.register_buffer("middle", table.mean(0), persistent=False)
         self.start()
@@ -153,50 +159,67 @@ def pixels_of(samples: list) -> Tensor:
     return ((x - MEAN.to(DEVICE)) / STD.to(DEVICE)).permute(0, 3, 1, 2)
 
 
-def losses(net: Trainee, features: Tensor, samples: list[Sample], seen: int = 1536) -> tuple[dict, dict]:
-    """Each loss, and shares of right labels. features [B, 576, width]; `seen` patches of things are named by token."""
-    stacked = {
-        k: torch.from_numpy(np.stack([getattr(s, k) for s in samples])).to(DEVICE).flatten(0, 1)
-        for k in ("thing", "color", "chars", "offset", "tokens")
-    }
-    x = features.flatten(0, 1)
-    thing, color, chars, offset = net.head(x).float().split(list(net.parts.values()), -1)
-    on = stacked["thing"] > 0
-    weight = torch.where(on, 1.0, 0.1)
+WEIGHTS = {"thing": 1.0, "token": 1.0, "chars": 2.0, "color": 0.3, "offset": 1.0, "embed": 0.5}
+
+
+def together(samples: list, *names: str) -> list[Tensor]:
+    """Labels of all patches of some samples, [B * 576, ...] each."""
+    return [torch.from_numpy(np.stack([getattr(s, k) for s in samples])).to(DEVICE).flatten(0, 1) for k in names]
+
+
+def patch_losses(head: Head, features: Tensor, samples: list) -> tuple[dict, dict]:
+    """What patches show: each loss, and shares of right labels. features [B, 576, width]."""
+    kind, hue, text, place = together(samples, "thing", "color", "chars", "offset")
+    thing, color, chars, offset = head(features.flatten(0, 1)).float().split(list(head.parts.values()), -1)
+    on, word = kind > 0, thing.shape[-1] - 1
     out, right = {}, {}
-    each = F.cross_entropy(thing, stacked["thing"], reduction="none")
-    out["thing"] = (each * weight).sum() / weight.sum()
-    is_thing = on & (stacked["thing"] < thing.shape[-1] - 1)
-    hit = (thing.argmax(-1) == stacked["thing"]).float()
-    right["thing"], right["ground"] = hit[is_thing].mean(), hit[~on].mean()
-    colored = stacked["color"] > 0
-    out["color"] = F.cross_entropy(color, stacked["color"])
-    right["color"] = (color.argmax(-1) == stacked["color"])[colored].float().mean()
+    weight = torch.where(on, 1.0, 0.1)
+    out["thing"] = (F.cross_entropy(thing, kind, reduction="none") * weight).sum() / weight.sum()
+    hit = (thing.argmax(-1) == kind).float()
+    right["thing"], right["ground"] = hit[on & (kind < word)].mean(), hit[~on].mean()
+    out["color"] = F.cross_entropy(color, hue)
+    right["color"] = (color.argmax(-1) == hue)[hue > 0].float().mean()
     chars = chars.view(-1, SLOTS, len(CHARS) + 1)
-    inked = stacked["thing"] == thing.shape[-1] - 1
-    each = F.cross_entropy(chars.flatten(0, 1), stacked["chars"].flatten(), reduction="none").view(-1, SLOTS)
-    weight = inked.float()[:, None] * (1 + 3 * (stacked["chars"] > 0)) + 0.02
+    each = F.cross_entropy(chars.flatten(0, 1), text.flatten(), reduction="none").view(-1, SLOTS)
+    weight = (kind == word).float()[:, None] * (1 + 3 * (text > 0)) + 0.02
     out["chars"] = (each * weight).sum() / weight.sum()
-    right["char"] = (chars.argmax(-1) == stacked["chars"])[stacked["chars"] > 0].float().mean()
-    out["offset"] = F.smooth_l1_loss(offset[on], stacked["offset"][on], beta=0.1)
-    right["off"] = (offset[on][:, :2] - stacked["offset"][on][:, :2]).abs().mean() * 12
-    named = (stacked["tokens"][:, 0] >= 0).nonzero()[:, 0]
+    right["char"] = (chars.argmax(-1) == text)[text > 0].float().mean()
+    out["offset"] = F.smooth_l1_loss(offset[on], place[on], beta=0.1)
+    right["off"] = (offset[on][:, :2] - place[on][:, :2]).abs().mean() * 12
+    return out, right
+
+
+def token_losses(net: Trainee, features: Tensor, samples: list, seen: int) -> tuple[dict, dict]:
+    """As `patch_losses`, of the tokens that the projector's output names; `seen` patches are drawn."""
+    kind, tokens = together(samples, "thing", "tokens")
+    named = (tokens[:, 0] >= 0).nonzero()[:, 0]
     named = named[torch.randperm(len(named), device=DEVICE)[:seen]]
-    y = net.projector(x[named]).float()
-    tokens = stacked["tokens"][named]
+    y, tokens = net.projector(features.flatten(0, 1)[named]).float(), tokens[named]
     share = (tokens >= 0).float()
     share = share / share.sum(1, keepdim=True)
     there = tokens.clamp(min=0)
     scale = 1 / float(net.table.sub(net.middle).square().sum(1).mean())
     logp = (12 * scale * (y - net.middle) @ (net.table - net.middle).T).log_softmax(-1)
-    out["token"] = -(logp.gather(1, there) * share).sum(1).mean()
     goal = (net.table[there] * share[..., None]).sum(1)
-    out["embed"] = (y - goal).square().mean() / float(net.table.var())
-    best = logp.argmax(-1)
-    match = (best[:, None] == tokens).any(1).float()
-    words = inked[named]
-    right["word_token"], right["name_token"] = match[words].mean(), match[~words].mean()
-    return out, {k: round(v.item(), 3) for k, v in right.items()}
+    out = {
+        "token": -(logp.gather(1, there) * share).sum(1).mean(),
+        "embed": (y - goal).square().mean() / float(net.table.var()),
+    }
+    match = (logp.argmax(-1)[:, None] == tokens).any(1).float()
+    words = kind[named] == net.head.parts["thing"] - 1
+    return out, {"word_token": match[words].mean(), "name_token": match[~words].mean()}
+
+
+def losses(net: Trainee, features: Tensor, samples: list, seen: int = 1536) -> tuple[dict, dict]:
+    """All of them; shares as rounded numbers."""
+    patches, tokens = patch_losses(net.head, features, samples), token_losses(net, features, samples, seen)
+    out, right = ({**p, **t} for p, t in zip(patches, tokens, strict=True))
+    return out, shown(right)
+
+
+def shown(shares: dict[str, Tensor]) -> dict[str, float]:
+    """For the log."""
+    return {k: round(v.item(), 3) for k, v in shares.items()}
 
 
 class Task:
