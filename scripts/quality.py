@@ -3,14 +3,15 @@
 python scripts/quality.py [--grid quality|methods|choices|anneal|long] [--scenes N] [--first N] [--jobs 2] [--work DIR]
 python scripts/quality.py --short   # some minutes: a few scenes, two budgets; prints and writes nothing
 
-Runs the embedded model on scenes of every drawing style; all but `known` are styles that it never saw in training.
-Every picture is encoded once and shared by all configurations. Single facts, and the second question of a conversation,
-count as right on exact match. An object of a caption is right when colour, shape and place are; what a caption misses,
-repeats and invents counts against it alike (F1: twice the right ones by the named ones and those that are there). The
-KL divergence needs no right answers: it is that of next-token distributions from the full model's, along its own
-greedy answers. Answers go line by line to --work, so that a run that was stopped goes on where it was; tables go to
---out (JSON and Markdown). Differences are paired by scene, with bootstrap 95 % intervals. quality_grids.py has the
-configurations, quality_answers.py what they are asked, quality_tables.py what is made of it.
+Runs the embedded model, or with --smol the SmolLM2 of scripts/smol_llava, on scenes of every drawing style; all but
+`known` are styles that it never saw in training. Every picture is encoded once and shared by all configurations.
+Single facts, and the second question of a conversation, count as right on exact match. An object of a caption is right
+when its name is (the embedded model's: when colour, shape and place are); what a caption misses, repeats and invents
+counts against it alike (F1: twice the right ones by the named ones and those that are there). The KL divergence needs
+no right answers: it is that of next-token distributions from the full model's, along its own greedy answers. Answers
+go line by line to --work, so that a run that was stopped goes on where it was; tables go to --out (JSON and Markdown).
+Differences are paired by scene, with bootstrap 95 % intervals. quality_subjects.py has the models and what they are
+asked, quality_grids.py the configurations, quality_answers.py how they answer, quality_tables.py what is made of it.
 """
 
 from __future__ import annotations
@@ -30,17 +31,12 @@ import native_runtime
 import quality_answers
 from quality_answers import CHUNK, Job, Task
 from quality_grids import GRIDS, Config, Grid
+from quality_subjects import Embedded, Smol, Subject
 from quality_tables import Rows, markdown, table
 
 from st3_edge.native.machine import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts" / "embedded_model"))
-import drawing  # noqa: E402
-import questions  # noqa: E402
-import scenes  # noqa: E402
-import things  # noqa: E402
-
 SHORT = (20, (0.3, 0.1))  # scenes of each style, budgets
 
 
@@ -74,6 +70,17 @@ def file_of(folder: Path, c: Config) -> Path:
     return folder / ("_".join(f"{k.removeprefix('st3.')}={v}" for k, v in c.keys) + ".jsonl" if c.keys else "off.jsonl")
 
 
+def chosen(model: Path | None, mmproj: Path | None, smol: Path | None) -> Subject:
+    """Whom to ask. Raises SystemExit where a file is missing."""
+    if smol and not (model and mmproj):
+        raise SystemExit("--smol goes with --model and --mmproj: scripts/smol_llava/pair.py gguf writes them")
+    files = {k: v for k, v in (("model", model), ("mmproj", mmproj)) if v}
+    subject: Subject = Smol(**files, state=smol) if smol else Embedded(**files)
+    if missing := [str(f) for f in (*subject.files, *([smol / "assets.npz"] if smol else [])) if not f.is_file()]:
+        raise SystemExit(f"no such file: {', '.join(missing)}")
+    return subject
+
+
 def tasks(
     configs: list[Config], done: dict[str, Rows], styles: list[str], numbers: range, grid: Grid
 ) -> Iterator[Task]:
@@ -90,14 +97,14 @@ def tasks(
 
 def main() -> None:
     """Parse the command line, run what is missing, write the tables."""
-    demo = ROOT / "st3_edge" / "data" / "demo"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=demo / "st3-demo-q8_0.gguf")
-    parser.add_argument("--mmproj", type=Path, default=demo / "mmproj-st3-demo-q8_0.gguf")
+    parser.add_argument("--model", type=Path, help="another text model of the same training")
+    parser.add_argument("--mmproj", type=Path)
+    parser.add_argument("--smol", type=Path, metavar="STATE", help="ask the SmolLM2 whose assets are in this folder")
     parser.add_argument("--grid", choices=GRIDS, default="quality")
     parser.add_argument("--scenes", type=int, help="of each style; default: the grid's own")
     parser.add_argument("--first", type=int, default=20_000, help="number of the first scene")
-    parser.add_argument("--styles", default=",".join(scenes.STYLES), help="with commas between")
+    parser.add_argument("--styles", help="with commas between; default: all")
     parser.add_argument("--budgets", help="with commas between; default: the grid's own")
     parser.add_argument("--only", default="", help="only configurations whose name contains one of these, and off")
     parser.add_argument("--short", action="store_true", help="a few scenes, two budgets; writes no page")
@@ -108,9 +115,10 @@ def main() -> None:
     folder = native_runtime.lib_dir()
     if folder is None:
         raise SystemExit("no native libraries: build the package or set ST3_LIB_DIR")
-    styles = args.styles.split(",")
-    if unknown := set(styles) - set(scenes.STYLES):
-        raise SystemExit(f"no such style: {', '.join(sorted(unknown))}; there are {', '.join(scenes.STYLES)}")
+    subject = chosen(args.model, args.mmproj, args.smol)
+    styles = args.styles.split(",") if args.styles else list(subject.styles)
+    if unknown := set(styles) - set(subject.styles):
+        raise SystemExit(f"no such style: {', '.join(sorted(unknown))}; there are {', '.join(subject.styles)}")
     grid = GRIDS[args.grid]
     n, budgets = SHORT if args.short else (grid.scenes, grid.budgets)
     budgets = tuple(float(b) for b in args.budgets.split(",")) if args.budgets else budgets
@@ -119,11 +127,11 @@ def main() -> None:
     configs = [c for c in grid.configs(budgets) if not wanted or c.name == "off" or any(w in c.name for w in wanted)]
 
     # answers to other questions, or of other libraries, must not be mixed with these
-    drawn = [Path(m.__file__) for m in (things, drawing, scenes)]
-    asked = [args.model, *drawn, Path(questions.__file__), Path(quality_answers.__file__)]
-    seen = digest(args.mmproj, *drawn)
+    text, mmproj = subject.files
+    asked = [text, *subject.drawn_by, *subject.asked_by, Path(quality_answers.__file__)]
+    seen = digest(mmproj, *subject.drawn_by)
     stock, ours = digest(*asked), digest(*asked, *sorted(folder.glob("lib*")))
-    job = Job(args.model, args.mmproj, args.work / f"pictures-{seen}")
+    job = Job(subject, args.work / f"pictures-{seen}")
     job.embeddings.mkdir(parents=True, exist_ok=True)
     path = {}
     for style in styles:
@@ -147,11 +155,11 @@ def main() -> None:
             rest = seconds / k * (len(left) - k)
             print(f"\r{k}/{len(left)} {seconds:.0f} s, {rest:.0f} s left", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    results = table(configs, done, styles)
-    about = {"styles": styles, "first": args.first, "grid": args.grid, **provenance(), "model": args.model.name}
-    page = markdown(results, about)
+    results = table(configs, done, styles, subject)
+    about = {"styles": styles, "first": args.first, "grid": args.grid, **provenance(), "model": text.name}
+    page = markdown(results, about, subject)
     if not args.short:
-        out = args.out or ROOT / "docs" / "results" / args.grid
+        out = args.out or ROOT / "docs" / "results" / (f"smol-{args.grid}" if args.smol else args.grid)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_suffix(".json").write_text(json.dumps({**about, "rows": results}, indent=1) + "\n")
         out.with_suffix(".md").write_text(page)

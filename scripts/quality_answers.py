@@ -1,4 +1,4 @@
-"""What scripts/quality.py measures: the embedded model's answers about held-out scenes under one configuration.
+"""What scripts/quality.py measures: a model's answers about held-out scenes under one configuration.
 
 Scenes come in chunks. A chunk's pictures are encoded once and kept on disk; all configurations share them.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
@@ -16,14 +15,10 @@ from pathlib import Path
 import native_runtime
 import native_vision
 import numpy as np
+from quality_subjects import Fact, Subject
 
 from st3_edge import divergence
 from st3_edge.native import st3
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts" / "embedded_model"))
-import questions  # noqa: E402
-import scenes  # noqa: E402
 
 FACT_TOKENS, CAPTION_TOKENS, LONG_TOKENS = 10, 130, 512
 LONG = (128, 256)  # generated tokens: where `early`, `middle` and `late` descriptions begin
@@ -39,8 +34,7 @@ Turn = tuple[str, list[int], list[np.ndarray]]  # a question, its answer's token
 class Job:
     """What a worker needs besides a task."""
 
-    model: Path
-    mmproj: Path
+    subject: Subject
     embeddings: Path  # folder
     threads: int = 1
 
@@ -62,10 +56,12 @@ class Reader:
     def __init__(self, rt: native_runtime.Runtime, job: Job, keys: Keys) -> None:
         keys = dict(keys)
         self.bands = int(keys.pop(BANDS, 1))
-        self.model = native_runtime.Model(rt, job.model, keys)
+        self.subject = job.subject
+        self.model = native_runtime.Model(rt, job.subject.files[0], keys)
         self.ctx = native_runtime.Context(self.model, n_ctx=1024, threads=job.threads)
         L = rt.llama
-        self.before = [L.llama_vocab_bos(self.model.vocab), *self.model.tokenize("USER: ")]
+        bos = [L.llama_vocab_bos(self.model.vocab)] if L.llama_vocab_get_add_bos(self.model.vocab) else []
+        self.before = [*bos, *self.model.tokenize(self.subject.before)]
         self.eos = L.llama_vocab_eos(self.model.vocab)
 
     def prompt(self, embd: np.ndarray, question: str) -> list[st3.Piece]:
@@ -76,7 +72,7 @@ class Reader:
 
     def after(self, question: str) -> list[int]:
         """What follows the image in a prompt."""
-        return self.model.tokenize(f"\n{question} ASSISTANT:")
+        return self.model.tokenize(self.subject.after(question))
 
     def ask(self, embd: np.ndarray, question: str) -> None:
         """Read the prompt of a question about one image. Raises SystemExit where that fails."""
@@ -87,7 +83,7 @@ class Reader:
 
     def ask_more(self, question: str) -> None:
         """Read a question that follows the last answer: the picture stays as that left it."""
-        self._decode([self.eos, *self.model.tokenize(f"USER: {question} ASSISTANT:")])
+        self._decode([self.eos, *self.model.tokenize(self.subject.again(question))])
 
     def ask_anew(self, question: str) -> None:
         """Take all text after the image back, and read a question there: the picture stays as the answers left it."""
@@ -116,7 +112,7 @@ class Reader:
                 self.ask_anew(question)
             else:
                 self.ask_more(question)
-            limit = CAPTION_TOKENS if question in questions.CAPTION_WORDS else FACT_TOKENS
+            limit = CAPTION_TOKENS if question in self.subject.captions else FACT_TOKENS
             yield question, *self.say(limit, given)
 
     def _decode(self, tokens: list[int]) -> None:
@@ -152,9 +148,10 @@ def pictures(style: str, indices: range) -> np.ndarray:
     rt, job = _worker
     file = job.embeddings / f"{style}-{indices.start}-{len(indices)}.npy"
     if not file.is_file():
-        with native_runtime.Model(rt, job.model) as model:
-            vision = native_vision.Vision(model, job.mmproj, job.threads)
-            embd = [vision.encode(np.asarray(scenes.scene(i, style=style).image)).embd for i in indices]
+        text, mmproj = job.subject.files
+        with native_runtime.Model(rt, text) as model:
+            vision = native_vision.Vision(model, mmproj, job.threads)
+            embd = [vision.encode(job.subject.image(style, i)).embd for i in indices]
             vision.close()
         part = file.with_suffix(f".{os.getpid()}")
         with part.open("wb") as f:
@@ -164,21 +161,17 @@ def pictures(style: str, indices: range) -> np.ndarray:
     return out
 
 
-def fact(style: str, i: int) -> questions.Question:
-    """The single fact that is asked of scene i: kinds in turns."""
-    asked = questions.held_out_questions(i, style)
-    return asked[i % len(asked)]
-
-
 def described(measures: tuple[str, ...], i: int) -> bool:
     """Whether scene i is described: every fifth, or each."""
     return "every caption" in measures or ("captions" in measures and i % 5 == 0)
 
 
 def converse(reader: Reader, embd: np.ndarray, style: str, i: int) -> Iterator[Turn]:
-    """Descriptions of scene i and single facts by turns, until enough is generated. This model was never taught to
+    """Descriptions of scene i and single facts by turns, until enough is generated. These models were never taught to
     describe after another answer, so each question comes without what was said before."""
-    pairs = zip(cycle(questions.CAPTION_WORDS), cycle(questions.held_out_questions(i, style)), strict=False)
+    subject = reader.subject
+    facts = subject.all_facts(style, i) or subject.all_facts(style, 0)
+    pairs = zip(cycle(subject.captions), cycle(facts), strict=False)
     asked = ((question, None) for words, q in pairs for question in (words, q.text))
     left = LONG_TOKENS
     for turn in reader.talk(embd, asked, forgets=True):
@@ -198,9 +191,9 @@ def full_answers(style: str, indices: range, measures: tuple[str, ...]) -> dict[
     for i, embd in zip(indices, pictures(style, indices), strict=True):
         talks = []
         if "kl" in measures and i % 5 == 0:
-            talks.append(("kl facts", list(reader.talk(embd, [(fact(style, i).text, None)]))))
+            talks += [("kl facts", list(reader.talk(embd, [(q.text, None)]))) for q in job.subject.facts(style, i)]
         if "kl" in measures and i % 25 == 0:
-            talks.append(("kl captions", list(reader.talk(embd, [(questions.CAPTION_QUESTION, None)]))))
+            talks.append(("kl captions", list(reader.talk(embd, [(job.subject.captions[0], None)]))))
         if "long" in measures:
             talks.append(("kl long", list(converse(reader, embd, style, i))))
         out[i] = talks
@@ -221,28 +214,27 @@ def run(task: Task) -> tuple[Task, list[dict]]:
     for i, embd in zip(task.indices, pictures(style, task.indices), strict=True):
         row: dict = {"scene": i, "measures": measures}
 
-        def right(*asked: questions.Question, embd: np.ndarray = embd) -> bool:
+        def right(*asked: Fact, embd: np.ndarray = embd) -> bool:
             """Whether the last of some questions is answered right."""
             *_, (_, tokens, _) = reader.talk(embd, [(q.text, None) for q in asked])
-            return questions.answer_right(reader.model.text(tokens), asked[-1].answer)
+            return job.subject.right(reader.model.text(tokens), asked[-1].answer)
 
         if "facts" in measures:
-            q = fact(style, i)
-            row["fact"] = [q.kind, right(q)]
+            row["facts"] = [(q.kind, right(q)) for q in job.subject.facts(style, i)]
         if described(measures, i):
-            ((_, tokens, _),) = reader.talk(embd, [(questions.CAPTION_QUESTION, None)])
+            ((_, tokens, _),) = reader.talk(embd, [(job.subject.captions[0], None)])
             row |= {
                 "objects": objects(reader, tokens, style, i),
                 "tokens": len(tokens),
                 "held": round(reader.held(), 4),
             }
-        pair = questions.held_out_pair(i, style) if "second" in measures and i % 4 == 1 else None
+        pair = job.subject.pair(style, i) if "second" in measures and i % 4 == 1 else None
         if pair:
             row["second"] = int(right(*pair)), 1
         if "long" in measures:
             generated = 0
             for question, tokens, rows in converse(reader, embd, style, i):
-                if question in questions.CAPTION_WORDS:
+                if question in job.subject.captions:
                     when = ("early", "middle", "late")[sum(generated >= n for n in LONG)]
                     row.setdefault(when, []).append(objects(reader, tokens, style, i))
                 generated += len(rows)
@@ -257,7 +249,9 @@ def run(task: Task) -> tuple[Task, list[dict]]:
                 ]
             )
             parts = {measure: nats} if measure != "kl long" else {"kl 256": nats[:256], "kl 512": nats[256:512]}
-            row |= {k: (float(v.sum()), len(v)) for k, v in parts.items()}
+            for k, v in parts.items():
+                nats_before, tokens_before = row.get(k, (0.0, 0))
+                row[k] = nats_before + float(v.sum()), tokens_before + len(v)
         out.append(row)
     report = reader.ctx.report()
     reader.close()
@@ -267,5 +261,5 @@ def run(task: Task) -> tuple[Task, list[dict]]:
 
 
 def objects(reader: Reader, tokens: list[int], style: str, i: int) -> tuple[int, int, int]:
-    """What a description gets right, names and should name (questions.caption_objects)."""
-    return questions.caption_objects(reader.model.text(tokens), scenes.scene(i, style=style))
+    """What a description gets right, names and should name."""
+    return reader.subject.objects(reader.model.text(tokens), style, i)

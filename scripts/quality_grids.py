@@ -139,7 +139,7 @@ GRIDS = {
         (0.5, 0.3, 0.2, 0.1),
         340,
         ("facts", "captions", "second"),
-        "Answers against budget, embedded model",
+        "Answers against budget",
         "`@`: the budget that was asked for; `budget`: the one that the runtime reports. `pvtp` is `st3` without "
         "annealing. `- st3`: to `st3` at the same budget; below zero, `st3` is better.",
     ),
@@ -148,7 +148,7 @@ GRIDS = {
         (0.5, 0.3, 0.2, 0.1),
         120,
         ("facts", "captions"),
-        "Methods at the same budget, embedded model",
+        "Methods at the same budget",
         "`@`: the budget. `- st3`: to the preset `st3` at the same budget; below zero, `st3` is better. `- no "
         "merging`: to the same method as it is; above zero, merging helps it.",
     ),
@@ -157,7 +157,7 @@ GRIDS = {
         (0.2, 0.1),
         100,
         ("facts", "captions"),
-        "What the defaults were chosen among, embedded model",
+        "What the defaults were chosen among",
         "The preset `pvtp`, which is `st3` without annealing, ranked with distances; each other row changes one key. "
         "`@`: the budget. `- distance`: to the first row of the same budget; below zero, that one is better.",
     ),
@@ -166,7 +166,7 @@ GRIDS = {
         (0.2,),
         20,
         ("every caption",),
-        "Descriptions under annealing, embedded model",
+        "Descriptions under annealing",
         "`all kept`: nothing dropped in prefill; `budget`: a pruned prefill. Then the curve, the floor that it falls "
         "to, and the generated tokens T over which it does; `random`: as many tokens leave, but drawn by lot.",
     ),
@@ -175,7 +175,7 @@ GRIDS = {
         (0.3, 0.2, 0.1),
         100,
         ("facts", "captions"),
-        "A quota for each tile or for the picture, embedded model",
+        "A quota for each tile or for the picture",
         "The preset `pvtp`, which is `st3` without annealing. `one image`: all 576 tokens share one quota; `n images`: "
         "the same tokens at the same positions, announced as n bands of whole rows with a quota each, as tiles are. "
         "`- one image`: above zero, a quota for each is better.",
@@ -185,7 +185,7 @@ GRIDS = {
         (0.2,),
         20,
         ("long",),
-        "Long conversations about one picture, embedded model",
+        "Long conversations about one picture",
         "Descriptions, in all wordings, and single facts by turns, until 512 tokens are generated; each question comes "
         "without what was said before, but with the picture as it was left. `early`, `middle`, `late`: descriptions "
         "(F1) that begin before 128 generated tokens, before 256, and after that. `kl 256` and `kl 512`: along the "

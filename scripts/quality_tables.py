@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 from quality_grids import GRIDS, Config
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts" / "embedded_model"))
-import questions  # noqa: E402
+from quality_subjects import Subject
 
 F1 = ("captions", "early", "middle", "late")
-UNITS = ("facts", "count", *F1, "second")  # what configurations are compared by
 PARTS = ("found", "named")  # of `captions`: right ones by those that are there, and by those that are named
 COUNTED = {
     "facts": "single facts",
@@ -28,18 +21,22 @@ BOOTSTRAP = 4000
 Rows = dict[tuple[str, int], dict]  # of a configuration, by style and scene
 
 
+def units(subject: Subject) -> tuple[str, ...]:
+    """What configurations are compared by."""
+    return ("facts", *subject.compared, *F1, "second")
+
+
 def f1(right: int, named: int, there: int) -> tuple[int, int]:
     """The F1 of some objects as a share: numerator and denominator, which add up over scenes."""
     return 2 * right, named + there
 
 
-def tally(rows: Rows, ids: list[tuple[str, int]]) -> dict[str, np.ndarray]:
+def tally(rows: Rows, ids: list[tuple[str, int]], subject: Subject) -> dict[str, np.ndarray]:
     """Right and asked by scene, for KL nats and tokens: arrays [n, 2] for each measure and each kind of fact."""
-    out = {k: np.zeros((len(ids), 2)) for k in (*UNITS, *PARTS, *questions.KINDS, *KL)}
+    out = {k: np.zeros((len(ids), 2)) for k in (*units(subject), *PARTS, *subject.kinds, *KL)}
     for at, key in enumerate(ids):
         row = rows[key]
-        if "fact" in row:
-            kind, ok = row["fact"]
+        for kind, ok in row.get("facts", ()):
             for k in ("facts", kind):
                 out[k][at] += (bool(ok), 1)
         if "objects" in row:
@@ -65,7 +62,7 @@ def interval(a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> list[flo
     return [round(float(x), 2) for x in (mean, *np.percentile(samples, [2.5, 97.5]))]
 
 
-def table(configs: list[Config], done: dict[str, Rows], styles: list[str]) -> list[dict]:
+def table(configs: list[Config], done: dict[str, Rows], styles: list[str], subject: Subject) -> list[dict]:
     """For each style, and for all together where there are several, one row a configuration over the scenes that all
     configurations have."""
     out = []
@@ -74,12 +71,14 @@ def table(configs: list[Config], done: dict[str, Rows], styles: list[str]) -> li
         ids = [key for key in ids if style in (ALL, key[0])]
         if not ids:
             return []
-        tallies = {c.name: tally(done[c.name], ids) for c in configs}
-        out += [one_row(c, style, done[c.name], ids, tallies) for c in configs]
+        tallies = {c.name: tally(done[c.name], ids, subject) for c in configs}
+        out += [one_row(c, style, done[c.name], ids, tallies, units(subject)) for c in configs]
     return out
 
 
-def one_row(c: Config, style: str, rows: Rows, ids: list[tuple[str, int]], tallies: dict) -> dict:
+def one_row(
+    c: Config, style: str, rows: Rows, ids: list[tuple[str, int]], tallies: dict, compared: tuple[str, ...]
+) -> dict:
     """What a configuration gets right of some scenes, and its differences to others."""
     t = tallies[c.name]
     row: dict = {"style": style, "name": c.name, "keys": dict(c.keys), "scenes": len(ids), "asked": {}}
@@ -96,7 +95,7 @@ def one_row(c: Config, style: str, rows: Rows, ids: list[tuple[str, int]], talli
     if held:
         row["held"] = round(100 * float(np.mean(held)), 1)
     for word, other in c.against.items():
-        for k in UNITS:
+        for k in compared:
             if other in tallies and np.any((t[k] * tallies[other][k])[:, 1]):  # some scene asked both
                 row[f"{k} - {word}"] = interval(t[k], tallies[other][k], np.random.default_rng(1))
     return row
@@ -142,7 +141,7 @@ def differences_table(rows: list[dict], against: str | None = None) -> list[str]
     )
 
 
-def markdown(rows: list[dict], about: dict) -> str:
+def markdown(rows: list[dict], about: dict, subject: Subject) -> str:
     """The tables as a page."""
     grid = GRIDS[about["grid"]]
     styles = list(dict.fromkeys(row["style"] for row in rows))
@@ -165,12 +164,13 @@ def markdown(rows: list[dict], about: dict) -> str:
         )
     if any(asked[k] for k in KL):
         notes.append("`kl`: mean KL divergence from the full model in nats a token, along its own answers.")
-    out = [f"# {grid.title}", "", " ".join(notes), ""]
+    out = [f"# {grid.title}, {subject.title}", "", " ".join(notes), ""]
     out.append(f"`{about['command']}`, commit {about['commit']}, {about['processor']}.")
-    out += shares_table(first, (*UNITS, *PARTS, *(k for k in questions.KINDS if k != "count")))
+    others = (k for k in subject.kinds if k not in subject.compared)
+    out += shares_table(first, (*units(subject), *PARTS, *others))
     out += differences_table(first)
     for style in styles[1:]:
         of = [row for row in rows if row["style"] == style]
         out += ["", f"## Style {style}", f"{of[0]['scenes']} scenes."]
-        out += shares_table(of, UNITS) + differences_table(of, "off")
+        out += shares_table(of, units(subject)) + differences_table(of, "off")
     return "\n".join(out) + "\n"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import assets
 import learn
+import llama
 import smol
 import torch
 from pictures import STYLES
@@ -36,7 +37,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     file = smol.extract(Path(args.state))
     a, tokenizer, net = assets.load(Path(args.state)), smol.tokenizer(file), load(args.checkpoint)
-    decoder = smol.Decoder(smol.weights(file))
+    decoder = llama.Decoder(llama.weights(file))
     ranks = {v.shape[0] for k, v in net.items() if k.endswith("lora_a")}
     if ranks:
         decoder.widen(ranks.pop())

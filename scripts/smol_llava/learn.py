@@ -10,6 +10,7 @@ import random
 from collections import defaultdict
 from dataclasses import dataclass
 
+import llama
 import numpy as np
 import smol
 import torch
@@ -19,7 +20,7 @@ from assets import Assets
 from embedded import modeling
 from packs import TEXT, Pack, blocks, pack
 from pictures import Scene, labels, scene
-from talk import Question, describe_question, description, questions
+from talk import Question, describe_question, description, held_out_questions
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from vision import DEVICE, SHAPE, WEIGHTS, Head, Words, patch_losses, pixels_of, shown, turns
@@ -32,7 +33,7 @@ PATCHES = 0.2  # weight of what every patch is asked
 class Pair(nn.Module):
     """Encoder, projector and decoder, and the encoder's head."""
 
-    def __init__(self, decoder: smol.Decoder, things: int) -> None:
+    def __init__(self, decoder: llama.Decoder, things: int) -> None:
         super().__init__()
         self.head = Head(things)
         self.vision_model = modeling.VisionModel(SHAPE)
@@ -84,12 +85,6 @@ class Stream(IterableDataset):
         yield from map(self.maker.train, turns(self.first))
 
 
-def held_out_questions(assets: Assets, index: int, style: str, n: int = 8) -> list[Question]:
-    """The questions that go with a held-out scene: always the same ones."""
-    s = scene(assets, index, "held-out", style)
-    return questions(s, random.Random(f"talk held-out {style} {index}"), assets.names, n)
-
-
 def pool(features: Tensor, tokens: int) -> Tensor:
     """Average square groups of patches until `tokens` are left. [B, 576, W] to [B, tokens, W]."""
     b, n, w = features.shape
@@ -119,7 +114,7 @@ class Layout:
             torch.from_numpy(np.stack([getattr(p, k) for p in packs])) for k in ("ids", "labels", "block", "offset")
         )
         places = torch.cat([self.places.expand(len(packs), -1), len(self.before) + 576 + offset], 1)
-        cos, sin = modeling.rope(places, smol.HEAD, smol.THETA)
+        cos, sin = modeling.rope(places, llama.HEAD, llama.THETA)
         own = (block[:, :, None] == block[:, None, :]) & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
         picture = torch.zeros(len(packs), ids.shape[1], self.n)
         picture[:, :, : self.pad] = -1e4
@@ -132,7 +127,7 @@ class Layout:
 class Task:
     """What `loop.Loop` trains in these stages."""
 
-    def __init__(self, assets: Assets, tokenizer, decoder: smol.Decoder, tokens: int, rates: dict[str, float]) -> None:
+    def __init__(self, assets: Assets, tokenizer, decoder: llama.Decoder, tokens: int, rates: dict[str, float]) -> None:
         self.net = Pair(decoder.bfloat16(), len(assets.names)).to(DEVICE)
         for name, p in decoder.named_parameters():
             if "lora" in name:

@@ -21,12 +21,13 @@ from pathlib import Path
 
 import assets
 import gguf
+import llama
 import numpy as np
 import smol
 import torch
 from embedded import gguf_writer
-from learn import held_out_questions
 from pictures import scene
+from talk import held_out_questions
 from vision import MEAN, SHAPE, STD
 
 IMAGE_TOKEN = 49152  # Hugging Face's placeholder: one row more than the text model has
@@ -46,16 +47,16 @@ def config() -> dict:
         "text_config": {
             "model_type": "llama",
             "vocab_size": IMAGE_TOKEN + 1,
-            "hidden_size": smol.WIDTH,
-            "intermediate_size": smol.FFN,
-            "num_hidden_layers": smol.LAYERS,
-            "num_attention_heads": smol.HEADS,
-            "num_key_value_heads": smol.KV_HEADS,
-            "head_dim": smol.HEAD,
+            "hidden_size": llama.WIDTH,
+            "intermediate_size": llama.FFN,
+            "num_hidden_layers": llama.LAYERS,
+            "num_attention_heads": llama.HEADS,
+            "num_key_value_heads": llama.KV_HEADS,
+            "head_dim": llama.HEAD,
             "rms_norm_eps": 1e-5,
             "max_position_embeddings": 8192,
             "tie_word_embeddings": True,
-            "rope_parameters": {"rope_theta": smol.THETA, "rope_type": "default"},
+            "rope_parameters": {"rope_theta": llama.THETA, "rope_type": "default"},
             "bos_token_id": smol.BOS,
             "eos_token_id": smol.EOS,
             "pad_token_id": smol.EOS,
@@ -91,7 +92,7 @@ class Trained:
 
     def text(self) -> dict[str, np.ndarray]:
         """The text model with its LoRA added, float32 by Hugging Face name."""
-        out = {k: v.numpy() for k, v in smol.weights(self.file).items()}
+        out = {k: v.numpy() for k, v in llama.weights(self.file).items()}
         for key, (down, up) in self.lora.items():
             out[key] = out[key] + up @ down
         return out
@@ -113,7 +114,7 @@ def write_mmproj(trained: Trained, path: Path, file_type: str) -> None:
 def turned(name: str, w: np.ndarray) -> np.ndarray:
     """Rows of q and k matrices in ggml's rotary order."""
     if match := re.search(r"\.([qk])_proj\.", name):
-        return gguf_writer.permute(w, smol.HEADS if match[1] == "q" else smol.KV_HEADS)
+        return gguf_writer.permute(w, llama.HEADS if match[1] == "q" else llama.KV_HEADS)
     return w
 
 

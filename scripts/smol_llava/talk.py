@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pictures import SIDE, Scene, Thing
+from assets import Assets
+from pictures import SIDE, Scene, Thing, scene
 
 KINDS = ("what", "where", "count", "color", "relation", "presence", "read", "price", "cell", "size")
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -292,6 +293,12 @@ def questions(s: Scene, rng: random.Random, names: list[str], n: int) -> list[Qu
             if len(out) == n:
                 break
     return out
+
+
+def held_out_questions(assets: Assets, index: int, style: str, n: int = 8) -> list[Question]:
+    """The questions that go with a held-out scene: always the same ones."""
+    s = scene(assets, index, "held-out", style)
+    return questions(s, random.Random(f"talk held-out {style} {index}"), assets.names, n)
 
 
 def describe_question(rng: random.Random) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import assets
 import learn
+import llama
 import smol
 import torch
 import vision
@@ -57,9 +58,9 @@ def task(stage: Stage, state: Path) -> vision.Task | learn.Task:
     file = smol.extract(state)
     a, tokenizer = assets.load(state, smol.vocabulary(file)), smol.tokenizer(file)
     torch.manual_seed(17)
-    weights = smol.weights(file)
+    weights = llama.weights(file)
     if stage.tokens:
-        decoder = smol.Decoder(weights)
+        decoder = llama.Decoder(weights)
         if stage.rank:
             decoder.widen(stage.rank)
         out: vision.Task | learn.Task = learn.Task(a, tokenizer, decoder, stage.tokens, PARTS)

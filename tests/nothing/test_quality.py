@@ -14,6 +14,7 @@ import quality_answers  # noqa: E402
 import quality_tables  # noqa: E402
 from oracle import schedule  # noqa: E402
 from quality_grids import GRIDS, config  # noqa: E402
+from quality_subjects import Embedded  # noqa: E402
 
 N_LAYER = 16
 
@@ -72,7 +73,7 @@ def answers(n: int, wrong: int, nats: float) -> quality_tables.Rows:
     rows: quality_tables.Rows = {}
     for i in range(n):
         key = ("known" if i < 6 else "gray", i)
-        rows[key] = {"scene": i, "measures": ["facts"], "fact": ["color", i >= wrong]}
+        rows[key] = {"scene": i, "measures": ["facts"], "facts": [["color", i >= wrong]]}
     rows["known", 0] |= {"objects": [1, 2, 4], "tokens": 50, "held": 0.5, "second": [1, 1], "kl facts": [nats, 4]}
     rows["known", 0] |= {"early": [[1, 2, 4], [4, 4, 4]], "schedule": {"budget": 0.5}}
     return rows
@@ -82,7 +83,7 @@ def test_a_row_counts_the_scenes_that_all_have():
     # broken if a configuration that got further were judged by scenes that the others lack
     configs = [config("off"), config("st3 @ 0.5", {"off": "off"}, preset="st3", budget=0.5)]
     done = {"off": answers(10, 1, 0.0), "st3 @ 0.5": answers(8, 2, 2.0)}
-    rows = quality_tables.table(configs, done, ["known", "gray"])
+    rows = quality_tables.table(configs, done, ["known", "gray"], Embedded())
     assert [(r["style"], r["name"], r["scenes"]) for r in rows] == [
         (style, c.name, n) for style, n in (("all", 8), ("known", 6), ("gray", 2)) for c in configs
     ]
@@ -93,7 +94,7 @@ def test_a_row_counts_the_scenes_that_all_have():
     assert st3["kl facts"] == 0.5 and st3["asked"]["kl facts"] == 4 and st3["held"] == 50
     assert rows[3]["facts"] == 66.67 and rows[5]["facts"] == 100
     about = {"first": 0, "grid": "quality", "command": "c", "commit": "d", "processor": "p"}
-    page = quality_tables.markdown(rows, about)
+    page = quality_tables.markdown(rows, about, Embedded())
     tables = [block.splitlines() for block in page.split("\n\n") if block.startswith("|")]
     assert [len(t) for t in tables] == [4, 3] * 3
     assert all(len({line.count("|") for line in t}) == 1 for t in tables)
@@ -103,7 +104,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path):
     # broken if a torn line were believed, or what is there were run again
     configs = [config("off"), config("a", preset="st3")]
     file = quality.file_of(tmp_path, configs[1])
-    lines = [json.dumps({"scene": i, "measures": ["facts", "captions"], "fact": ["color", True]}) for i in range(25)]
+    lines = [json.dumps({"scene": i, "measures": ["facts", "captions"], "facts": [["color", True]]}) for i in range(25)]
     file.write_text("\n".join(lines)[:-5])
     done = {c.name: quality.rows_of(quality.file_of(tmp_path, c), "known") for c in configs}
     assert set(done["a"]) == {("known", i) for i in range(24)}
@@ -120,10 +121,10 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path):
 def test_what_was_asked_at_two_times_is_one_row():
     # broken if the second run's rows took the place of the first's
     rows: quality_tables.Rows = {}
-    quality.add(rows, "known", {"scene": 3, "measures": ["facts"], "fact": ["color", True]})
+    quality.add(rows, "known", {"scene": 3, "measures": ["facts"], "facts": [["color", True]]})
     quality.add(rows, "known", {"scene": 3, "measures": ["second"], "second": [1, 1]})
     assert rows == {
-        ("known", 3): {"scene": 3, "measures": ["facts", "second"], "fact": ["color", True], "second": [1, 1]}
+        ("known", 3): {"scene": 3, "measures": ["facts", "second"], "facts": [["color", True]], "second": [1, 1]}
     }
 
 

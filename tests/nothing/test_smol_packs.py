@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "smol_llava"))
 learn = pytest.importorskip("learn")
 packs = pytest.importorskip("packs")
 smol = pytest.importorskip("smol")
+llama = pytest.importorskip("llama")
 
 
 class Bytes:
@@ -100,7 +101,7 @@ def test_pooling_averages_neighbours() -> None:
 def test_lora_adds_its_product() -> None:
     # broken by a transposed or scaled update; it starts at nothing
     torch.manual_seed(random.Random(5).randrange(2**31))
-    m = smol.Linear(6, 10)
+    m = llama.Linear(6, 10)
     x = torch.randn(4, 6)
     before = m(x)
     m.widen(3)
