@@ -124,7 +124,8 @@ def main() -> None:
     budgets = tuple(float(b) for b in args.budgets.split(",")) if args.budgets else budgets
     numbers = range(args.first, args.first + (args.scenes or n))
     wanted = [w for w in args.only.split(",") if w]
-    configs = [c for c in grid.configs(budgets) if not wanted or c.name == "off" or any(w in c.name for w in wanted)]
+    configs = grid.made(budgets, subject.layers)
+    configs = [c for c in configs if not wanted or c.name == "off" or any(w in c.name for w in wanted)]
 
     # answers to other questions, or of other libraries, must not be mixed with these
     text, mmproj = subject.files

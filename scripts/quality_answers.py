@@ -161,9 +161,9 @@ def pictures(style: str, indices: range) -> np.ndarray:
     return out
 
 
-def described(measures: tuple[str, ...], i: int) -> bool:
-    """Whether scene i is described: every fifth, or each."""
-    return "every caption" in measures or ("captions" in measures and i % 5 == 0)
+def described(measures: tuple[str, ...], i: int, of_five: int) -> bool:
+    """Whether scene i is described: so many of five, or each."""
+    return "every caption" in measures or ("captions" in measures and i % 5 < of_five)
 
 
 def converse(reader: Reader, embd: np.ndarray, style: str, i: int) -> Iterator[Turn]:
@@ -221,7 +221,7 @@ def run(task: Task) -> tuple[Task, list[dict]]:
 
         if "facts" in measures:
             row["facts"] = [(q.kind, right(q)) for q in job.subject.facts(style, i)]
-        if described(measures, i):
+        if described(measures, i, job.subject.described):
             ((_, tokens, _),) = reader.talk(embd, [(job.subject.captions[0], None)])
             row |= {
                 "objects": objects(reader, tokens, style, i),

@@ -10,6 +10,7 @@ from quality_answers import BANDS
 
 OTHERS = ("paper", "fastv", "pyramiddrop", "random", "downsample")
 CURVES, FLOORS, LENGTHS = ("linear", "cosine", "exponential"), (0.5, 0.3, 0.1), (32, 64, 128)
+SCORES = ("text-mean", "text-max", "last-mean", "last-max", "last-mean-sum", "text-mean-sum")
 ANNEAL_SCORES = ("last-mean", "last-max", "text-max")  # beside the default, which is the schedule's own
 
 
@@ -20,6 +21,11 @@ class Config:
     name: str
     keys: tuple[tuple[str, native_runtime.Value], ...]
     against: dict[str, str]  # what it is compared with: the column's word, and that configuration's name
+
+    @property
+    def start(self) -> int:
+        """The first cut's layer, as far as it is asked for."""
+        return int(dict(self.keys).get("st3.start", 0))
 
 
 def config(name: str, against: dict[str, str] | None = None, **keys: native_runtime.Value) -> Config:
@@ -50,6 +56,20 @@ def method_grid(budgets: tuple[float, ...]) -> list[Config]:
             out.append(config(alone, against, preset=preset, budget=b))
             merging = {**against, "no merging": alone}
             out.append(config(f"{preset}, merging @ {b:g}", merging, preset=preset, budget=b, merge=True))
+    return out
+
+
+def layer_grid(budgets: tuple[float, ...]) -> list[Config]:
+    """Where the first cut is, how far the next ones are apart, and what scores are taken from, without annealing."""
+    out = [config("off")]
+    for b in budgets:
+        base = f"pvtp @ {b:g}"
+        out.append(config(base, {"off": "off"}, preset="pvtp", budget=b))
+        against = {"off": "off", "default": base}
+        others: dict[str, dict[str, native_runtime.Value]] = {f"start {n}": {"start": n} for n in range(1, 9)}
+        others |= {f"stride {n}": {"stride": n} for n in (1, 2, 4, 7)}
+        others |= {f"score {score}": {"score": score} for score in SCORES}
+        out += [config(f"{name} @ {b:g}", against, preset="pvtp", budget=b, **keys) for name, keys in others.items()]
     return out
 
 
@@ -107,6 +127,8 @@ def long_grid(budgets: tuple[float, ...]) -> list[Config]:
         against = {"off": "off", "no annealing": stay}
         out.append(config(f"st3 @ {b:g}", against, preset="st3", budget=b))
         out.append(config(f"st3 floor 0.3 @ {b:g}", against, preset="st3", budget=b, anneal_floor=0.3))
+        for n in (256, 512):
+            out.append(config(f"st3 along {n} @ {b:g}", against, preset="st3", budget=b, anneal_tokens=n))
     return out
 
 
@@ -131,6 +153,10 @@ class Grid:
     measures: tuple[str, ...]
     title: str
     legend: str
+
+    def made(self, budgets: tuple[float, ...], layers: int) -> list[Config]:
+        """Those whose first cut is early enough for their budget in a model of so many layers."""
+        return [c for c in self.configs(budgets) if c.start < dict(c.keys).get("st3.budget", 1.0) * layers]
 
 
 GRIDS = {
@@ -160,6 +186,15 @@ GRIDS = {
         "What the defaults were chosen among",
         "The preset `pvtp`, which is `st3` without annealing, ranked with distances; each other row changes one key. "
         "`@`: the budget. `- distance`: to the first row of the same budget; below zero, that one is better.",
+    ),
+    "layers": Grid(
+        layer_grid,
+        (0.3,),
+        100,
+        ("facts", "captions"),
+        "Where cuts are, and what they go by",
+        "The preset `pvtp`, which is `st3` without annealing, at the same budget; each other row changes one key. "
+        "`- default`: to the first row of the same budget; below zero, that one is better.",
     ),
     "anneal": Grid(
         anneal_grid,

@@ -31,6 +31,8 @@ class Subject(Protocol):
     """A model and its pictures. Scenes are numbered; a style is a way to draw them."""
 
     title: str
+    layers: int
+    described: int  # of five scenes, for how many a description is asked
     styles: tuple[str, ...]
     kinds: tuple[str, ...]  # of facts
     compared: tuple[str, ...]  # kinds that are compared apart
@@ -82,6 +84,8 @@ class Embedded:
     mmproj: Path = ROOT / "st3_edge" / "data" / "demo" / "mmproj-st3-demo-q8_0.gguf"
 
     title: ClassVar[str] = "embedded model"
+    layers: ClassVar[int] = 16
+    described: ClassVar[int] = 1
     styles: ClassVar[tuple[str, ...]] = ("known", "other", "gray")
     kinds: ClassVar[tuple[str, ...]] = ("color", "shape", "glyph", "count", "position", "presence")
     compared: ClassVar[tuple[str, ...]] = ("count",)
@@ -161,6 +165,8 @@ class Smol:
     state: Path
 
     title: ClassVar[str] = "SmolLM2 that sees"
+    layers: ClassVar[int] = 30
+    described: ClassVar[int] = 3
     styles: ClassVar[tuple[str, ...]] = ("known", "other")
     kinds: ClassVar[tuple[str, ...]] = tuple(GROUPS)
     compared: ClassVar[tuple[str, ...]] = ("count", "words", "places", "names")

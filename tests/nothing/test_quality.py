@@ -24,7 +24,7 @@ def resolve(config) -> schedule.Schedule:
 
 
 def configs(grid):
-    return GRIDS[grid].configs(GRIDS[grid].budgets)
+    return GRIDS[grid].made(GRIDS[grid].budgets, N_LAYER)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -37,7 +37,7 @@ def test_what_is_compared_is_in_the_grid(grid):
     assert len(files) == len(names), "two configurations would share their answers"
 
 
-@pytest.mark.parametrize("grid", ["quality", "methods", "choices"])
+@pytest.mark.parametrize("grid", ["quality", "methods", "choices", "layers"])
 def test_all_are_compared_at_the_same_cost(grid):
     # broken if a preset or a key left its budget
     for c in configs(grid)[1:]:
@@ -128,8 +128,15 @@ def test_what_was_asked_at_two_times_is_one_row():
     }
 
 
-def test_every_fifth_scene_is_described():
+def test_the_same_scenes_are_described_by_all():
     # broken if grids that ask less described other scenes: their rows would not be paired
-    some = [i for i in range(20) if quality_answers.described(("facts", "captions"), i)]
-    assert some == [0, 5, 10, 15] and all(quality_answers.described(("every caption",), i) for i in range(20))
-    assert not any(quality_answers.described(("facts",), i) for i in range(20))
+    some = [i for i in range(20) if quality_answers.described(("facts", "captions"), i, 1)]
+    assert some == [0, 5, 10, 15] and all(quality_answers.described(("every caption",), i, 1) for i in range(20))
+    assert [i for i in range(6) if quality_answers.described(("captions",), i, 3)] == [0, 1, 2, 5]
+    assert not any(quality_answers.described(("facts",), i, 5) for i in range(20))
+
+
+def test_a_first_cut_that_is_too_late_for_the_budget_is_left_out():
+    # broken if a short model were asked for what its schedule refuses, or a long one not for all
+    starts = [[c.start for c in GRIDS["layers"].made((0.3,), n) if c.name.startswith("start")] for n in (16, 30)]
+    assert starts == [[1, 2, 3, 4], list(range(1, 9))]
