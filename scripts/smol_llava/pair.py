@@ -212,7 +212,7 @@ def parity(trained: Trained, state: Path, prompts: int) -> dict:
         before = tokenizer.encode(smol.BEFORE_IMAGE).ids
         same, worst, done, i = 0, 0.0, 0, 0
         while done < prompts:
-            picture = np.asarray(scene(a, i).image)
+            picture = np.array(scene(a, i).image)
             image = sight.encode(picture)
             pixels = ((torch.from_numpy(picture).float() / 255 - MEAN) / STD).permute(2, 0, 1)[None]
             for q in held_out_questions(a, i, "known")[: prompts - done]:
