@@ -70,6 +70,13 @@ def file_of(folder: Path, c: Config) -> Path:
     return folder / ("_".join(f"{k.removeprefix('st3.')}={v}" for k, v in c.keys) + ".jsonl" if c.keys else "off.jsonl")
 
 
+def add_subject(parser: argparse.ArgumentParser) -> None:
+    """The options that `chosen` takes."""
+    parser.add_argument("--model", type=Path, help="another text model of the same training")
+    parser.add_argument("--mmproj", type=Path, help="its mmproj")
+    parser.add_argument("--smol", type=Path, metavar="STATE", help="ask the SmolLM2 whose assets are in this folder")
+
+
 def chosen(model: Path | None, mmproj: Path | None, smol: Path | None) -> Subject:
     """Whom to ask. Raises SystemExit where a file is missing."""
     if smol and not (model and mmproj):
@@ -98,9 +105,7 @@ def tasks(
 def main() -> None:
     """Parse the command line, run what is missing, write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="another text model of the same training")
-    parser.add_argument("--mmproj", type=Path)
-    parser.add_argument("--smol", type=Path, metavar="STATE", help="ask the SmolLM2 whose assets are in this folder")
+    add_subject(parser)
     parser.add_argument("--grid", choices=GRIDS, default="quality")
     parser.add_argument("--scenes", type=int, help="of each style; default: the grid's own")
     parser.add_argument("--first", type=int, default=20_000, help="number of the first scene")

@@ -66,6 +66,9 @@ class Subject(Protocol):
     def all_facts(self, style: str, i: int) -> list[Fact]:
         """What it may be asked besides."""
 
+    def looked_for(self, style: str, i: int) -> list[tuple[Fact, np.ndarray]]:
+        """Questions about things that are there, and the patches of these things, bool [24, 24]."""
+
     def pair(self, style: str, i: int) -> tuple[Fact, Fact] | None:
         """Two questions of one conversation about scene i, if it has such."""
 
@@ -128,6 +131,15 @@ class Embedded:
         import questions
 
         return [Fact(q.kind, q.text, q.answer) for q in questions.held_out_questions(i, style)]
+
+    def looked_for(self, style: str, i: int) -> list[tuple[Fact, np.ndarray]]:
+        import questions
+        import scenes
+
+        s = scenes.scene(i, style=style)
+        asked = [(q, [1 + s.things.index(t) for t in q.about]) for q in questions.held_out_questions(i, style)]
+        at = scenes.patch_things(s)
+        return [(Fact(q.kind, q.text, q.answer), np.isin(at, about)) for q, about in asked if about]
 
     def pair(self, style: str, i: int) -> tuple[Fact, Fact] | None:
         import questions
@@ -227,6 +239,18 @@ class Smol:
 
         group = {kind: name for name, kinds in GROUPS.items() for kind in kinds}
         return [Fact(group[q.kind], q.text, q.answer) for q in talk.held_out_questions(self.assets, i, style)]
+
+    def looked_for(self, style: str, i: int) -> list[tuple[Fact, np.ndarray]]:
+        import pictures
+
+        s = self.scene(style, i)
+        at, out = pictures.labels(s).thing, []
+        for q in self.all_facts(style, i):
+            told = f" {q.text} {q.answer} ".replace("?", " ")
+            about = [k for k, t in enumerate(s.things, 1) if f" {t.name} " in told or f'"{t.name}"' in told]
+            if about and q.answer not in ("yes", "no"):
+                out.append((q, np.isin(at, about)))
+        return out
 
     def pair(self, style: str, i: int) -> tuple[Fact, Fact] | None:
         *_, first, second = [None, None, *self.all_facts(style, i)]

@@ -13,7 +13,7 @@ def probabilities(q: Array, k: Array, mask: Array | None, scale: float) -> Array
     Consecutive query heads share a key head. `mask` [n_q, n_kv] is added; a row that sees nothing is zeros.
     """
     group = q.shape[0] // k.shape[0]
-    s = np.einsum("hqd,hkd->hqk", q.astype(np.float64), np.repeat(k.astype(np.float64), group, 0)) * scale
+    s = q.astype(np.float64) @ np.repeat(k.astype(np.float64), group, 0).swapaxes(1, 2) * scale
     if mask is not None:
         s = s + mask.astype(np.float64)
     top = s.max(-1, keepdims=True)

@@ -21,6 +21,7 @@ Readings, where the method leaves room:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -140,6 +141,15 @@ class Decoder:
         counts = rounding.stored(np.log(layer.weight), self.mask)
         mask = np.where(np.arange(n_kv)[None, :] > np.arange(n_kv - n, n_kv)[:, None], -np.inf, counts)
         return probabilities(q, layer.k, mask, self.scale)
+
+    def attention(self, pieces: list[Piece]) -> Iterator[Array]:
+        """For each layer in order, the probabilities [n_head, n_text, n] of the text rows behind the last image."""
+        x, n = self.embed(pieces), sum(len(p.embd) if isinstance(p, Image) else len(p) for p in pieces)
+        pos, none = np.arange(n), np.zeros((self.n_head_kv, 0, self.head))
+        for i in range(self.n_layer):
+            past = Layer(none, none, pos[:0], pos[:0], pos[:0])
+            x, q, layer = self._layer(i, x, pos, past, np.full(n, -1), np.ones(n), "F32")
+            yield self._attention(q[:, -len(pieces[-1]) :], layer)
 
     def _received(self, term: Term, q: Array, layer: Layer, n_text: int, n_visual: int) -> Array:
         """What a term makes of the attention that each visual token of the layer gets: [n_visual], 0 where dropped."""

@@ -216,6 +216,18 @@ def test_removed_tokens_are_unseen_from_then_on(decoder: llama.Decoder) -> None:
     assert llama.nmse(result.logits, decoder._logits(x[-1])) < 1e-9
 
 
+def test_attention_is_what_scores_are_taken_from(decoder: llama.Decoder) -> None:
+    """Breaks if a layer's probabilities were of other rows, or of another layer."""
+    pieces = prompt()
+    s = schedule.resolve(5, start=2, stride=2, keep=0.5, score="text-mean", rank="score")
+    cut = decoder.prefill(pieces, s).cuts[0]
+    seen = list(decoder.attention(pieces))
+    assert [p.shape for p in seen] == [(4, 3, 31)] * 5
+    assert all(np.allclose(p.sum(-1), 1) and not p[:, 0, -2:].any() for p in seen)
+    visual = [*range(2, 18), *range(19, 28)]
+    assert np.allclose(seen[1][:, :, visual].mean((0, 1)), cut.score, rtol=1e-6)
+
+
 def test_records_accumulate(decoder: llama.Decoder) -> None:
     """Breaks if the prefill, a step or a question is not one record each, or scores are not their mean."""
     s = schedule.resolve(5, start=2, stride=2, keep=0.5, anneal="cosine", score="last-mean", anneal_tokens=30)
