@@ -141,6 +141,7 @@ def write_text(trained: Trained, path: Path, file_type: str) -> None:
     kinds = {
         "F32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
         "F16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+        "BF16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
         "Q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
     }
     matrix, file_kind = kinds[file_type]
@@ -164,11 +165,11 @@ def write_text(trained: Trained, path: Path, file_type: str) -> None:
 
 
 def write_gguf(trained: Trained, folder: Path, file_type: str) -> tuple[Path, Path]:
-    """Everything that llama.cpp needs; returns the merged text model and the mmproj."""
+    """Everything that llama.cpp needs; returns the merged text model and the mmproj, which is F16 beside BF16."""
     folder.mkdir(parents=True, exist_ok=True)
     suffix = file_type.lower()
     text, mmproj = folder / f"smol-{suffix}.gguf", folder / f"mmproj-smol-{suffix}.gguf"
-    write_mmproj(trained, mmproj, file_type)
+    write_mmproj(trained, mmproj, "F16" if file_type == "BF16" else file_type)
     write_text(trained, text, file_type)
     if trained.lora:
         write_lora(trained, folder / "smol-lora-f16.gguf")
@@ -245,7 +246,7 @@ def main() -> None:
         if name != "parity":
             sub.add_argument("out", type=Path)
         if name == "gguf":
-            sub.add_argument("--type", default="Q8_0", choices=["F32", "F16", "Q8_0"])
+            sub.add_argument("--type", default="Q8_0", choices=["F32", "F16", "BF16", "Q8_0"])
     sub.add_argument("--prompts", type=int, default=100)
     args = parser.parse_args()
     if not args.state:
