@@ -23,7 +23,7 @@ from pictures import Scene, labels, scene
 from talk import Question, describe_question, description, held_out_questions
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from vision import DEVICE, SHAPE, WEIGHTS, Head, Words, patch_losses, pixels_of, shown, turns
+from vision import DEVICE, SHAPE, WEIGHTS, Head, Words, losses, pixels_of, turns
 
 PACKS = 2  # sets of questions that are kept for one picture
 SENTENCES = 0.3  # weight of a description's token; a short answer's is 1
@@ -31,11 +31,14 @@ PATCHES = 0.2  # weight of what every patch is asked
 
 
 class Pair(nn.Module):
-    """Encoder, projector and decoder, and the encoder's head."""
+    """Encoder, projector and decoder, and what patches are asked by: the encoder's head, embeddings of `words`."""
 
-    def __init__(self, decoder: llama.Decoder, things: int) -> None:
+    def __init__(self, decoder: llama.Decoder, things: int, words: list[int]) -> None:
         super().__init__()
         self.head = Head(things)
+        table = decoder.model.embed_tokens.weight[words].float()
+        self.register_buffer("table", table, persistent=False)
+        self.register_buffer("middle", table.mean(0), persistent=False)
         self.vision_model = modeling.VisionModel(SHAPE)
         self.projector = modeling.Projector(SHAPE)
         self.decoder = decoder
@@ -128,12 +131,13 @@ class Task:
     """What `loop.Loop` trains in these stages."""
 
     def __init__(self, assets: Assets, tokenizer, decoder: llama.Decoder, tokens: int, rates: dict[str, float]) -> None:
-        self.net = Pair(decoder.bfloat16(), len(assets.names)).to(DEVICE)
+        self.maker = Maker(assets, tokenizer)
+        self.net = Pair(decoder, len(assets.names), self.maker.words.ids).to(DEVICE)
+        decoder.bfloat16()
         for name, p in decoder.named_parameters():
             if "lora" in name:
                 p.data = p.data.float()
         self.part = rates
-        self.maker = Maker(assets, tokenizer)
         self.stream = Stream(self.maker, 0)
         self.layout = Layout(tokenizer, tokens)
         self.encode = torch.compile(self.net.vision_model.forward)
@@ -178,9 +182,9 @@ class Task:
         w = weight.to(DEVICE)[where]
         loss = (F.cross_entropy(logits, labels, reduction="none") * w).sum() / w.sum()
         right = (logits.argmax(-1) == labels)[w == 1].float().mean()
-        patches, shares = patch_losses(self.net.head, features, samples)
+        patches, shares = losses(self.net, features, samples)
         rest = sum(v * WEIGHTS[k] for k, v in patches.items())
-        log = {"answer_loss": round(loss.item(), 4), "tokens_right": round(right.item(), 3), **shown(shares)}
+        log = {"answer_loss": round(loss.item(), 4), "tokens_right": round(right.item(), 3), **shares}
         return loss + PATCHES * rest, log
 
     @torch.no_grad()

@@ -45,7 +45,12 @@ STAGES = (
     Stage("pooled", 2000, 8, 0.005, 30_000_000, "frozen", tokens=144, rank=24),
     Stage("full", 700, 8, 0.003, 40_000_000, "pooled", tokens=576, rank=24),
 )
-PARTS = {"": 1.0, "projector": 0.5, "vision_model": 0.4, "head": 0.4}  # shares of the rate, once the decoder is there
+PARTS = {
+    "decoder": 2.5,
+    "projector": 0.5,
+    "vision_model": 0.4,
+    "head": 0.4,
+}  # shares of the rate, once the decoder is there
 
 
 def load(path: Path) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from assets import COLORS, Assets
 from embedded import modeling
-from pictures import CHARS, LAYOUTS, SLOTS, Labels, Scene, labels, scene
+from pictures import CHARS, LAYOUTS, PLACES, SLOTS, Labels, Scene, labels, scene
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -27,6 +27,8 @@ SHAPE = modeling.Shape(
     vocab=49152, width=576, vision_width=320, vision_layers=8, vision_heads=5, vision_ffn=1280, context=8192
 )
 TOKENS = 6  # tokens of a name or word that are asked for
+TOLD = {"name": (0, TOKENS, 0.5), "place": (TOKENS, TOKENS + 2, 0.3), "ink": (TOKENS + 2, TOKENS + 3, 0.2)}
+"""What the projector's output tells of a patch: columns of `Sample.tokens` from, to; share of the loss."""
 COLOR_NAMES = list(COLORS)
 
 
@@ -40,7 +42,9 @@ class Words:
     @classmethod
     def of(cls, assets: Assets, tokenizer) -> Words:
         """All names, words, colours and digits of the assets."""
-        texts = sorted({*assets.names, *assets.words, *COLORS, *map(str, range(10)), ".", "total"})
+        texts = sorted(
+            {*assets.names, *assets.words, *COLORS, *" ".join(PLACES).split(), *map(str, range(10)), ".", "total"}
+        )
         coded = {t: tokenizer.encode(" " + t if not t.isdigit() and t != "." else t).ids for t in texts}
         ids = sorted({i for c in coded.values() for i in c})
         place = {i: k for k, i in enumerate(ids)}
@@ -64,18 +68,21 @@ class Sample:
     color: np.ndarray  # int64 [576]: 0 none
     chars: np.ndarray  # int64 [576, SLOTS]
     offset: np.ndarray  # float32 [576, 3]
-    tokens: np.ndarray  # int64 [576, TOKENS]: numbers of `Words`, -1 none
+    tokens: np.ndarray  # int64 [576, TOKENS + 3]: numbers of `Words`, -1 none; columns as TOLD has them
 
 
 def sample(s: Scene, found: Labels, assets: Assets, words: Words) -> Sample:
     """Labels as the losses take them."""
     n = len(s.things)
-    kind, color, tokens = np.zeros(n + 1, int), np.zeros(n + 1, int), np.full((n + 1, TOKENS), -1)
+    kind, color, tokens = np.zeros(n + 1, int), np.zeros(n + 1, int), np.full((n + 1, TOKENS + 3), -1)
     for k, t in enumerate(s.things, 1):
         kind[k] = len(assets.names) + 1 if t.word else assets.index[t.name]
         color[k] = 1 + COLOR_NAMES.index(t.color) if t.color else 0
-        spelled = words.spell(t.name)
-        tokens[k, : len(spelled)] = spelled
+        told = {"name": words.spell(t.name), "ink": words.spelled[t.color][:1] if t.color else []}
+        told["place"] = [words.spelled[w][0] for w in t.place.split()]
+        for part, spelled in told.items():
+            first = TOLD[part][0]
+            tokens[k, first : first + len(spelled)] = spelled
     at = found.thing.ravel()
     return Sample(
         np.asarray(s.image),
@@ -195,19 +202,26 @@ def token_losses(net: Trainee, features: Tensor, samples: list, seen: int) -> tu
     named = (tokens[:, 0] >= 0).nonzero()[:, 0]
     named = named[torch.randperm(len(named), device=DEVICE)[:seen]]
     y, tokens = net.projector(features.flatten(0, 1)[named]).float(), tokens[named]
-    share = (tokens >= 0).float()
+    there = tokens >= 0
+    share = torch.zeros(tokens.shape, device=DEVICE)
+    for first, last, weight in TOLD.values():
+        share[:, first:last] = weight * there[:, first:last] / there[:, first:last].sum(1, keepdim=True).clamp(min=1)
     share = share / share.sum(1, keepdim=True)
-    there = tokens.clamp(min=0)
+    at = tokens.clamp(min=0)
     scale = 1 / float(net.table.sub(net.middle).square().sum(1).mean())
     logp = (12 * scale * (y - net.middle) @ (net.table - net.middle).T).log_softmax(-1)
-    goal = (net.table[there] * share[..., None]).sum(1)
+    goal = (net.table[at] * share[..., None]).sum(1)
     out = {
-        "token": -(logp.gather(1, there) * share).sum(1).mean(),
+        "token": -(logp.gather(1, at) * share).sum(1).mean(),
         "embed": (y - goal).square().mean() / float(net.table.var()),
     }
-    match = (logp.argmax(-1)[:, None] == tokens).any(1).float()
+    # right is a token among as many best ones as are asked for
+    least = logp.topk(TOKENS + 3, 1).values.gather(1, there.sum(1, keepdim=True) - 1)
+    hit = (logp.gather(1, at) >= least) & there
     words = kind[named] == net.head.parts["thing"] - 1
-    return out, {"word_token": match[words].mean(), "name_token": match[~words].mean()}
+    right = {f"{k}_token": hit[:, a:b].sum() / there[:, a:b].sum() for k, (a, b, _) in TOLD.items()}
+    right["word_token"] = hit[words, :TOKENS].sum() / there[words, :TOKENS].sum()
+    return out, right
 
 
 def losses(net: Trainee, features: Tensor, samples: list, seen: int = 1536) -> tuple[dict, dict]:
