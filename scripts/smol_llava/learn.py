@@ -23,7 +23,7 @@ from pictures import Scene, labels, scene
 from talk import Question, describe_question, description, held_out_questions
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from vision import DEVICE, SHAPE, WEIGHTS, Head, Words, losses, pixels_of, turns
+from vision import DEVICE, SHAPE, WEIGHTS, Head, Table, Words, losses, pixels_of, turns
 
 PACKS = 2  # sets of questions that are kept for one picture
 SENTENCES = 0.3  # weight of a description's token; a short answer's is 1
@@ -33,12 +33,9 @@ PATCHES = 0.2  # weight of what every patch is asked
 class Pair(nn.Module):
     """Encoder, projector and decoder, and what patches are asked by: the encoder's head, embeddings of `words`."""
 
-    def __init__(self, decoder: llama.Decoder, things: int, words: list[int]) -> None:
+    def __init__(self, decoder: llama.Decoder, things: int, words: Words) -> None:
         super().__init__()
-        self.head = Head(things)
-        table = decoder.model.embed_tokens.weight[words].float()
-        self.register_buffer("table", table, persistent=False)
-        self.register_buffer("middle", table.mean(0), persistent=False)
+        self.head, self.table = Head(things), Table(words, decoder.model.embed_tokens.weight)
         self.vision_model = modeling.VisionModel(SHAPE)
         self.projector = modeling.Projector(SHAPE)
         self.decoder = decoder
@@ -132,7 +129,7 @@ class Task:
 
     def __init__(self, assets: Assets, tokenizer, decoder: llama.Decoder, tokens: int, rates: dict[str, float]) -> None:
         self.maker = Maker(assets, tokenizer)
-        self.net = Pair(decoder, len(assets.names), self.maker.words.ids).to(DEVICE)
+        self.net = Pair(decoder, len(assets.names), self.maker.words).to(DEVICE)
         decoder.bfloat16()
         for name, p in decoder.named_parameters():
             if "lora" in name:

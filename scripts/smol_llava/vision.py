@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,16 +128,29 @@ class Head(nn.Linear):
         super().__init__(SHAPE.vision_width, sum(self.parts.values()))
 
 
+class Table(nn.Module):
+    """The decoder's embeddings of `words`, float32 [n, 576], their mean, and which of them each part of TOLD may be."""
+
+    def __init__(self, words: Words, embeddings: Tensor) -> None:
+        super().__init__()
+        weight = embeddings[words.ids].float()
+        allowed = torch.zeros(len(TOLD), len(weight), dtype=torch.bool)
+        parts: dict[str, Iterable[str]] = {"name": words.spelled, "place": " ".join(PLACES).split(), "ink": COLORS}
+        for row, part in zip(allowed, TOLD, strict=True):
+            row[[i for text in parts[part] for i in words.spelled[text]]] = True
+        for name, value in (("weight", weight), ("middle", weight.mean(0)), ("allowed", allowed)):
+            self.register_buffer(name, value, persistent=False)
+
+
 class Trainee(nn.Module):
     """Encoder, projector and head."""
 
-    def __init__(self, things: int, table: Tensor) -> None:
+    def __init__(self, things: int, table: Table) -> None:
         super().__init__()
         self.vision_model = modeling.VisionModel(SHAPE)
         self.projector = modeling.Projector(SHAPE)
         self.head = Head(things)
-        self.register_buffer("table", table, persistent=False)  # float32 [tokens, 576]
-        self.register_buffer("middle", table.mean(0), persistent=False)
+        self.table = table
         self.start()
 
     def start(self) -> None:
@@ -152,8 +166,8 @@ class Trainee(nn.Module):
             if name.endswith(("out_proj.weight", "fc2.weight")):
                 p.data.mul_((2 * SHAPE.vision_layers) ** -0.5)
         nn.init.normal_(self.head.weight, std=0.02)
-        self.projector.linear_2.weight.data.mul_(float(self.table.std()))
-        self.projector.linear_2.bias.data.copy_(self.middle)
+        self.projector.linear_2.weight.data.mul_(float(self.table.weight.std()))
+        self.projector.linear_2.bias.data.copy_(self.table.middle)
         modeling.start_local(self.vision_model)
 
 
@@ -202,26 +216,30 @@ def token_losses(net: Trainee, features: Tensor, samples: list, seen: int) -> tu
     named = (tokens[:, 0] >= 0).nonzero()[:, 0]
     named = named[torch.randperm(len(named), device=DEVICE)[:seen]]
     y, tokens = net.projector(features.flatten(0, 1)[named]).float(), tokens[named]
-    there = tokens >= 0
-    share = torch.zeros(tokens.shape, device=DEVICE)
-    for first, last, weight in TOLD.values():
-        share[:, first:last] = weight * there[:, first:last] / there[:, first:last].sum(1, keepdim=True).clamp(min=1)
-    share = share / share.sum(1, keepdim=True)
-    at = tokens.clamp(min=0)
-    scale = 1 / float(net.table.sub(net.middle).square().sum(1).mean())
-    logp = (12 * scale * (y - net.middle) @ (net.table - net.middle).T).log_softmax(-1)
-    goal = (net.table[at] * share[..., None]).sum(1)
-    out = {
-        "token": -(logp.gather(1, at) * share).sum(1).mean(),
-        "embed": (y - goal).square().mean() / float(net.table.var()),
-    }
-    # right is a token among as many best ones as are asked for
-    least = logp.topk(TOKENS + 3, 1).values.gather(1, there.sum(1, keepdim=True) - 1)
-    hit = (logp.gather(1, at) >= least) & there
-    words = kind[named] == net.head.parts["thing"] - 1
-    right = {f"{k}_token": hit[:, a:b].sum() / there[:, a:b].sum() for k, (a, b, _) in TOLD.items()}
-    right["word_token"] = hit[words, :TOKENS].sum() / there[words, :TOKENS].sum()
-    return out, right
+    there, at = tokens >= 0, tokens.clamp(min=0)
+    spot = torch.where(there, tokens, len(net.table.weight))  # the last column is for what is not there
+    table = net.table.weight - net.table.middle
+    logits = 12 * (y - net.table.middle) @ table.T / float(table.square().sum(1).mean())
+    loss, right, goal = 0.0, {}, torch.zeros_like(y)
+    for (part, (first, last, weight)), allowed in zip(TOLD.items(), net.table.allowed, strict=True):
+        asked, its = there[:, first:last], at[:, first:last]
+        share = asked / asked.sum(1, keepdim=True).clamp(min=1)
+        # a name need not be louder than the place and the colour beside it
+        free = torch.cat([allowed, allowed[:1]]).expand(len(y), -1).clone()
+        free.scatter_(1, spot, False).scatter_(1, spot[:, first:last], True)
+        logp = logits.masked_fill(~free[:, :-1], -1e4).log_softmax(1)
+        loss = loss - weight * (logp.gather(1, its) * share).sum() / share.sum().clamp(min=1)
+        goal = goal + weight * (net.table.weight[its] * share[..., None]).sum(1)
+        # right is a token among as many best ones as are asked for
+        least = logp.topk(last - first, 1).values.gather(1, asked.sum(1, keepdim=True).clamp(min=1) - 1)
+        hit = (logp.gather(1, its) >= least) & asked
+        right[f"{part}_token"] = hit.sum() / asked.sum()
+        if part == "name":
+            words = kind[named] == net.head.parts["thing"] - 1
+            right["word_token"] = hit[words].sum() / asked[words].sum()
+    told = sum(w * there[:, a:b].any(1, keepdim=True) for a, b, w in TOLD.values())
+    embed = (y - goal / told).square().mean() / float(net.table.weight.var())
+    return {"token": loss, "embed": embed}, right
 
 
 def losses(net: Trainee, features: Tensor, samples: list, seen: int = 1536) -> tuple[dict, dict]:
@@ -240,7 +258,7 @@ class Task:
     """What `loop.Loop` trains in this stage: windows (attention within quarters of the picture) or all of it."""
 
     def __init__(self, assets: Assets, words: Words, table: Tensor, windows: bool, dense: float) -> None:
-        self.net = Trainee(len(assets.names), table[words.ids]).to(DEVICE)
+        self.net = Trainee(len(assets.names), Table(words, table)).to(DEVICE)
         self.windows = windows
         self.stream = Stream(assets, words, 0, dense)
         tower = self.net.vision_model

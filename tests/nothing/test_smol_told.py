@@ -17,6 +17,7 @@ pictures = pytest.importorskip("pictures")
 vision = pytest.importorskip("vision")
 
 SPELLED = {"fox": [0, 1], "stop": [2], "red": [3], "top": [4], "left": [5], "center": [6]}
+MORE = ("bottom", "right", *(c for c in vision.COLORS if c != "red"), "more")
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +44,16 @@ def test_a_patch_tells_name_place_and_ink(sample) -> None:
 def test_outputs_that_tell_all_are_all_right(sample) -> None:
     # broken by a share or a rank of what is not asked: nothing could reach the whole
     torch.manual_seed(8)
-    net = SimpleNamespace(table=torch.randn(20, 64), head=SimpleNamespace(parts={"thing": 3}))
-    net.middle = net.table.mean(0)
+    words = vision.Words(list(range(20)), {**SPELLED, **{w: [k] for k, w in enumerate(MORE, 7)}})
+    table = vision.Table(words, torch.randn(20, 64))
+    assert table.allowed.sum(1).tolist() == [20, 5, len(vision.COLORS)]
+    net = SimpleNamespace(table=table, head=SimpleNamespace(parts={"thing": 3}))
     asked = torch.from_numpy(sample.tokens)
-    mixed = torch.stack([net.table[row[row >= 0]].mean(0) if (row >= 0).any() else net.middle for row in asked])
+    mixed = torch.stack([table.weight[row[row >= 0]].mean(0) if (row >= 0).any() else table.middle for row in asked])
     net.projector = lambda x: mixed[x[:, 0].long()]
     features = torch.arange(576.0)[None, :, None]
     _, right = vision.token_losses(net, features, [sample], 99)
     assert {k: v.item() for k, v in right.items()} == {f"{k}_token": 1.0 for k in ("name", "place", "ink", "word")}
-    net.projector = lambda x: 2 * net.middle - net.table[[3] * len(x)]  # anything but red
+    net.projector = lambda x: 2 * table.middle - table.weight[[3] * len(x)]  # anything but red
     _, right = vision.token_losses(net, features, [sample], 99)
     assert right["ink_token"] == 0
