@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from assets import COLORS, Assets
 from embedded import modeling
-from pictures import CHARS, LAYOUTS, PLACES, SLOTS, Labels, Scene, labels, scene
+from pictures import CHARS, GRID, LAYOUTS, PLACES, SLOTS, Labels, Scene, labels, scene
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -124,7 +124,8 @@ class Head(nn.Linear):
     """What every patch is asked, in one matrix; dropped at export."""
 
     def __init__(self, things: int) -> None:
-        self.parts = {"thing": things + 2, "color": len(COLORS) + 1, "chars": SLOTS * (len(CHARS) + 1), "offset": 3}
+        self.parts = {"thing": things + 2, "color": len(COLORS) + 1, "chars": SLOTS * (len(CHARS) + 1)}
+        self.parts |= {"offset": 3, "center": 2}
         super().__init__(SHAPE.vision_width, sum(self.parts.values()))
 
 
@@ -180,7 +181,7 @@ def pixels_of(samples: list) -> Tensor:
     return ((x - MEAN.to(DEVICE)) / STD.to(DEVICE)).permute(0, 3, 1, 2)
 
 
-WEIGHTS = {"thing": 1.0, "token": 1.0, "chars": 2.0, "color": 0.3, "offset": 1.0, "embed": 0.5}
+WEIGHTS = {"thing": 1.0, "token": 1.0, "chars": 2.0, "color": 0.3, "offset": 1.0, "center": 3.0, "embed": 0.5}
 
 
 def together(samples: list, *names: str) -> list[Tensor]:
@@ -191,7 +192,7 @@ def together(samples: list, *names: str) -> list[Tensor]:
 def patch_losses(head: Head, features: Tensor, samples: list) -> tuple[dict, dict]:
     """What patches show: each loss, and shares of right labels. features [B, 576, width]."""
     kind, hue, text, place = together(samples, "thing", "color", "chars", "offset")
-    thing, color, chars, offset = head(features.flatten(0, 1)).float().split(list(head.parts.values()), -1)
+    thing, color, chars, offset, center = head(features.flatten(0, 1)).float().split(list(head.parts.values()), -1)
     on, word = kind > 0, thing.shape[-1] - 1
     out, right = {}, {}
     weight = torch.where(on, 1.0, 0.1)
@@ -206,7 +207,13 @@ def patch_losses(head: Head, features: Tensor, samples: list) -> tuple[dict, dic
     out["chars"] = (each * weight).sum() / weight.sum()
     right["char"] = (chars.argmax(-1) == text)[text > 0].float().mean()
     out["offset"] = F.smooth_l1_loss(offset[on], place[on], beta=0.1)
+    # without being asked where in the picture a thing is, the encoder forgets it
+    line = torch.arange(GRID, device=DEVICE)
+    here = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).flatten(0, 1).repeat(len(samples), 1)
+    middle = place[:, :2] + (here + 0.5 - GRID / 2) / 12  # from the picture's centre
+    out["center"] = F.smooth_l1_loss(center[on], middle[on], beta=0.1)
     right["off"] = (offset[on][:, :2] - place[on][:, :2]).abs().mean() * 12
+    right["far"] = (center[on] - middle[on]).abs().mean() * 12
     return out, right
 
 
@@ -267,7 +274,7 @@ class Task:
 
     def rates(self) -> dict[str, float]:
         """Each part's share of the rate. The projector's outputs are small: at the full rate it is noise."""
-        return {"": 1.0, "projector": 0.15}
+        return {"": 1.0, "projector": 0.3}
 
     def _features(self, samples: list[Sample], step: int) -> Tensor:
         pixels = pixels_of(samples)
