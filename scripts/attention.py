@@ -28,12 +28,14 @@ import native_vision
 import numpy as np
 import quality
 from quality_subjects import Subject
+from quality_tables import lines
 
 from st3_edge.native.machine import provenance
 
 sys.path.append(str(quality.ROOT / "tests"))
 from oracle.conversation import Image
 from oracle.llama import Decoder
+from oracle.schedule import best
 
 SCORES = ("text-mean", "text-max", "last-mean", "last-max")
 SHARE = 0.2  # of highest score
@@ -47,9 +49,7 @@ def scores(p: np.ndarray) -> dict[str, np.ndarray]:
 
 def found(score: np.ndarray, patches: np.ndarray) -> float:
     """Per cent of the patches (bool [n]) that are among the fifth of highest score."""
-    best = np.zeros(len(score), bool)
-    best[np.argsort(-score, kind="stable")[: round(SHARE * len(score))]] = True
-    return 100 * float((best & patches).sum() / patches.sum())
+    return 100 * float(patches[best(score, round(SHARE * len(score)))].sum() / patches.sum())
 
 
 def half(map_: np.ndarray) -> int:
@@ -65,15 +65,12 @@ def watch(subject: Subject, numbers: range) -> tuple[int, list[dict[str, float]]
     if folder is None:
         raise SystemExit("no native libraries: build the package or set ST3_LIB_DIR")
     rt, decoder = native_runtime.Runtime(folder), Decoder(text)
-    bos = []
     values: list[dict[str, list[float]]] = [defaultdict(list) for _ in range(subject.layers)]
     maps = np.zeros((subject.layers, 576))
     asked = 0
     with native_runtime.Model(rt, text) as model:
         vision = native_vision.Vision(model, mmproj, 2)
-        if rt.llama.llama_vocab_get_add_bos(model.vocab):
-            bos = [rt.llama.llama_vocab_bos(model.vocab)]
-        before = [*bos, *model.tokenize(subject.before)]
+        before = [*model.bos(), *model.tokenize(subject.before)]
         for i in numbers:
             style = subject.styles[i % len(subject.styles)]
             questions = [(q, at.ravel()) for q, at in subject.looked_for(style, i) if at.any()]
@@ -114,11 +111,12 @@ def page(result: dict) -> str:
         "it that goes to the five patches that get most over all pictures. A score: per cent of the patches of what is "
         "asked about that are among the fifth of highest score (chance: 20)."
     )
-    out += ["", f"`{result['command']}`, commit {result['commit']}, {result['processor']}.", ""]
-    out += ["| layer | " + " | ".join((*shares, *other)) + " |", "| " + " | ".join(["---"] * 10) + " |"]
-    for i, row in enumerate(result["layers"]):
-        cells = [f"{100 * row[k]:.1f}" for k in shares] + [f"{row[k]:.0f}" for k in other]
-        out.append(f"| {i} | " + " | ".join(cells) + " |")
+    out += ["", f"`{result['command']}`, commit {result['commit']}, {result['processor']}."]
+    cells = [
+        [str(i), *(f"{100 * row[k]:.1f}" for k in shares), *(f"{row[k]:.0f}" for k in other)]
+        for i, row in enumerate(result["layers"])
+    ]
+    out += lines(["layer", *shares, *other], cells)
     return "\n".join(out) + "\n"
 
 

@@ -161,6 +161,11 @@ class Model:
         n = self.rt.llama.llama_tokenize(self.vocab, raw, len(raw), out, len(out), False, special)
         return list(out[:n])
 
+    def bos(self) -> list[int]:
+        """What a prompt begins with: the BOS token where the file asks for it."""
+        llama = self.rt.llama
+        return [llama.llama_vocab_bos(self.vocab)] if llama.llama_vocab_get_add_bos(self.vocab) else []
+
     def text(self, tokens: Sequence[int]) -> str:
         """The text of tokens."""
         out, raw = C.create_string_buffer(256), b""

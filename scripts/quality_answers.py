@@ -60,8 +60,7 @@ class Reader:
         self.model = native_runtime.Model(rt, job.subject.files[0], keys)
         self.ctx = native_runtime.Context(self.model, n_ctx=1024, threads=job.threads)
         L = rt.llama
-        bos = [L.llama_vocab_bos(self.model.vocab)] if L.llama_vocab_get_add_bos(self.model.vocab) else []
-        self.before = [*bos, *self.model.tokenize(self.subject.before)]
+        self.before = [*self.model.bos(), *self.model.tokenize(self.subject.before)]
         self.eos = L.llama_vocab_eos(self.model.vocab)
 
     def prompt(self, embd: np.ndarray, question: str) -> list[st3.Piece]:

@@ -59,37 +59,39 @@ def method_grid(budgets: tuple[float, ...]) -> list[Config]:
     return out
 
 
+def one_changed(
+    base: str, b: float, word: str, others: dict[str, dict[str, native_runtime.Value]], **keys: native_runtime.Value
+) -> list[Config]:
+    """`pvtp` at a budget with these keys, by the name `base`; then each of the others, compared with it as `word`."""
+    first = config(f"{base} @ {b:g}", {"off": "off"}, preset="pvtp", budget=b, **keys)
+    against = {"off": "off", word: first.name}
+    rest = [
+        config(f"{name} @ {b:g}", against, preset="pvtp", budget=b, **{**keys, **own}) for name, own in others.items()
+    ]
+    return [first, *rest]
+
+
 def layer_grid(budgets: tuple[float, ...]) -> list[Config]:
     """Where the first cut is, how far the next ones are apart, and what scores are taken from, without annealing."""
-    out = [config("off")]
-    for b in budgets:
-        base = f"pvtp @ {b:g}"
-        out.append(config(base, {"off": "off"}, preset="pvtp", budget=b))
-        against = {"off": "off", "default": base}
-        others: dict[str, dict[str, native_runtime.Value]] = {f"start {n}": {"start": n} for n in range(1, 9)}
-        others |= {f"stride {n}": {"stride": n} for n in (1, 2, 4, 7)}
-        others |= {f"score {score}": {"score": score} for score in SCORES}
-        out += [config(f"{name} @ {b:g}", against, preset="pvtp", budget=b, **keys) for name, keys in others.items()]
-    return out
+    others: dict[str, dict[str, native_runtime.Value]] = {f"start {n}": {"start": n} for n in range(1, 9)}
+    others |= {f"stride {n}": {"stride": n} for n in (1, 2, 4, 7)}
+    others |= {f"score {score}": {"score": score} for score in SCORES}
+    return [config("off"), *(c for b in budgets for c in one_changed("pvtp", b, "default", others))]
 
 
 def choice_grid(budgets: tuple[float, ...]) -> list[Config]:
     """What the defaults were chosen among, without annealing, at the same budget."""
     out = [config("off")]
     for b in budgets:
-        rank: dict[str, native_runtime.Value] = {"rank": "distance"}
-        others = {
+        others: dict[str, dict[str, native_runtime.Value]] = {
             "rank score": {"rank": "score"},
-            "stride 1": {**rank, "stride": 1},
-            **{f"min_share {share:g}": {**rank, "min_share": share} for share in (0.2 * b, 0.35 * b)},
-            **{f"score {score}": {**rank, "score": score} for score in ("last-mean-sum", "text-max")},
-            "coverage 0.25": {**rank, "coverage": 0.25},
-            "no merging": {**rank, "merge": False},
+            "stride 1": {"stride": 1},
+            **{f"min_share {share:g}": {"min_share": share} for share in (0.2 * b, 0.35 * b)},
+            **{f"score {score}": {"score": score} for score in ("last-mean-sum", "text-max")},
+            "coverage 0.25": {"coverage": 0.25},
+            "no merging": {"merge": False},
         }
-        base = f"rank distance @ {b:g}"
-        out.append(config(base, {"off": "off"}, preset="pvtp", budget=b, **rank))
-        against = {"off": "off", "distance": base}
-        out += [config(f"{name} @ {b:g}", against, preset="pvtp", budget=b, **keys) for name, keys in others.items()]
+        out += one_changed("rank distance", b, "distance", others, rank="distance")
     return out
 
 

@@ -13,13 +13,16 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from st3_edge import demo
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
 sys.path += [str(SCRIPTS / "embedded_model"), str(SCRIPTS / "smol_llava")]
+import questions  # noqa: E402
+import scenes  # noqa: E402
 
 
-@dataclasses.dataclass(frozen=True)
-class Fact:
+class Fact(Protocol):
     """A question with one right short answer, and its kind."""
 
     kind: str
@@ -83,15 +86,16 @@ class Subject(Protocol):
 class Embedded:
     """The embedded model: drawn shapes and glyphs (scripts/embedded_model)."""
 
-    model: Path = ROOT / "st3_edge" / "data" / "demo" / "st3-demo-q8_0.gguf"
-    mmproj: Path = ROOT / "st3_edge" / "data" / "demo" / "mmproj-st3-demo-q8_0.gguf"
+    model: Path = dataclasses.field(default_factory=lambda: demo.model_paths()[0])
+    mmproj: Path = dataclasses.field(default_factory=lambda: demo.model_paths()[1])
 
     title: ClassVar[str] = "embedded model"
     layers: ClassVar[int] = 16
     described: ClassVar[int] = 1
-    styles: ClassVar[tuple[str, ...]] = ("known", "other", "gray")
-    kinds: ClassVar[tuple[str, ...]] = ("color", "shape", "glyph", "count", "position", "presence")
+    styles: ClassVar[tuple[str, ...]] = tuple(scenes.STYLES)
+    kinds: ClassVar[tuple[str, ...]] = questions.KINDS
     compared: ClassVar[tuple[str, ...]] = ("count",)
+    captions: ClassVar[tuple[str, ...]] = questions.CAPTION_WORDS
     before: ClassVar[str] = "USER: "
 
     @property
@@ -106,12 +110,6 @@ class Embedded:
     def asked_by(self) -> list[Path]:
         return [SCRIPTS / "embedded_model" / "questions.py"]
 
-    @property
-    def captions(self) -> tuple[str, ...]:
-        import questions
-
-        return questions.CAPTION_WORDS
-
     def after(self, question: str) -> str:
         return f"\n{question} ASSISTANT:"
 
@@ -119,8 +117,6 @@ class Embedded:
         return f"USER: {question} ASSISTANT:"
 
     def image(self, style: str, i: int) -> np.ndarray:
-        import scenes
-
         return np.asarray(scenes.scene(i, style=style).image)
 
     def facts(self, style: str, i: int) -> list[Fact]:
@@ -128,34 +124,21 @@ class Embedded:
         return [asked[i % len(asked)]]
 
     def all_facts(self, style: str, i: int) -> list[Fact]:
-        import questions
-
-        return [Fact(q.kind, q.text, q.answer) for q in questions.held_out_questions(i, style)]
+        return questions.held_out_questions(i, style)
 
     def looked_for(self, style: str, i: int) -> list[tuple[Fact, np.ndarray]]:
-        import questions
-        import scenes
-
         s = scenes.scene(i, style=style)
-        asked = [(q, [1 + s.things.index(t) for t in q.about]) for q in questions.held_out_questions(i, style)]
         at = scenes.patch_things(s)
-        return [(Fact(q.kind, q.text, q.answer), np.isin(at, about)) for q, about in asked if about]
+        asked = questions.held_out_questions(i, style)
+        return [(q, np.isin(at, [1 + s.things.index(t) for t in q.about])) for q in asked if q.about]
 
     def pair(self, style: str, i: int) -> tuple[Fact, Fact] | None:
-        import questions
-
-        found = questions.held_out_pair(i, style)
-        return found and tuple(Fact(q.kind, q.text, q.answer) for q in found)
+        return questions.held_out_pair(i, style)
 
     def right(self, said: str, answer: str) -> bool:
-        import questions
-
         return questions.answer_right(said, answer)
 
     def objects(self, said: str, style: str, i: int) -> tuple[int, int, int]:
-        import questions
-        import scenes
-
         return questions.caption_objects(said, scenes.scene(i, style=style))
 
 
@@ -238,7 +221,8 @@ class Smol:
         import talk
 
         group = {kind: name for name, kinds in GROUPS.items() for kind in kinds}
-        return [Fact(group[q.kind], q.text, q.answer) for q in talk.held_out_questions(self.assets, i, style)]
+        asked = talk.held_out_questions(self.assets, i, style)
+        return [dataclasses.replace(q, kind=group[q.kind]) for q in asked]
 
     def looked_for(self, style: str, i: int) -> list[tuple[Fact, np.ndarray]]:
         import pictures
