@@ -59,7 +59,7 @@ def keys(budget: float) -> dict[str, native_runtime.Value]:
 def pieces(model: Model, number: int, embd: np.ndarray) -> list:
     """The prompt of a picture: its first question."""
     question = questions.held_out_questions(number)[0].text
-    before = [model.rt.llama.llama_vocab_bos(model.vocab), *model.tokenize("USER: ")]
+    before = [*model.bos(), *model.tokenize("USER: ")]
     return [before, Image(embd, 24, 24), model.tokenize(f"\n{question} ASSISTANT:")]
 
 

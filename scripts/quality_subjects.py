@@ -202,6 +202,7 @@ class Smol:
 
         return smol.next_turn(question)
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019  (there is one, as long as the process)
     def scene(self, style: str, i: int):
         """Scene i."""
         import pictures
@@ -221,7 +222,7 @@ class Smol:
         import talk
 
         group = {kind: name for name, kinds in GROUPS.items() for kind in kinds}
-        asked = talk.held_out_questions(self.assets, i, style)
+        asked = talk.held_out_questions(self.scene(style, i), i, style, self.assets.names)
         return [dataclasses.replace(q, kind=group[q.kind]) for q in asked]
 
     def looked_for(self, style: str, i: int) -> list[tuple[Fact, np.ndarray]]:

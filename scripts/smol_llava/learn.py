@@ -65,8 +65,9 @@ class Maker:
 
     def held_out(self, index: int, style: str) -> Sample:
         """A held-out scene with its short answers, each on its own."""
-        asked = [[q] for q in held_out_questions(self.assets, index, style)]
-        return self.sample(scene(self.assets, index, "held-out", style), [blocks(asked, self.tokenizer)])
+        s = scene(self.assets, index, "held-out", style)
+        asked = [[q] for q in held_out_questions(s, index, style, self.assets.names)]
+        return self.sample(s, [blocks(asked, self.tokenizer)])
 
     def described(self, index: int) -> Sample:
         """A held-out scene with its description."""

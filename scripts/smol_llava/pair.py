@@ -213,10 +213,11 @@ def parity(trained: Trained, state: Path, prompts: int) -> dict:
         before = tokenizer.encode(smol.BEFORE_IMAGE).ids
         same, worst, done, i = 0, 0.0, 0, 0
         while done < prompts:
-            picture = np.array(scene(a, i).image)
+            s = scene(a, i)
+            picture = np.array(s.image)
             image = sight.encode(picture)
             pixels = ((torch.from_numpy(picture).float() / 255 - MEAN) / STD).permute(2, 0, 1)[None]
-            for q in held_out_questions(a, i, "known")[: prompts - done]:
+            for q in held_out_questions(s, i, "known", a.names)[: prompts - done]:
                 after = tokenizer.encode("\n" + smol.turn(q.text)).ids
                 ctx.clear()
                 if ctx.prefill([before, image, after]):

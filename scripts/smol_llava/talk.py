@@ -12,8 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from assets import Assets
-from pictures import SIDE, Scene, Thing, scene
+from pictures import SIDE, Scene, Thing
 
 KINDS = ("what", "where", "count", "color", "relation", "presence", "read", "price", "cell", "size")
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -295,10 +294,9 @@ def questions(s: Scene, rng: random.Random, names: list[str], n: int) -> list[Qu
     return out
 
 
-def held_out_questions(assets: Assets, index: int, style: str, n: int = 8) -> list[Question]:
-    """The questions that go with a held-out scene: always the same ones."""
-    s = scene(assets, index, "held-out", style)
-    return questions(s, random.Random(f"talk held-out {style} {index}"), assets.names, n)
+def held_out_questions(s: Scene, index: int, style: str, names: list[str]) -> list[Question]:
+    """The questions that go with held-out scene `index` of a style: always the same ones."""
+    return questions(s, random.Random(f"talk held-out {style} {index}"), names, 8)
 
 
 def describe_question(rng: random.Random) -> str:
