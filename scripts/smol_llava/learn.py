@@ -103,26 +103,27 @@ class Layout:
         self.pad = -(len(self.before) + tokens) % 16
         n = self.n = self.pad + len(self.before) + tokens
         g, k = int(tokens**0.5), int((576 // tokens) ** 0.5)
-        line = torch.arange(g) * k + (k - 1) / 2
+        line = torch.arange(g, device=DEVICE) * k + (k - 1) / 2
         seen = len(self.before) + (line[:, None] * 24 + line).flatten()
-        self.places = torch.cat([torch.zeros(self.pad), torch.arange(len(self.before)), seen])
-        self.first = torch.full((n, n), -1e4).triu(1)
+        before = torch.arange(len(self.before), device=DEVICE)
+        self.places = torch.cat([torch.zeros(self.pad, device=DEVICE), before, seen])
+        self.first = torch.full((n, n), -1e4, device=DEVICE).triu(1)
         self.first[:, : self.pad] = -1e4
 
     def feed(self, packs: list[Pack]) -> dict[str, Tensor]:
         """ids, labels [B, T]; cos, sin, first and rest as `Decoder.hidden` takes them, bf16."""
         ids, labels, block, offset = (
-            torch.from_numpy(np.stack([getattr(p, k) for p in packs])) for k in ("ids", "labels", "block", "offset")
+            torch.from_numpy(np.stack([getattr(p, k) for p in packs])).to(DEVICE)
+            for k in ("ids", "labels", "block", "offset")
         )
         places = torch.cat([self.places.expand(len(packs), -1), len(self.before) + 576 + offset], 1)
         cos, sin = modeling.rope(places, llama.HEAD, llama.THETA)
-        own = (block[:, :, None] == block[:, None, :]) & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
-        picture = torch.zeros(len(packs), ids.shape[1], self.n)
+        own = (block[:, :, None] == block[:, None, :]).tril()
+        picture = self.first.new_zeros(len(packs), ids.shape[1], self.n)
         picture[:, :, : self.pad] = -1e4
         rest = torch.cat([picture, torch.where(own, 0.0, -1e4)], 2)[:, None]
         half = {"cos": cos, "sin": sin, "first": self.first, "rest": rest}
-        half = {k: v.bfloat16() for k, v in half.items()}
-        return {k: v.to(DEVICE) for k, v in {"ids": ids, "labels": labels, **half}.items()}
+        return {"ids": ids, "labels": labels, **{k: v.bfloat16() for k, v in half.items()}}
 
 
 class Task:
@@ -167,7 +168,7 @@ class Task:
         where = put["labels"] >= 0
         return h[where], put["labels"][where], where
 
-    def loss(self, samples: list[Sample], step: int) -> tuple[Tensor, dict]:
+    def loss(self, samples: list[Sample], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to go down, and what to log."""
         packs = [self.rng.choice(s.packs) for s in samples]
         features = self.encode(pixels_of(samples))
@@ -182,8 +183,7 @@ class Task:
         right = (logits.argmax(-1) == labels)[w == 1].float().mean()
         patches, shares = losses(self.net, features, samples)
         rest = sum(v * WEIGHTS[k] for k, v in patches.items())
-        log = {"answer_loss": round(loss.item(), 4), "tokens_right": round(right.item(), 3), **shares}
-        return loss + PATCHES * rest, log
+        return loss + PATCHES * rest, {"answer_loss": loss, "tokens_right": right, **shares}
 
     @torch.no_grad()
     def right(self, samples: list[Sample]) -> list[list[tuple[str, bool]]]:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from vision import DEVICE
 
-SAVE_SECONDS, LOG_STEPS, EVAL_STEPS = 180, 20, 500
+SAVE_SECONDS, LOG_STEPS = 180, 20
 
 
 def is_matrix(name: str, p: nn.Parameter) -> bool:
@@ -34,13 +34,13 @@ def keep(batch: list) -> list:
 class Loop:
     """One stage in progress: a `train.Stage`, and what it trains.
 
-    `task` has `net`, `stream`, `rates`, `loss` and `evaluate`; `fresh` is the share of a batch not seen before.
+    `task` has `net`, `stream`, `rates`, `loss` and `evaluate`.
     """
 
-    def __init__(self, task: Any, stage: Any, state: Path, workers: int = 1, fresh: float = 0.5) -> None:
-        self.task, self.name, self.steps, self.batch, self.fall = task, stage.name, stage.steps, stage.batch, stage.fall
+    def __init__(self, task: Any, stage: Any, state: Path, workers: int = 1) -> None:
+        self.task, self.stage, self.name, self.batch = task, stage, stage.name, stage.batch
         self.workers = workers
-        self.fresh = max(1, round(stage.batch * fresh))
+        self.fresh = max(1, round(stage.batch * stage.fresh))
         self.file, self.log = state / f"{self.name}.pt", state / "log.jsonl"
         self.rng = random.Random(self.name)
         self.step, self.spent = 0, 0.0
@@ -61,10 +61,10 @@ class Loop:
             self.load()
 
     @staticmethod
-    def finished(state: Path, name: str, steps: int) -> bool:
-        """Whether a stage has done its steps."""
+    def finished(state: Path, name: str) -> bool:
+        """Whether a stage came to its end."""
         file = state / f"{name}.pt"
-        return file.exists() and torch.load(file, map_location="cpu", weights_only=True)["step"] >= steps
+        return file.exists() and torch.load(file, map_location="cpu", weights_only=True)["over"]
 
     def load(self) -> None:
         """Go on from the checkpoint."""
@@ -86,6 +86,7 @@ class Loop:
             "optimizers": [o.state_dict() for o in self.optimizers],
             "step": self.step,
             "spent": self.spent,
+            "over": self.done() == 1,
         }
         new = self.file.with_suffix(".new")
         torch.save(content, new)
@@ -99,7 +100,12 @@ class Loop:
 
     def rate(self) -> float:
         """The share of the peak rate."""
-        return min(1.0, (self.step + 1) / 100, 0.02 + 0.98 * (1 - self.step / self.steps) / self.fall)
+        return min(1.0, (self.step + 1) / 100, 0.02 + 0.98 * (1 - self.done()) / self.stage.fall)
+
+    def done(self) -> float:
+        """The share of the stage that is done, 1 at its end."""
+        spent = self.spent / self.stage.seconds if self.stage.seconds else 0.0
+        return min(1.0, max(self.step / self.stage.steps, spent))
 
     def run(self) -> None:
         """Train to the end of the stage."""
@@ -109,8 +115,8 @@ class Loop:
         )
         seen: list = []
         began = last = time.time()
-        pictures = 0
-        while self.step < self.steps:
+        before, pictures = self.spent, 0
+        while self.done() < 1:
             new = next(loader)
             batch = new + self.rng.sample(seen, min(len(seen), self.batch - len(new)))
             for s in new:
@@ -130,17 +136,19 @@ class Loop:
                 o.zero_grad(set_to_none=True)
             self.step += 1
             pictures += len(batch)
+            now = time.time()
+            self.spent, began = self.spent + now - began, now
             if self.step % LOG_STEPS == 0:
-                now = time.time()
-                row = {"loss": round(loss.item(), 4), **shown, "norm": round(float(norm), 2), "rate": round(share, 3)}
-                self.write({**row, "pictures_a_second": round(pictures / (now - began), 2)})
-                self.spent += now - began
-                began, pictures = now, 0
-            if self.step % EVAL_STEPS == 0 or self.step == self.steps:
+                row = {k: round(v.item(), 4) for k, v in {"loss": loss, **shown, "norm": norm}.items()}
+                speed = pictures / (self.spent - before)
+                self.write({**row, "rate": round(share, 3), "pictures_a_second": round(speed, 2)})
+                before, pictures = self.spent, 0
+            each, over = self.stage.evaluate, self.done() == 1
+            if each and (over or self.step % each == 0):
                 with torch.autocast(DEVICE.type, torch.bfloat16):
                     self.write({"held_out": self.task.evaluate(self.batch)})
                 began = time.time()
-            if time.time() - last > SAVE_SECONDS or self.step == self.steps:
+            if over or time.time() - last > SAVE_SECONDS:
                 self.save()
                 last = time.time()
         del loader

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import assets
@@ -33,6 +34,9 @@ class Stage:
     start: str | None = None  # the stage whose weights it starts from
     windows: bool = False  # attention within quarters of the picture
     fall: float = 0.3  # the last part of the stage, over which the rate falls to nothing
+    seconds: float = 0  # it ends after so many, whatever its steps; 0: by its steps
+    fresh: float = 0.5  # share of a batch that was not seen before
+    evaluate: int = 500  # steps from one evaluation to the next; 0: none
     dense: float = 0.0  # share of crowds and pages
     tokens: int = 0  # visual tokens that the decoder sees; 0: no decoder
     rank: int = 0  # of the LoRA; 0: the decoder is frozen
@@ -51,6 +55,18 @@ PARTS = {
     "vision_model": 0.4,
     "head": 0.4,
 }  # shares of the rate, once the decoder is there
+
+
+def changed(items: list[str]) -> list[Stage]:
+    """The stages with `STAGE.FIELD=VALUE` of each item in place. Raises ValueError where one makes no sense."""
+    stages, kinds = {s.name: s for s in STAGES}, {"int": int, "float": float}
+    for item in items:
+        match = re.fullmatch(r"(\w+)\.(\w+)=(.+)", item)
+        kind = kinds.get(next((f.type for f in fields(Stage) if match and f.name == match[2]), ""))
+        if not match or match[1] not in stages or kind is None:
+            raise ValueError(f"not STAGE.FIELD=VALUE of a number: {item!r}")
+        stages[match[1]] = replace(stages[match[1]], **{match[2]: kind(match[3])})
+    return list(stages.values())
 
 
 def load(path: Path) -> dict[str, torch.Tensor]:
@@ -85,23 +101,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--state", type=Path, default=os.environ.get("ST3_SMOL_STATE"), help="where everything is kept")
     parser.add_argument("--stage", choices=[s.name for s in STAGES], help="only this stage")
+    parser.add_argument(
+        "--change", nargs="+", default=[], metavar="STAGE.FIELD=VALUE", help="as pooled.steps=700 full.batch=48"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes")
-    parser.add_argument(
-        "--steps",
-        default="",
-        help="other numbers of steps, as windows=2500,pooled=1000; the rate falls over a stage's last 30 %%",
-    )
     args = parser.parse_args()
     if not args.state:
         parser.error("name the folder for data and checkpoints: --state DIR")
-    steps = {k: int(v) for k, v in (item.split("=") for item in args.steps.split(",") if item)}
-    if strange := set(steps) - {s.name for s in STAGES}:
-        parser.error(f"no such stage: {', '.join(sorted(strange))}")
+    try:
+        stages = changed(args.change)
+    except ValueError as e:
+        parser.error(str(e))
     state = Path(args.state)
     torch.set_num_threads(args.threads)
-    for stage in (replace(s, steps=steps.get(s.name, s.steps)) for s in STAGES):
-        if args.stage in (None, stage.name) and not Loop.finished(state, stage.name, stage.steps):
+    for stage in stages:
+        if args.stage in (None, stage.name) and not Loop.finished(state, stage.name):
             Loop(task(stage, state), stage, state, args.workers).run()
 
 

@@ -250,15 +250,10 @@ def token_losses(net: Trainee, features: Tensor, samples: list, seen: int) -> tu
 
 
 def losses(net: Trainee, features: Tensor, samples: list, seen: int = 1536) -> tuple[dict, dict]:
-    """All of them; shares as rounded numbers."""
+    """All of them."""
     patches, tokens = patch_losses(net.head, features, samples), token_losses(net, features, samples, seen)
     out, right = ({**p, **t} for p, t in zip(patches, tokens, strict=True))
-    return out, shown(right)
-
-
-def shown(shares: dict[str, Tensor]) -> dict[str, float]:
-    """For the log."""
-    return {k: round(v.item(), 3) for k, v in shares.items()}
+    return out, right
 
 
 class Task:
@@ -280,11 +275,11 @@ class Task:
         pixels = pixels_of(samples)
         return self.encode(pixels, 6 * (step % 2)) if self.windows else self.encode(pixels)
 
-    def loss(self, samples: list[Sample], step: int) -> tuple[Tensor, dict]:
+    def loss(self, samples: list[Sample], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to go down, and what to log."""
         found, right = losses(self.net, self._features(samples, step), samples)
         total = sum(found[k] * w for k, w in WEIGHTS.items())
-        return total, {**{f"{k}_loss": round(v.item(), 4) for k, v in found.items()}, **right}
+        return total, {**{f"{k}_loss": v for k, v in found.items()}, **right}
 
     @torch.no_grad()
     def evaluate(self, batch: int, n: int = 48) -> dict:
@@ -298,5 +293,5 @@ class Task:
             for k in range(0, n, batch):
                 part = self.held_out[style][k : k + batch]
                 rows.append(losses(self.net, self._features(part, 0), part, 10**6)[1])
-            out[style] = {k: round(float(np.nanmean([r[k] for r in rows])), 3) for k in rows[0]}
+            out[style] = {k: round(float(np.nanmean([r[k].item() for r in rows])), 3) for k in rows[0]}
         return out
