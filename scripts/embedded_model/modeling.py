@@ -44,6 +44,7 @@ class Shape:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax attention [B, H, Tq, D]; `mask` is added to the logits and broadcasts to [B, H, Tq, Tk]."""
     if q.is_cuda:  # there without a matrix of all logits in memory
+        mask = mask if mask is None else mask.to(q.dtype).expand(*q.shape[:3], k.shape[2])
         return F.scaled_dot_product_attention(q, k, v, mask)
     s = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5)
     if mask is not None:
