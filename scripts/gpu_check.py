@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from st3_edge.native.machine import provenance, usable_cpus  # noqa: E402
 
-PACKAGES = ("numpy", "pytest", "hypothesis", "PIL", "gguf", "jinja2")  # what the steps import
+PACKAGES = ("numpy", "pytest", "hypothesis", "PIL", "gguf", "jinja2", "platformdirs")  # what the steps import
 KERNEL_FOR = {"f16", "q8_0"}
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 

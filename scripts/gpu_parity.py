@@ -49,7 +49,8 @@ NEAR_TIE = 1e-3
 HIDE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES")
 # NumPy's OpenBLAS chooses kernels by the CPU, too, and is wrong about emulated ones
 OPENBLAS = {"OPENBLAS_NUM_THREADS": "1", "OPENBLAS_CORETYPE": "PRESCOTT"}
-WHERE = {"cpu": dict.fromkeys(HIDE, ""), "gpu": {"ST3_GPU_LAYERS": "999"}}
+# ggml has cuBLAS multiply F32 as TF32, which rounds to 11 bits
+WHERE = {"cpu": dict.fromkeys(HIDE, ""), "gpu": {"ST3_GPU_LAYERS": "999", "NVIDIA_TF32_OVERRIDE": "0"}}
 
 
 def keys(budget: float) -> dict[str, native_runtime.Value]:
