@@ -11,6 +11,7 @@ from quality_answers import BANDS
 OTHERS = ("paper", "fastv", "pyramiddrop", "random", "downsample")
 CURVES, FLOORS, LENGTHS = ("linear", "cosine", "exponential"), (0.5, 0.3, 0.1), (32, 64, 128)
 SCORES = ("text-mean", "text-max", "last-mean", "last-max", "last-mean-sum", "text-mean-sum")
+ONE_CUT = 1000  # layers from the first cut to the next: there is none
 ANNEAL_SCORES = ("last-mean", "last-max", "text-max")  # beside the default, which is the schedule's own
 
 
@@ -72,10 +73,18 @@ def one_changed(
 
 
 def layer_grid(budgets: tuple[float, ...]) -> list[Config]:
-    """Where the first cut is, how far the next ones are apart, and what scores are taken from, without annealing."""
+    """Where the first cut is, whether and where more follow, and what they go by, without annealing."""
+    one: dict[str, native_runtime.Value] = {"start": 1, "stride": ONE_CUT}
     others: dict[str, dict[str, native_runtime.Value]] = {f"start {n}": {"start": n} for n in range(1, 9)}
+    others |= {f"one cut after {n}": {"start": n, "stride": ONE_CUT} for n in range(1, 9)}
     others |= {f"stride {n}": {"stride": n} for n in (1, 2, 4, 7)}
     others |= {f"score {score}": {"score": score} for score in SCORES}
+    others |= {f"one cut, score {score}": {**one, "score": score} for score in SCORES if "-sum" not in score}
+    others |= {
+        "one cut, no merging": {**one, "merge": False},
+        "one cut, rank score": {**one, "rank": "score"},
+        "one cut, evenly": {**one, "coverage": 1.0},
+    }
     return [config("off"), *(c for b in budgets for c in one_changed("pvtp", b, "default", others))]
 
 
