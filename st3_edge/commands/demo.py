@@ -28,43 +28,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Shows pictures to the small model that comes with the package, streams its answers, and measures what ST3 "
         "saves on this machine. Takes less than a minute."
     )
-    parser.add_argument(
-        "--smol",
-        action="store_true",
-        help="show SmolLM2-135M instead, a pretrained language model that learned to see; its text model is in the "
-        f"package {demo.SMOL_PACKAGE.replace('_', '-')}, which is not installed by itself",
-    )
 
 
-def main(console: Console, arguments: argparse.Namespace) -> int:
-    """Asks a model about its pictures, and shows beside the answers what ST3 did; returns the exit code."""
-    return run(console, lambda: _show(console, arguments.smol))
+def main(console: Console, _: argparse.Namespace) -> int:
+    """Asks the embedded model about its pictures, and shows beside the answers what ST3 did; returns the exit code."""
+    return run(console, lambda: _show(console))
 
 
-def _show(console: Console, smol: bool) -> int:
+def _show(console: Console) -> int:
     from ..llava import Llava
 
-    files = demo.smol_paths() if smol else demo.model_paths()
-    model, mmproj, *lora = files
-    size = sum(path.stat().st_size for path in files) / 1e6
-    if smol:
-        console.say(f"SmolLM2-135M, which learned to see pictures like these: {size:.0f} MB.")
-    else:
-        console.say(
-            f"The embedded model: a LLaVA of {size:.0f} MB, trained from scratch on rendered scenes like these."
-        )
+    model, mmproj = demo.model_paths()
+    size = sum(path.stat().st_size for path in (model, mmproj)) / 1e6
+    console.say(f"The embedded model: a LLaVA of {size:.0f} MB, trained from scratch on rendered scenes like these.")
     console.say(
         "ST3 drops visual tokens between the decoder's layers while the prompt is read; the kept stand for all.\n"
     )
 
     console.stage("loading the model")
-    with (
-        Llava(model, mmproj, lora=lora) as st3,
-        Llava(model, mmproj, ST3Config(preset="off"), lora=lora) as off,
-    ):
+    with Llava.demo() as st3, Llava.demo(ST3Config(preset="off")) as off:
         console.stage(None)
         right = asked = 0
-        scenes = demo.scenes(demo.SMOL_FOLDER if smol else demo.FOLDER)[:_SCENES]
+        scenes = demo.scenes()[:_SCENES]
         for scene in scenes:
             console.say(console.strong(str(scene.picture)))
             for question, expected in scene.questions[:_QUESTIONS]:
