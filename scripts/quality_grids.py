@@ -79,7 +79,7 @@ def layer_grid(budgets: tuple[float, ...]) -> list[Config]:
     others |= {f"one cut after {n}": {"start": n, "stride": ONE_CUT} for n in range(1, 9)}
     others |= {f"stride {n}": {"stride": n} for n in (1, 2, 4, 7)}
     others |= {f"score {score}": {"score": score} for score in SCORES}
-    others |= {f"one cut, score {score}": {**one, "score": score} for score in SCORES if "-sum" not in score}
+    others |= {f"one cut, score {score}": {**one, "score": score} for score in SCORES[1:] if "-sum" not in score}
     others |= {
         "one cut, no merging": {**one, "merge": False},
         "one cut, rank score": {**one, "rank": "score"},
