@@ -55,14 +55,14 @@ constexpr double   DEFAULT_ANNEAL_FLOOR  = 0.5;
 
 const preset PRESETS[] = {
   // name          start    stride   keep  min  least score            coverage  random  merge  distance anneal
-    {"st3",          0.125, 0.125,     -1.0, 1, true,  DEFAULT_SCORE, 0.0, false, true,  true,  ST3_CURVE_LINEAR},
-    { "pvtp",        0.125, 0.125,     -1.0, 1, true,  DEFAULT_SCORE, 0.0, false, true,  true,  ST3_CURVE_NONE  },
-    { "paper",       3,     ONE_LAYER, -1.0, 1, false, "last-mean",   0.0, false, false, false, ST3_CURVE_LINEAR},
-    { "fastv",       3,     NO_MORE,   0.5,  1, false, "last-mean",   0.0, false, false, false, ST3_CURVE_NONE  },
-    { "pyramiddrop", 0.25,  0.25,      0.5,  1, false, "last-mean",   0.0, false, false, false, ST3_CURVE_NONE  },
-    { "vtw",         0.5,   NO_MORE,   0.0,  0, false, "last-mean",   0.0, false, false, false, ST3_CURVE_NONE  },
-    { "random",      0.125, 0.125,     -1.0, 1, true,  "",            0.0, true,  false, false, ST3_CURVE_NONE  },
-    { "downsample",  0.125, 0.125,     -1.0, 1, true,  DEFAULT_SCORE, 1.0, false, false, false, ST3_CURVE_NONE  },
+    {"st3",          ONE_LAYER, NO_MORE,   -1.0, 1, true,  DEFAULT_SCORE, 0.0, false, true,  true,  ST3_CURVE_LINEAR},
+    { "pvtp",        ONE_LAYER, NO_MORE,   -1.0, 1, true,  DEFAULT_SCORE, 0.0, false, true,  true,  ST3_CURVE_NONE  },
+    { "paper",       3,         ONE_LAYER, -1.0, 1, false, "last-mean",   0.0, false, false, false, ST3_CURVE_LINEAR},
+    { "fastv",       3,         NO_MORE,   0.5,  1, false, "last-mean",   0.0, false, false, false, ST3_CURVE_NONE  },
+    { "pyramiddrop", 0.25,      0.25,      0.5,  1, false, "last-mean",   0.0, false, false, false, ST3_CURVE_NONE  },
+    { "vtw",         0.5,       NO_MORE,   0.0,  0, false, "last-mean",   0.0, false, false, false, ST3_CURVE_NONE  },
+    { "random",      ONE_LAYER, NO_MORE,   -1.0, 1, true,  "",            0.0, true,  false, false, ST3_CURVE_NONE  },
+    { "downsample",  ONE_LAYER, NO_MORE,   -1.0, 1, true,  DEFAULT_SCORE, 1.0, false, false, false, ST3_CURVE_NONE  },
 };
 
 [[noreturn]] void fail(const std::string & what) { throw std::invalid_argument("st3: " + what); }

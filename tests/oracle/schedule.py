@@ -189,14 +189,14 @@ def resolve(
         raise ValueError(f"no schedule for preset {preset!r}")
     if budget is not None and keep is not None:
         raise ValueError("budget and keep exclude each other")
-    eighth, quarter = max(1, n_layer // 8), max(1, n_layer // 4)
+    quarter = max(1, n_layer // 4)
     d_start, d_stride, d_keep, d_min, sure, d_score, d_coverage = {
         "paper": (3, 1, None, 1, False, "last-mean", 0.0),
         "fastv": (3, n_layer, 0.5, 1, False, "last-mean", 0.0),
         "pyramiddrop": (quarter, quarter, 0.5, 1, False, "last-mean", 0.0),
         "vtw": (max(1, n_layer // 2), n_layer, 0.0, 0, False, "last-mean", 0.0),
-        "downsample": (eighth, eighth, None, 1, True, DEFAULT_SCORE, 1.0),
-    }.get(preset, (eighth, eighth, None, 1, True, DEFAULT_SCORE, 0.0))
+        "downsample": (1, n_layer, None, 1, True, DEFAULT_SCORE, 1.0),
+    }.get(preset, (1, n_layer, None, 1, True, DEFAULT_SCORE, 0.0))
     if keep is None and budget is None:
         keep, budget = d_keep, 0.20 if d_keep is None else None
     if budget is not None:
