@@ -14,7 +14,8 @@ def test_budget_of_the_design() -> None:
     cuts = schedule.cut_layers(32, 4, 4)
     assert cuts == (3, 7, 11, 15, 19, 23, 27)
     assert schedule.mean_share(32, cuts, 0.6) == pytest.approx(0.307, abs=5e-4)
-    assert schedule.resolve(32, keep=0.6).counts(576) == [346, 208, 125, 75, 45, 27, 16]
+    assert schedule.resolve(32, keep=0.6, start=4, stride=4).counts(576) == [346, 208, 125, 75, 45, 27, 16]
+    assert schedule.resolve(32, budget=0.2).per_layer([576]) == [576] + 31 * [100]  # 1 + 31 * 0.174 of 32
 
 
 def test_solved_keep_gives_the_budget() -> None:
@@ -30,11 +31,11 @@ def test_solved_keep_gives_the_budget() -> None:
 def test_no_layer_is_starved() -> None:
     """Breaks if a layer is left with less than half of what the layers after the first cut have on average."""
     for n_layer, budget in ((32, 0.3), (16, 0.3), (40, 0.1), (22, 0.05), (32, 0.5)):
-        s = schedule.resolve(n_layer, budget=budget)
-        assert s.cuts[0] + 1 <= max(1, n_layer * budget / 2)
+        s = schedule.resolve(n_layer, budget=budget, start=max(1, int(n_layer * budget / 2)), stride=n_layer // 8)
         after = s.per_layer([576])[s.cuts[0] + 1 :]
         assert min(after) >= 0.5 * sum(after) / len(after) - 2
         assert s.target(576, min(after), 10**6) == min(after)
+    assert schedule.resolve(40, "paper", budget=0.1).cuts[0] + 1 == 2  # half of the budget
     assert schedule.resolve(16, budget=0.1).min_share == pytest.approx(0.03)  # of a mean of 0.04
     assert schedule.resolve(16, budget=0.07).min_share == pytest.approx(0.75 * 0.12 / 15)
     assert schedule.resolve(32, keep=0.6).min_share == schedule.resolve(32, "fastv", budget=0.4).min_share == 0.0

@@ -49,8 +49,8 @@ R = TypeVar("R", bound=Result)
 
 
 def default_starts(n_layer: int) -> list[int]:
-    """Up to three eighths of the layers: with a later start even the smallest budget is large."""
-    return _fractions(n_layer, (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8))
+    """From the first layer to three eighths of them: with a later start even the smallest budget is large."""
+    return _fractions(n_layer, (0, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8))
 
 
 def default_strides(n_layer: int) -> list[int]:
@@ -63,12 +63,11 @@ def _fractions(n_layer: int, shares: Iterable[float]) -> list[int]:
 
 
 def shapes(starts: Iterable[int], strides: Iterable[int], n_layer: int) -> list[Shape]:
-    """All of them that cut between layers, the one nearest to an eighth and an eighth of the layers, which are the
-    presets', first. `starts` and `strides` are at least 1."""
-    middle = max(1, n_layer // 8)
+    """All of them that cut between layers, the one nearest to one cut after the first layer, which is the presets',
+    first. `starts` and `strides` are at least 1."""
 
     def distance(shape: Shape) -> tuple[float, Shape]:
-        return abs(math.log2(shape.start / middle)) + abs(math.log2(shape.stride / middle)), shape
+        return math.log2(shape.start) + math.log2(n_layer / shape.stride), shape
 
     # A stride beyond the last layer is one cut, as that of all layers is.
     every = {Shape(start, min(stride, n_layer)) for start in starts for stride in strides if start < n_layer}
