@@ -1,6 +1,6 @@
 """Answers on held-out scenes at each budget: ST3, other methods, and the baselines that cost the same.
 
-python scripts/quality.py [--grid quality|methods|choices|layers|anneal|tiles|long] [--scenes N] [--first N] [--jobs 2]
+python scripts/quality.py [--grid quality|methods|choices|anneal|tiles|long] [--scenes N] [--first N] [--jobs 2]
 python scripts/quality.py --short   # some minutes: a few scenes, two budgets; prints and writes nothing
 
 Runs the embedded model, or with --smol the SmolLM2 of scripts/smol_llava, on scenes of every drawing style; all but

@@ -10,9 +10,7 @@ from quality_answers import BANDS
 
 OTHERS = ("paper", "fastv", "pyramiddrop", "random", "downsample")
 CURVES, FLOORS, LENGTHS = ("linear", "cosine", "exponential"), (0.5, 0.3, 0.1), (32, 64, 128)
-SCORES = ("text-mean", "text-max", "last-mean", "last-max", "last-mean-sum", "text-mean-sum")
-ONE_CUT = 1000  # layers from the first cut to the next: there is none
-ANNEAL_SCORES = ("last-mean", "last-max", "text-max")  # beside the default, which is the schedule's own
+OTHER_SCORES = ("text-max", "last-mean", "last-max")  # beside the default, text-mean
 
 
 @dataclass(frozen=True)
@@ -60,47 +58,19 @@ def method_grid(budgets: tuple[float, ...]) -> list[Config]:
     return out
 
 
-def one_changed(
-    base: str, b: float, word: str, others: dict[str, dict[str, native_runtime.Value]], **keys: native_runtime.Value
-) -> list[Config]:
-    """`pvtp` at a budget with these keys, by the name `base`; then each of the others, compared with it as `word`."""
-    first = config(f"{base} @ {b:g}", {"off": "off"}, preset="pvtp", budget=b, **keys)
-    against = {"off": "off", word: first.name}
-    rest = [
-        config(f"{name} @ {b:g}", against, preset="pvtp", budget=b, **{**keys, **own}) for name, own in others.items()
-    ]
-    return [first, *rest]
-
-
-def layer_grid(budgets: tuple[float, ...]) -> list[Config]:
-    """Where the first cut is, whether and where more follow, and what they go by, without annealing."""
-    one: dict[str, native_runtime.Value] = {"start": 1, "stride": ONE_CUT}
-    others: dict[str, dict[str, native_runtime.Value]] = {f"start {n}": {"start": n} for n in range(1, 9)}
-    others |= {f"one cut after {n}": {"start": n, "stride": ONE_CUT} for n in range(1, 9)}
-    others |= {f"stride {n}": {"stride": n} for n in (1, 2, 4, 7)}
-    others |= {f"score {score}": {"score": score} for score in SCORES}
-    others |= {f"one cut, score {score}": {**one, "score": score} for score in SCORES[1:] if "-sum" not in score}
-    others |= {
-        "one cut, no merging": {**one, "merge": False},
-        "one cut, rank score": {**one, "rank": "score"},
-        "one cut, evenly": {**one, "coverage": 1.0},
-    }
-    return [config("off"), *(c for b in budgets for c in one_changed("pvtp", b, "default", others))]
-
-
 def choice_grid(budgets: tuple[float, ...]) -> list[Config]:
-    """What the defaults were chosen among, without annealing, at the same budget."""
+    """What the defaults were chosen among, without annealing: where cuts are, and what the default's one goes by."""
+    others: dict[str, dict[str, native_runtime.Value]] = {f"one cut after {n}": {"start": n} for n in range(2, 9)}
+    others |= {f"after 1 and every {n}": {"stride": n} for n in (1, 2, 4, 7, 15)}
+    others |= {f"every {n}": {"start": n, "stride": n} for n in (2, 3, 4)}
+    others |= {f"score {score}": {"score": score} for score in OTHER_SCORES}
+    others |= {"rank score": {"rank": "score"}, "no merging": {"merge": False}}
+    others |= {f"coverage {share:g}": {"coverage": share} for share in (0.25, 1.0)}
     out = [config("off")]
     for b in budgets:
-        others: dict[str, dict[str, native_runtime.Value]] = {
-            "rank score": {"rank": "score"},
-            "stride 1": {"stride": 1},
-            **{f"min_share {share:g}": {"min_share": share} for share in (0.2 * b, 0.35 * b)},
-            **{f"score {score}": {"score": score} for score in ("last-mean-sum", "text-max")},
-            "coverage 0.25": {"coverage": 0.25},
-            "no merging": {"merge": False},
-        }
-        out += one_changed("rank distance", b, "distance", others, rank="distance")
+        out.append(config(f"default @ {b:g}", {"off": "off"}, preset="pvtp", budget=b))
+        against = {"off": "off", "default": out[-1].name}
+        out += [config(f"{name} @ {b:g}", against, preset="pvtp", budget=b, **keys) for name, keys in others.items()]
     return out
 
 
@@ -124,7 +94,7 @@ def anneal_grid(budgets: tuple[float, ...]) -> list[Config]:
             out.append(config(f"{name} random", against, **keys, anneal_score="random"))
             out.append(config(name, {**against, "random": f"{name} random"}, **keys))
             if (curve, floor, tokens) == middle:
-                for s in ANNEAL_SCORES:
+                for s in OTHER_SCORES:
                     out.append(config(f"{name} {s}", {**against, "random": f"{name} random"}, **keys, anneal_score=s))
     return out
 
@@ -191,25 +161,17 @@ GRIDS = {
     ),
     "choices": Grid(
         choice_grid,
-        (0.2, 0.1),
+        (0.3, 0.2),
         100,
         ("facts", "captions"),
         "What the defaults were chosen among",
-        "The preset `pvtp`, which is `st3` without annealing, ranked with distances; each other row changes one key. "
-        "`@`: the budget. `- distance`: to the first row of the same budget; below zero, that one is better.",
-    ),
-    "layers": Grid(
-        layer_grid,
-        (0.3,),
-        100,
-        ("facts", "captions"),
-        "Where cuts are, and what they go by",
-        "The preset `pvtp`, which is `st3` without annealing, at the same budget; each other row changes one key. "
+        "The preset `pvtp`, which is `st3` without annealing: one cut after the first layer. Each other row changes "
+        "what it says: layers count from 1 here; `coverage 1`: evenly spread, whatever the score. `@`: the budget. "
         "`- default`: to the first row of the same budget; below zero, that one is better.",
     ),
     "anneal": Grid(
         anneal_grid,
-        (0.2,),
+        (0.5, 0.2),
         20,
         ("every caption",),
         "Descriptions under annealing",
@@ -228,7 +190,7 @@ GRIDS = {
     ),
     "long": Grid(
         long_grid,
-        (0.2,),
+        (0.5, 0.2),
         20,
         ("long",),
         "Long conversations about one picture",

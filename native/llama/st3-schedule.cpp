@@ -44,7 +44,7 @@ struct preset {
     st3_curve    anneal;
 };
 
-constexpr double DEFAULT_BUDGET = 0.20;
+constexpr double DEFAULT_BUDGET = 0.50;
 constexpr double NO_MORE        = 1.0;   // a stride of all layers: one cut only
 constexpr double ONE_LAYER      = 1e-9;  // a stride of a layer: a cut after each
 

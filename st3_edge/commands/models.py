@@ -56,7 +56,7 @@ def main(console: Console, arguments: argparse.Namespace) -> int:
 def pruning(schedule: Mapping[str, object]) -> str:
     """What the `st3.*` keys of a file say, for a person."""
     if not schedule:
-        return "default schedule (preset st3, budget 0.2)"
+        return "default schedule"
     if schedule.get("st3.preset") == "off":
         return "off, by its file"
     words = [

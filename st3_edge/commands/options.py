@@ -90,7 +90,7 @@ def add_schedule(parser: argparse.ArgumentParser, *, budget: bool = True) -> arg
             "--budget",
             type=float,
             metavar="B",
-            help="share of the visual tokens that the layers keep on average, above 0 to 1 (0.2, unless the model "
+            help="share of the visual tokens that the layers keep on average, above 0 to 1 (0.5, unless the model "
             "file says otherwise)",
         )
     first.add_argument(

@@ -37,7 +37,7 @@ def test_what_is_compared_is_in_the_grid(grid):
     assert len(files) == len(names), "two configurations would share their answers"
 
 
-@pytest.mark.parametrize("grid", ["quality", "methods", "choices", "layers"])
+@pytest.mark.parametrize("grid", ["quality", "methods", "choices"])
 def test_all_are_compared_at_the_same_cost(grid):
     # broken if a preset or a key left its budget
     for c in configs(grid)[1:]:
@@ -138,5 +138,5 @@ def test_the_same_scenes_are_described_by_all():
 
 def test_a_first_cut_that_is_too_late_for_the_budget_is_left_out():
     # broken if a short model were asked for what its schedule refuses, or a long one not for all
-    starts = [[c.start for c in GRIDS["layers"].made((0.3,), n) if c.name.startswith("start")] for n in (16, 30)]
-    assert starts == [[1, 2, 3, 4], list(range(1, 9))]
+    starts = [[c.start for c in GRIDS["choices"].made((0.3,), n) if c.name.startswith("one cut")] for n in (16, 30)]
+    assert starts == [[2, 3, 4], list(range(2, 9))]

@@ -198,7 +198,7 @@ def resolve(
         "downsample": (1, n_layer, None, 1, True, DEFAULT_SCORE, 1.0),
     }.get(preset, (1, n_layer, None, 1, True, DEFAULT_SCORE, 0.0))
     if keep is None and budget is None:
-        keep, budget = d_keep, 0.20 if d_keep is None else None
+        keep, budget = d_keep, 0.50 if d_keep is None else None
     if budget is not None:
         if not 0 < budget <= 1:
             raise ValueError(f"budget {budget} out of range")
