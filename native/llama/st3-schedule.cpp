@@ -35,7 +35,7 @@ struct preset {
     double       stride;
     double       keep;  // < 0: solved from the budget
     uint32_t     min_keep;
-    bool         sure;  // of a min_share, where a budget is given
+    bool         sure;  // of a min_share, where a budget is given and there are several cuts
     const char * score;
     double       coverage;
     bool         random;
@@ -355,7 +355,7 @@ st3_schedule st3_make_schedule(const meta_map & meta, uint32_t n_layer) {
     s.vision_fast = vision_type == 1;
 
     s.cuts = cut_layers(s.start, s.stride, n_layer);
-    if (solved && p->sure && s.start < n_layer) {
+    if (solved && p->sure && s.cuts.size() > 1) {
         s.min_share = default_min_share(std::max(0.0, budget * n_layer - s.start) / (n_layer - s.start));
     }
     get_number(meta, "st3.min_share", 0, 1, s.min_share);

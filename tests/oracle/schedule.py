@@ -213,7 +213,7 @@ def resolve(
         raise ValueError(f"no layer follows a cut after layer {start - 1}")
     if min_share is None:
         after, min_share = n_layer - start, 0.0
-        if sure and budget is not None and after:
+        if sure and budget is not None and len(cuts) > 1:
             mean = max(0.0, budget * n_layer - start) / after
             min_share = max(mean / 2, min(0.03, 0.75 * mean))
     if not 0 <= min_share <= 1:
