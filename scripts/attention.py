@@ -132,8 +132,8 @@ def main() -> None:
     asked, layers = watch(subject, range(args.first, args.first + args.scenes))
     result = {"title": subject.title, "questions": asked, "first": args.first, **provenance(), "layers": layers}
     out = args.out or quality.ROOT / "docs" / "results" / ("smol-attention" if args.smol else "attention")
-    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    out.with_suffix(".md").write_text(page(result))
+    out.with_name(out.name + ".json").write_text(json.dumps(result, indent=1) + "\n")
+    out.with_name(out.name + ".md").write_text(page(result))
     print(page(result))
 
 

@@ -167,8 +167,8 @@ def main() -> None:
     if not args.short:
         out = args.out or ROOT / "docs" / "results" / (f"smol-{args.grid}" if args.smol else args.grid)
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps({**about, "rows": results}, indent=1) + "\n")
-        out.with_suffix(".md").write_text(page)
+        out.with_name(out.name + ".json").write_text(json.dumps({**about, "rows": results}, indent=1) + "\n")
+        out.with_name(out.name + ".md").write_text(page)
     print(page)
 
 
