@@ -130,9 +130,9 @@ def commit() -> str:
 
 
 def provenance() -> dict[str, str | None]:
-    """What goes beside figures that a script of this project writes: its command, the commit, the compiler of the
-    native libraries in use, and the processor."""
-    script, *arguments = sys.argv
+    """What goes beside figures that a script of this project writes: its command, where absolute paths are names alone,
+    the commit, the compiler of the native libraries in use, and the processor."""
+    script, *arguments = (Path(a).name if Path(a).is_absolute() else a for a in sys.argv)
     return {
         "command": f"python scripts/{Path(script).name} {shlex.join(arguments)}".rstrip(),
         "commit": commit(),
