@@ -119,10 +119,10 @@ class Seen:
         schedule, anneal, kv = report.schedule, report.schedule.anneal, report.kv_bytes_end
         if report.mode == "off":
             return [("Visual tokens", f"{self.given:,}"), ("Model", self.model)]
-        cuts = f"{'cut' if len(schedule.cuts) == 1 else 'cuts'} after layer {', '.join(map(str, schedule.cuts)) or 'none'}"
+        cuts = ", ".join(map(str, schedule.cuts)) or "none"
         over = f"{anneal.curve}, to {anneal.floor:g} of what prefill kept, over {anneal.tokens} tokens"
         return [
-            ("Schedule", f"preset {schedule.preset}, {cuts}"),
+            ("Schedule", f"preset {schedule.preset}, cut after layer {cuts}"),
             ("Rank", f"{schedule.rank} {schedule.score or 'none'}, coverage {schedule.coverage:g}"),
             ("Merging", "kept tokens stand for the others" if schedule.merge else "none"),
             ("Annealing", "none" if anneal.curve == "none" else over),
