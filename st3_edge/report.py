@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 
@@ -118,6 +118,12 @@ class Report:
     reused: int
     kv_bytes_end: KVBytes
     trace: Trace | None = None
+
+    @property
+    def stages(self) -> list[range]:
+        """The decoder layers of each stage."""
+        bounds = [0, *(cut + 1 for cut in self.schedule.cuts), len(self.visual_tokens.per_layer)]
+        return [range(a, b) for a, b in pairwise(bounds)]
 
     @classmethod
     def from_native(

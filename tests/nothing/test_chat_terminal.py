@@ -102,10 +102,12 @@ def test_wrapping_changes_spaces_alone(text, width, step):
 
 
 def test_the_map_of_what_was_kept():
-    # broken if rows and columns were swapped, or what had left were shown as held
-    left = [[-1] * 4, [-1, 0, 0, 0], [-1, 3, 0, 0]]
-    assert terminal.kept_map(4, left, 0) == ["██░░", "░░░░"]
-    assert terminal.kept_map(3, left, 0) == []
+    # broken if rows and columns were swapped, what had left were shown as held, or a stage of one layer as one of many
+    left = [[-1] * 4, [-1, 0, -1, 0], [-1, 3, -1, 0]]
+    stages = [range(1), range(1, 3), range(3, 8)]
+    assert terminal.kept_map(4, left, stages, 0) == ["██  ", "██  "]
+    assert terminal.kept_map(4, left[::-1], stages, 0) == ["██▒▒", "██▒▒"]
+    assert terminal.kept_map(3, left, stages, 0) == []
 
 
 def test_several_lines_between_fences(monkeypatch):

@@ -19,6 +19,7 @@ from ...prompts.messages import parts_of
 from ...runtime import state
 from .. import loading, options, which
 from ..console import Console, run
+from ..inspect.seen import layers
 from ..parser import suggestion
 from . import lines, paths, saved, terminal
 
@@ -230,11 +231,11 @@ class Chat:
             return
         first = 0
         for number, n in enumerate(trace.images, 1):
-            for line in terminal.kept_map(n, trace.left, first):
+            for line in terminal.kept_map(n, trace.left, report.stages, first):
                 self._console.note(line)
-            held = [sum(stage[i] < 0 for i in range(first, first + n)) for stage in trace.left]
-            seen = ", ".join(map(str, held))
-            self._console.note(f"picture {number}: of {n} visual tokens each stage of layers still saw {seen}")
+            held = [sum(of[i] < 0 for i in range(first, first + n)) for of in trace.left]
+            seen = ", ".join(f"{layers(stage)} {m}" for stage, m in zip(report.stages, held, strict=True))
+            self._console.note(f"picture {number}: of {n} visual tokens still seen at the end: {seen}")
             first += n
         self._console.note("(the brighter a patch, the more of the model's layers still saw it)")
 

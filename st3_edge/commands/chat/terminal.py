@@ -95,10 +95,10 @@ def thumbnail(source: str) -> bytes:
     return out.getvalue()
 
 
-def kept_map(n: int, left: list[list[int]], first: int) -> list[str]:
+def kept_map(n: int, left: list[list[int]], stages: list[range], first: int) -> list[str]:
     """Lines that show which of a picture's `n` visual tokens the layers still held when an answer ended: the brighter a
-    patch, the more stages held it. left: a trace's; first: the index of the picture's first token. [] where the patches
-    are no square."""
+    patch, the more layers held it. left: a trace's; stages: the layers of each; first: the index of the picture's first
+    token. [] where the patches are no square."""
     side = round(n**0.5)
     if side * side != n or not left:
         return []
@@ -108,7 +108,7 @@ def kept_map(n: int, left: list[list[int]], first: int) -> list[str]:
         row = ""
         for x in range(side):
             index = first + y * side + x
-            share = sum(stage[index] < 0 for stage in left) / len(left)
+            share = sum(len(stage) for stage, of in zip(stages, left, strict=True) if of[index] < 0) / stages[-1].stop
             row += shades[round(share * (len(shades) - 1))] * 2  # a character is twice as high as wide
         lines.append(row)
     return lines

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +59,7 @@ class Seen:
     @property
     def stages(self) -> list[range]:
         """The layers of each stage."""
-        bounds = [0, *(cut + 1 for cut in self.report.schedule.cuts), len(self.report.visual_tokens.per_layer)]
-        return [range(a, b) for a, b in pairwise(bounds)]
+        return self.report.stages
 
     @functools.cached_property
     def left(self) -> npt.NDArray[np.int64]:
