@@ -234,8 +234,8 @@ class Chat:
             for line in terminal.kept_map(n, trace.left, report.stages, first):
                 self._console.note(line)
             held = [sum(of[i] < 0 for i in range(first, first + n)) for of in trace.left]
-            seen = ", ".join(f"{layers(stage)} {m}" for stage, m in zip(report.stages, held, strict=True))
-            self._console.note(f"picture {number}: of {n} visual tokens still seen at the end: {seen}")
+            seen = ", ".join(f"{m} in {layers(stage)}" for stage, m in zip(report.stages, held, strict=True))
+            self._console.note(f"picture {number}: of {n} visual tokens, still seen at the end: {seen}")
             first += n
         self._console.note("(the brighter a patch, the more of the model's layers still saw it)")
 
