@@ -61,9 +61,7 @@ def half(map_: np.ndarray) -> int:
 def watch(subject: Subject, numbers: range) -> tuple[int, list[dict[str, float]]]:
     """How many questions were asked, and each layer's figures."""
     text, mmproj = subject.files
-    folder = native_runtime.lib_dir()
-    if folder is None:
-        raise SystemExit("no native libraries: build the package or set ST3_LIB_DIR")
+    folder = native_runtime.built()
     rt, decoder = native_runtime.Runtime(folder), Decoder(text)
     values: list[dict[str, list[float]]] = [defaultdict(list) for _ in range(subject.layers)]
     maps = np.zeros((subject.layers, 576))

@@ -115,9 +115,7 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="the CPU instead: to try this script out")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    folder = args.libraries or native_runtime.lib_dir()
-    if not folder:
-        raise SystemExit("no native libraries: set ST3_LIB_DIR")
+    folder = args.libraries or native_runtime.built()
     b = Backend(folder, CPU if args.cpu else GPU)
     bandwidth = copy_bandwidth(b)
     print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")

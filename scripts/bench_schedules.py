@@ -121,9 +121,7 @@ def main() -> None:
     parser.add_argument("--n-gpu-layers", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     args = parser.parse_args()
-    folder = native_runtime.lib_dir()
-    if folder is None:
-        raise SystemExit("no native libraries: build the package or set ST3_LIB_DIR")
+    folder = native_runtime.built()
     os.environ["ST3_GPU_LAYERS"] = str(args.n_gpu_layers)
     path = random_text(args.shape, args.type, args.cache)
     rt = native_runtime.Runtime(folder)

@@ -66,9 +66,7 @@ def pieces(model: Model, number: int, embd: np.ndarray) -> list:
 
 def work(args: argparse.Namespace, where: str) -> None:
     """Run by a process of its own for each device: kept tokens of all pictures. The CPU's makes the embeddings."""
-    folder = native_runtime.lib_dir()
-    if folder is None:
-        raise SystemExit("no native libraries: set ST3_LIB_DIR")
+    folder = native_runtime.built()
     rt, (_, mmproj) = Runtime(folder), demo.model_paths()
     if args.device:
         ctypes.CDLL(str(args.device)).device_register(b"")
@@ -98,9 +96,7 @@ def work(args: argparse.Namespace, where: str) -> None:
 
 def emulated_device(backend: str, out: Path) -> Path:
     """The library that registers one."""
-    libraries = native_runtime.lib_dir()
-    assert libraries is not None
-    return build.device(build.upstream_tree(), out, libraries, backend)
+    return build.device(build.upstream_tree(), out, native_runtime.built(), backend)
 
 
 def margins(args: argparse.Namespace, both: list[tuple[dict, dict]]) -> list[dict]:
@@ -108,7 +104,7 @@ def margins(args: argparse.Namespace, both: list[tuple[dict, dict]]) -> list[dic
     from oracle import llama as oracle
     from oracle import schedule
 
-    rt, path = Runtime(native_runtime.lib_dir()), args.work / "model.gguf"
+    rt, path = Runtime(native_runtime.built()), args.work / "model.gguf"
     decoder, embeddings, out = oracle.Decoder(path), np.load(args.work / "embeddings.npy"), []
     with Model(rt, path, keys(args.budget)) as model:
         named = {k.removeprefix("st3."): v for k, v in keys(args.budget).items()}

@@ -37,6 +37,14 @@ def lib_dir() -> Path | None:
     return folder if libraries.path_of("llama").is_file() else None
 
 
+def built() -> Path:
+    """The folder of the native libraries. Raises SystemExit where they are not built."""
+    folder = lib_dir()
+    if folder is None:
+        raise SystemExit("no native libraries: build the package (pip install .) or set ST3_LIB_DIR")
+    return folder
+
+
 def load(folder: Path, st3: bool) -> ModuleType:
     """llama.h on the libraries of that folder. Raises NativeError if this process runs on others already."""
     if st3:

@@ -117,9 +117,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "st3-edge-quality")
     parser.add_argument("--out", type=Path, help="default: docs/results, by the grid")
     args = parser.parse_args()
-    folder = native_runtime.lib_dir()
-    if folder is None:
-        raise SystemExit("no native libraries: build the package or set ST3_LIB_DIR")
+    folder = native_runtime.built()
     subject = chosen(args.model, args.mmproj, args.smol)
     styles = args.styles.split(",") if args.styles else list(subject.styles)
     if unknown := set(styles) - set(subject.styles):

@@ -200,8 +200,8 @@ def main() -> None:
     }
     tables = {kind: table([asked for _, asked in done], names, kind) for kind in FIRSTS}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_name(out.name + ".json").write_text(json.dumps({**about, **tables}, indent=1) + "\n")
-    args.out.with_name(out.name + ".md").write_text(markdown(tables, about))
+    args.out.with_name(args.out.name + ".json").write_text(json.dumps({**about, **tables}, indent=1) + "\n")
+    args.out.with_name(args.out.name + ".md").write_text(markdown(tables, about))
     print(markdown(tables, about))
 
 

@@ -206,9 +206,7 @@ def parity(trained: Trained, state: Path, prompts: int) -> dict:
         write_hf(trained, folder)
         reference = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
         text, mmproj = write_gguf(trained, folder, "F32")
-        libraries = native_runtime.lib_dir()
-        if libraries is None:
-            raise SystemExit("no native libraries: build the package (pip install .) or set ST3_LIB_DIR")
+        libraries = native_runtime.built()
         rt = native_runtime.Runtime(libraries)
         model = native_runtime.Model(rt, text)
         sight = native_vision.Vision(model, mmproj, threads=2)
