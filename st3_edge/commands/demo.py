@@ -10,6 +10,7 @@ from .. import demo
 from ..config import ST3Config
 from ..report import Report
 from .console import Console, run
+from .inspect.seen import layers
 
 if TYPE_CHECKING:
     from ..llava import Llava
@@ -99,9 +100,10 @@ def _numbers(console: Console, st3: Llava, off: Llava, scene: demo.Scene) -> Non
     pruned, full = reports[st3][-1], reports[off][-1]
     given = pruned.visual_tokens.given
     console.say(f"\nVisual tokens that each layer holds after prefill (of {given}; preset {pruned.schedule.preset}):")
-    for layer, count in enumerate(pruned.visual_tokens.per_layer):
+    for stage in pruned.stages:
+        count = pruned.visual_tokens.per_layer[stage[0]]
         bar = console.bar * round(_BAR_WIDTH * count / max(given, 1))
-        console.say(f"  layer {layer:2}  {count:4}  {bar}")
+        console.say(f"  {layers(stage):12}  {count:4}  {bar}")
 
     times = [[r.ms.prefill for r in reports[llava]] for llava in (st3, off)]
     kv, stock_kv = pruned.kv_bytes.live, full.kv_bytes.live
