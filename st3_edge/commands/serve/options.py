@@ -13,7 +13,7 @@ DESCRIPTION = "Serves a vision model with ST3 on: llama-server of this package, 
 EPILOG = (
     "Every other option goes to llama-server as it is (-c, -np, -ngl, --api-key, ...; `llama-server --help` in the "
     "package's bin folder lists them). "
-    "Example: st3-edge serve -m llava.gguf --budget 0.5 -c 8192"
+    "Example: st3-edge serve -m llava.gguf --budget 0.3 -c 8192"
 )
 
 # llama-server's options that say which models it serves: there is none for us to choose then.
