@@ -46,7 +46,7 @@ struct preset {
 
 constexpr double DEFAULT_BUDGET = 0.50;
 constexpr double NO_MORE        = 1.0;   // a stride of all layers: one cut only
-constexpr double ONE_LAYER      = 1e-9;  // a stride of a layer: a cut after each
+constexpr double ONE_LAYER      = 1e-9;  // as start: the first layer alone; as stride: a cut after each
 
 const char * const DEFAULT_SCORE = "text-mean";
 
