@@ -8,7 +8,7 @@ python scripts/bench_schedules.py [--shape llava-1.5-7b] [--type Q4_0] [--budget
     scoring   the default schedule, against the same numbers of tokens left in the same steps but chosen without looking
               at the attention: what recording and ranking it costs
     merging   the default schedule without merging, against it: what a kept token that stands for others costs
-    distance  the default schedule, against the same ranked by distance
+    distance  the default schedule ranked by score alone, against it: what ranking by distance costs
     pruned    annealing after a pruned prefill, against the same prefill without annealing
     alone     annealing after a whole prefill, against ST3 off
     control   two equal ones: how far a pair differs by chance

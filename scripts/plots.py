@@ -110,7 +110,7 @@ def shapes(results: list[dict]) -> Figure:
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     ax.set_xlabel("times as good as stock llama.cpp (1: the same)")
-    ax.set_title(f"Random weights, budget 0.30, {results[0]['machine'].get('processor')}")
+    ax.set_title(f"Random weights, cuts at every eighth, budget 0.30, {results[0]['machine'].get('processor')}")
     fig.legend(loc="outside lower center", ncols=4)
     return fig
 

@@ -41,11 +41,11 @@ def test_both_sides_do_the_same_work(command):
 
 def test_bytes_of_the_kv_cache_are_those_that_the_schedule_allows(command):
     # broken if either side's bytes, or the ideal, were wrong: the three come from different places
-    got = measured(command(*QUICK, "--against", "off", "--ctk", "q8_0", "--budget", "0.5", "--anneal-tokens", "30"))
+    got = measured(command(*QUICK, "--against", "off", "--ctk", "q8_0", "--budget", "0.4", "--anneal-tokens", "30"))
     for name in ("kv_live_bytes", "kv_live_end_bytes"):
         assert got["summary"][name]["share"] == pytest.approx(1, abs=0.002)
     kept = sum(got["setup"]["per_layer"]) / 16 / 576
-    assert kept == pytest.approx(0.5, abs=0.01) and sum(got["setup"]["held"]) < sum(got["setup"]["per_layer"])
+    assert kept == pytest.approx(0.4, abs=0.01) and sum(got["setup"]["held"]) < sum(got["setup"]["per_layer"])
 
 
 def test_pruning_off_is_measured_as_no_gain(command):

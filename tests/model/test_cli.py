@@ -97,8 +97,8 @@ def test_the_schedule_is_the_one_asked_for(ask, picture):
     )
     assert got["schedule"]["cuts"] == [2, 7, 12]
     assert got["schedule"]["counts"] == [[288], [144], [99]]
-    assert answered(ask(picture, QUESTION, "--json", "--budget", "0.5"))["schedule"]["budget"] == pytest.approx(
-        0.5, abs=0.01
+    assert answered(ask(picture, QUESTION, "--json", "--budget", "0.3"))["schedule"]["budget"] == pytest.approx(
+        0.3, abs=0.01
     )
 
 

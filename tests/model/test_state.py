@@ -175,7 +175,7 @@ def test_what_llama_cpp_refuses_changes_nothing(llava, kept):
 @pytest.mark.parametrize(
     ("config", "options", "says"),
     [
-        (ST3Config(budget=0.5), {}, "schedule"),
+        (ST3Config(budget=0.3), {}, "schedule"),
         (ST3Config(preset="pvtp"), {}, "schedule"),
         (None, {"type_k": "q8_0"}, "KV cache type"),
         (None, {"n_ctx": 580}, "n_ctx is 580"),

@@ -92,7 +92,7 @@ def make(number: int, seed: int) -> Case:
         keys["st3.preset"] = "vtw"
     elif draw < 0.3:
         keys["st3.preset"] = "downsample"
-        keys["st3.budget"] = 0.3  # the default is out of reach of four layers
+        keys["st3.budget"] = 0.3
     else:
         keys["st3.preset"] = "st3"
         keys["st3.start"] = start = int(rng.integers(1, max(2, shape.n_layer // 2)))

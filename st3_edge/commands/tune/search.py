@@ -63,8 +63,8 @@ def _fractions(n_layer: int, shares: Iterable[float]) -> list[int]:
 
 
 def shapes(starts: Iterable[int], strides: Iterable[int], n_layer: int) -> list[Shape]:
-    """All of them that cut between layers, the one nearest to one cut after the first layer, which is the presets',
-    first. `starts` and `strides` are at least 1."""
+    """All of them that cut between layers, the one nearest to one cut after the first layer, which is the
+    preset st3's, first. `starts` and `strides` are at least 1."""
 
     def distance(shape: Shape) -> tuple[float, Shape]:
         return math.log2(shape.start) + math.log2(n_layer / shape.stride), shape
