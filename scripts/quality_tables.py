@@ -115,7 +115,7 @@ def shares_table(rows: list[dict], measures: tuple[str, ...]) -> list[str]:
     """Shares right and KL."""
     asked = asked_of_all(rows)
     shares, kl = ([k for k in some if asked[k]] for some in (measures, KL))
-    held, tokens = "held" in rows[0], "tokens" in rows[0]
+    held, tokens = (all(k in row for row in rows) for k in ("held", "tokens"))
     cells = []
     for row in rows:
         line = [row["name"], f"{row['schedule'].get('budget', 1):.3f}"]
