@@ -107,7 +107,8 @@ def long_grid(budgets: tuple[float, ...]) -> list[Config]:
         out.append(config(stay, {"off": "off"}, preset="pvtp", budget=b))
         against = {"off": "off", "no annealing": stay}
         out.append(config(f"st3 @ {b:g}", against, preset="st3", budget=b))
-        out.append(config(f"st3 floor 0.3 @ {b:g}", against, preset="st3", budget=b, anneal_floor=0.3))
+        for floor in (0.75, 0.3):
+            out.append(config(f"st3 floor {floor:g} @ {b:g}", against, preset="st3", budget=b, anneal_floor=floor))
         for n in (256, 512):
             out.append(config(f"st3 along {n} @ {b:g}", against, preset="st3", budget=b, anneal_tokens=n))
     return out

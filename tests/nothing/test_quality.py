@@ -99,7 +99,7 @@ def test_a_row_counts_the_scenes_that_all_have():
     assert [len(t) for t in tables] == [4, 3] * 3
     assert all(len({line.count("|") for line in t}) == 1 for t in tables)
     del rows[1]["tokens"]  # as where another grid has asked `off` more than this one asks
-    assert " tokens |" in page and " tokens |" not in quality_tables.markdown(rows, about, Embedded())
+    assert quality_tables.markdown(rows, about, Embedded()).count(" tokens |") == page.count(" tokens |") - 1
 
 
 def test_a_run_goes_on_where_it_was_stopped(tmp_path):
