@@ -18,7 +18,6 @@ A page (Markdown) and the figures (JSON) go to --out.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -28,7 +27,7 @@ import native_vision
 import numpy as np
 import quality
 from quality_subjects import Subject
-from quality_tables import lines
+from quality_tables import lines, write
 
 from st3_edge.native.machine import provenance
 
@@ -130,9 +129,9 @@ def main() -> None:
     asked, layers = watch(subject, range(args.first, args.first + args.scenes))
     result = {"title": subject.title, "questions": asked, "first": args.first, **provenance(), "layers": layers}
     out = args.out or quality.ROOT / "docs" / "results" / ("smol-attention" if args.smol else "attention")
-    out.with_name(out.name + ".json").write_text(json.dumps(result, indent=1) + "\n")
-    out.with_name(out.name + ".md").write_text(page(result))
-    print(page(result))
+    text = page(result)
+    write(out, result, text)
+    print(text)
 
 
 if __name__ == "__main__":

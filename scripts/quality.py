@@ -32,7 +32,7 @@ import quality_answers
 from quality_answers import CHUNK, Job, Task
 from quality_grids import GRIDS, Config, Grid
 from quality_subjects import Embedded, Smol, Subject
-from quality_tables import Rows, markdown, table
+from quality_tables import Rows, markdown, table, write
 
 from st3_edge.native.machine import provenance
 
@@ -164,9 +164,7 @@ def main() -> None:
     page = markdown(results, about, subject)
     if not args.short:
         out = args.out or ROOT / "docs" / "results" / (f"smol-{args.grid}" if args.smol else args.grid)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_name(out.name + ".json").write_text(json.dumps({**about, "rows": results}, indent=1) + "\n")
-        out.with_name(out.name + ".md").write_text(page)
+        write(out, {**about, "rows": results}, page)
     print(page)
 
 

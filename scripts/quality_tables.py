@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 from quality_grids import GRIDS, Config
 from quality_subjects import Subject
@@ -139,6 +142,13 @@ def differences_table(rows: list[dict], against: str | None = None) -> list[str]
         ["configuration", *spans],
         [[name, *(f"{v[0]:+.1f} [{v[1]:+.1f}, {v[2]:+.1f}]" if v else "" for v in spans)] for name, *spans in values],
     )
+
+
+def write(out: Path, figures: dict, page: str) -> None:
+    """The figures as `out`.json and the page as `out`.md; their folder is made where it is not there."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_name(out.name + ".json").write_text(json.dumps(figures, indent=1) + "\n")
+    out.with_name(out.name + ".md").write_text(page)
 
 
 def markdown(rows: list[dict], about: dict, subject: Subject) -> str:

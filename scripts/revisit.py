@@ -12,7 +12,6 @@ paired by scene, with bootstrap 95 % intervals. Every picture is encoded once.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing as mp
 import os
 import statistics
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from quality_tables import BOOTSTRAP, f1, interval
+from quality_tables import BOOTSTRAP, f1, interval, write
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "embedded_model")]
@@ -199,10 +198,9 @@ def main() -> None:
         **provenance(),
     }
     tables = {kind: table([asked for _, asked in done], names, kind) for kind in FIRSTS}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_name(args.out.name + ".json").write_text(json.dumps({**about, **tables}, indent=1) + "\n")
-    args.out.with_name(args.out.name + ".md").write_text(markdown(tables, about))
-    print(markdown(tables, about))
+    page = markdown(tables, about)
+    write(args.out, {**about, **tables}, page)
+    print(page)
 
 
 if __name__ == "__main__":

@@ -208,3 +208,8 @@ class Report:
         plain = asdict(self)
         trace = plain.pop("trace")
         return {**plain, **(trace or {})}
+
+
+def layers(stage: range) -> str:
+    """The layers of a stage, as people say it."""
+    return f"layer {stage[0]}" if len(stage) == 1 else f"layers {stage[0]}–{stage[-1]}"

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import demo
 from ..config import ST3Config
-from ..report import Report
+from ..report import Report, layers
 from .console import Console, run
-from .inspect.seen import layers
 
 if TYPE_CHECKING:
     from ..llava import Llava

@@ -35,10 +35,12 @@ def test_no_layer_is_starved() -> None:
         after = s.per_layer([576])[s.cuts[0] + 1 :]
         assert min(after) >= 0.5 * sum(after) / len(after) - 2
         assert s.target(576, min(after), 10**6) == min(after)
+        assert schedule.resolve(n_layer, "paper", budget=budget).cuts[0] + 1 <= max(1, n_layer * budget / 2)
     assert schedule.resolve(40, "paper", budget=0.1).cuts[0] + 1 == 2  # half of the budget
     assert schedule.resolve(16, budget=0.1, stride=2).min_share == pytest.approx(0.03)  # of a mean of 0.04
     assert schedule.resolve(16, budget=0.07, stride=2).min_share == pytest.approx(0.75 * 0.12 / 15)
-    assert schedule.resolve(32, keep=0.6, stride=4).min_share == 0.0
+    for keys in ({"keep": 0.6}, {"preset": "fastv", "budget": 0.4}):
+        assert schedule.resolve(32, stride=4, **keys).min_share == 0.0
     assert schedule.resolve(32).min_share == 0.0, "one cut: annealing goes down to its floor"
 
 

@@ -16,10 +16,10 @@ from ...errors import ConfigError, ContextError, ImageError, OutputError, St3Err
 from ...llava import Llava
 from ...prompts import images
 from ...prompts.messages import parts_of
+from ...report import layers
 from ...runtime import state
 from .. import loading, options, which
 from ..console import Console, run
-from ..inspect.seen import layers
 from ..parser import suggestion
 from . import lines, paths, saved, terminal
 

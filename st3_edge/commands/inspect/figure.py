@@ -12,8 +12,9 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ...errors import one_line
+from ...report import layers
 from .patches import View
-from .seen import Seen, layers
+from .seen import Seen
 
 # Over a patch that is gone; a colour that neither light nor dark pictures are full of, and how much of it is laid on.
 GONE, GONE_ALPHA = (96, 100, 112), 0.86

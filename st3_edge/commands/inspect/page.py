@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ...report import layers
 from .figure import GONE, GONE_ALPHA
 from .patches import View
-from .seen import Seen, layers
+from .seen import Seen
 
 _STYLE = """
 :root { color-scheme: light dark; --soft: #59636e; --line: #d1d9e0; --now: #bf3989; --ground: #fff; }

@@ -134,11 +134,6 @@ class Seen:
         ]
 
 
-def layers(stage: range) -> str:
-    """The layers of a stage, as people say it."""
-    return f"layer {stage[0]}" if len(stage) == 1 else f"layers {stage[0]}–{stage[-1]}"
-
-
 def see(
     question: str,
     sources: Sequence[str],
