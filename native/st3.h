@@ -16,7 +16,8 @@
 //                       mean|max:  how heads and queries are reduced; -sum: averaged over all layers up to the cut
 //   st3.coverage  f32   [0, 1]: share of the kept tokens that is chosen evenly over the picture, whatever their score
 //   st3.merge     bool  a kept token stands for the dropped ones that are most like it: it becomes their weighted mean, and
-//                       log(how many they are) is added to its column of the attention mask
+//                       log(how many they are) is added to its column of the attention mask; tokens that leave while the answer
+//                       grows are then stood for as well, and what stays keeps its keys and values
 //   st3.rank      str   "score" | "distance": by the score, or by the score times 1 - the largest cosine to a token of a
 //                       higher score
 //   st3.seed      u32   seed of what is chosen at random

@@ -1,10 +1,12 @@
 // st3-images.h - the images that sequences hold, by the places of their tokens: bookkeeping, no tensors.
 #pragma once
 
+#include "st3-owners.h"
 #include "st3-place.h"
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <vector>
 
 // One image of a sequence. Which stage still holds which of its tokens is for the stages' cells to say.
@@ -24,6 +26,9 @@ struct st3_image {
     std::vector<uint32_t>           n0;       // [stage] tokens held after prefill
     std::vector<std::vector<float>> weights;  // [stage][n] tokens that each stands for, 0: none; empty: itself alone
     std::vector<std::vector<float>> scores;   // [stage][n] sum of records
+
+    // [stage] tokens that were held when the first of them left while the answer grew; null: before that, and when no more will
+    std::vector<std::shared_ptr<const st3_likeness>> alike;
 
     // Tokens that were not taken out of the sequence.
     uint32_t n_there() const;

@@ -5,6 +5,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 
 #ifdef __GLIBC__
@@ -87,14 +88,18 @@ std::vector<float> st3_kv::values(uint32_t stream, const std::vector<uint32_t> &
     const int64_t       width = t->ne[0];
     const auto          cast  = ggml_get_type_traits(t->type)->to_float;
 
-    std::vector<uint8_t> row(t->nb[1]);
+    std::vector<uint8_t> rows;
     std::vector<float>   res(cells.size() * width);
-    for (size_t i = 0; i < cells.size(); ++i) {
-        ggml_backend_tensor_get(t, row.data(), cells[i] * t->nb[1], row.size());
+    for (size_t i = 0, n = 0; i < cells.size(); i += n) {
+        for (n = 1; i + n < cells.size() && cells[i + n] == cells[i] + n;) {
+            n++;
+        }
+        rows.resize(n * t->nb[1]);
+        ggml_backend_tensor_get(t, rows.data(), cells[i] * t->nb[1], rows.size());
         if (t->type == GGML_TYPE_F32) {
-            std::copy_n((const float *) row.data(), width, res.data() + i * width);
+            memcpy(res.data() + i * width, rows.data(), rows.size());
         } else {
-            cast(row.data(), res.data() + i * width, width);
+            cast(rows.data(), res.data() + i * width, (int64_t) n * width);
         }
     }
     return res;

@@ -9,18 +9,35 @@
 #include "st3-rank.h"
 
 #include <algorithm>
-#include <cmath>
+#include <iterator>
+#include <limits>
+#include <memory>
 #include <utility>
+
+// What of an image's tokens `ids` is not among `kept` leaves its weight to the kept token that is most like it.
+static void hand_over(
+        std::vector<float> & weights, const std::vector<uint32_t> & ids, const std::vector<uint32_t> & kept,
+        const st3_likeness & alike) {
+    for (const uint32_t id : ids) {
+        if (!std::binary_search(kept.begin(), kept.end(), id)) {
+            weights[kept[alike.nearest(id, kept)]] += std::exchange(weights[id], 0.0f);
+        }
+    }
+}
 
 // Frees what is due at the start of a generated token's decode, so that the token can take a freed cell.
 void st3_memory::anneal(llama_seq_id seq_id) {
-    for (const auto & image : images.of(seq_id)) {
+    for (auto & image : images.of(seq_id)) {
         if (!image.pruned || image.n_steps % schedule.anneal_interval != 0) {
             continue;
         }
+        const auto n = (uint32_t) image.places.size();
+        image.alike.resize(n_stage());
+        if (schedule.merge && image.weights.empty()) {
+            image.weights.assign(n_stage(), std::vector<float>(n, 1.0f));
+        }
         for (uint32_t s = 0; s < n_stage(); ++s) {
-            const uint32_t n_keep = schedule.target(
-                    (uint32_t) image.places.size(), image.n0[s], image.n_steps + schedule.anneal_interval);
+            const uint32_t n_keep = schedule.target(n, image.n0[s], image.n_steps + schedule.anneal_interval);
 
             const auto there = held(seq_id, image, s);
             if (there.ids.size() <= n_keep) {
@@ -34,7 +51,18 @@ void st3_memory::anneal(llama_seq_id seq_id) {
                     rank[i] += image.scores[s][i] / image.n_records;
                 }
             }
-            drop(seq_id, s, there, st3_highest(there.ids, rank, n_keep));
+            const auto kept = st3_highest(there.ids, rank, n_keep);
+            if (schedule.merge && n_keep > 0) {
+                auto & alike = image.alike[s];
+                if (!alike) {
+                    alike = std::make_shared<st3_likeness>(compare(seq_id, s, there));
+                }
+                hand_over(image.weights[s], there.ids, kept, *alike);
+                if (n_keep == schedule.target(n, image.n0[s], std::numeric_limits<uint64_t>::max())) {
+                    alike.reset();  // no more will leave
+                }
+            }
+            drop(seq_id, s, there, kept);
         }
     }
 }
@@ -47,27 +75,12 @@ void st3_memory::drop(llama_seq_id seq_id, uint32_t stage, const held_t & there,
     }
 }
 
-// The place among `kept` of the owner of each of an image's tokens `ids`, as st3_owners::cut takes it. The rows of the residual
-// stream are gone; the values that a stage's first layer made of them, which carry no position, are compared instead.
-std::vector<int32_t> st3_memory::nearest(
-        llama_seq_id seq_id, uint32_t stage, const held_t & there, const std::vector<uint32_t> & ids,
-        const std::vector<uint32_t> & kept) const {
-    if (kept.empty() || kept.size() == ids.size()) {
-        return {};
-    }
-    std::vector<uint32_t> cells, rows;
-    for (size_t i = 0; i < there.ids.size(); ++i) {
-        if (std::binary_search(ids.begin(), ids.end(), there.ids[i])) {
-            if (std::binary_search(kept.begin(), kept.end(), there.ids[i])) {
-                rows.push_back((uint32_t) cells.size());
-            }
-            cells.push_back(there.cells[i]);
-        }
-    }
+// How alike the tokens are that a stage holds of an image. The rows of the residual stream are gone; the values that the stage's
+// first layer made of them, which carry no position, are compared instead.
+st3_likeness st3_memory::compare(llama_seq_id seq_id, uint32_t stage, const held_t & there) const {
     synchronize();
-    auto         values = stages[stage]->values(stages[stage]->get_stream(seq_id), cells);
-    const size_t width  = values.size() / cells.size();
-    return st3_nearest(std::move(values), width, rows);
+    return st3_compare(
+            there.ids, stages[stage]->values(stages[stage]->get_stream(seq_id), there.cells), lctx->n_threads());
 }
 
 // Cuts down the images of a sequence that wait for it, as the cuts of a pruned prefill would.
@@ -103,7 +116,13 @@ void st3_memory::evict(llama_seq_id seq_id) {
 
             const auto before = held(seq_id, image, s);
             if (schedule.merge) {
-                stand_in.cut({ ids.begin(), ids.end() }, nearest(seq_id, s, before, was, ids));
+                std::vector<int32_t> places;
+                if (!ids.empty() && ids.size() < was.size()) {
+                    const auto alike = compare(seq_id, s, before);
+                    const auto owner = [&](uint32_t id) { return (int32_t) alike.nearest(id, ids); };
+                    std::transform(was.begin(), was.end(), std::back_inserter(places), owner);
+                }
+                stand_in.cut({ ids.begin(), ids.end() }, places);
                 image.weights.push_back(stand_in.weights());
             }
             drop(seq_id, s, before, ids);

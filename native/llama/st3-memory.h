@@ -196,9 +196,7 @@ class st3_memory : public llama_memory_i {
     // Frees the cells of those that are not among `kept`, ascending.
     void drop(llama_seq_id seq_id, uint32_t stage, const held_t & there, const std::vector<uint32_t> & kept);
 
-    std::vector<int32_t>
-    nearest(llama_seq_id seq_id, uint32_t stage, const held_t & there, const std::vector<uint32_t> & ids,
-            const std::vector<uint32_t> & kept) const;
+    st3_likeness compare(llama_seq_id seq_id, uint32_t stage, const held_t & there) const;
 
     const llama_model & model;
     const bool          unified;

@@ -67,9 +67,7 @@ static ggml_tensor * diagonal(ggml_context * ctx, int64_t n, float value) {
     return ggml_diag(ctx, filled(ctx, n, value));
 }
 
-// Cosines of the vectors in the columns of a and b: F32 [a->ne[1], b->ne[1]].
-// Both come from directions(), which makes the mean square of a vector 1.
-static ggml_tensor * cosines(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b) {
+ggml_tensor * cosines(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b) {
     ggml_tensor * res = ggml_mul_mat(ctx, a, b);
     ggml_prec_set_acc(res, GGML_PREC_F32);
     return ggml_scale(ctx, res, 1.0f / (float) a->ne[0]);

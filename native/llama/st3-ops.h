@@ -30,6 +30,9 @@ ggml_tensor * attention_of(
 // Rows F32 [n_embd, n], each scaled to a mean square of 1.
 ggml_tensor * directions(ggml_context * ctx, ggml_tensor * rows);
 
+// Cosines of directions F32 [n_embd, n] and [n_embd, m] with each other: F32 [n, m].
+ggml_tensor * cosines(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b);
+
 // Scores F32 [n], each times its token's distance to the most similar one of a higher score: 1 - the largest cosine of their
 // directions F32 [n_embd, n], where that is above 0.
 ggml_tensor * by_distance(ggml_context * ctx, ggml_tensor * score, ggml_tensor * direction);

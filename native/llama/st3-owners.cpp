@@ -1,7 +1,11 @@
 #include "st3-owners.h"
 
+#include "ggml-cpp.h"
+#include "st3-ops.h"
+
+#include <algorithm>
 #include <cmath>
-#include <numeric>
+#include <utility>
 
 st3_owners::st3_owners(uint32_t n, std::vector<int32_t> ids_) : owners(n, -1), ids(std::move(ids_)) {
     for (const int32_t id : ids) {
@@ -34,45 +38,51 @@ std::vector<float> st3_owners::weights() const {
     return res;
 }
 
-static float dot(const float * a, const float * b, size_t n) {
-    constexpr size_t LANES = 16;  // sums side by side, as vector units add
-
-    float  sums[LANES] = {};
-    size_t i           = 0;
-    for (; i + LANES <= n; i += LANES) {
-        for (size_t j = 0; j < LANES; ++j) {
-            sums[j] += a[i + j] * b[i + j];
-        }
-    }
-    float res = std::accumulate(sums, sums + LANES, 0.0f);
-    for (; i < n; ++i) {
-        res += a[i] * b[i];
-    }
-    return res;
+const float * st3_likeness::of(uint32_t id) const {
+    const auto it = std::lower_bound(ids.begin(), ids.end(), id);
+    return cosines.data() + (it - ids.begin()) * ids.size();
 }
 
-std::vector<int32_t> st3_nearest(std::vector<float> rows, size_t width, const std::vector<uint32_t> & kept) {
-    for (const uint32_t k : kept) {  // their lengths count
-        float *     row  = rows.data() + k * width;
-        const float size = std::sqrt(dot(row, row, width));
-        for (size_t i = 0; i < width && size > 0.0f; ++i) {
-            row[i] /= size;
-        }
-    }
-    std::vector<int32_t> res(rows.size() / width);
-    for (size_t j = 0, own = 0; j < res.size(); ++j) {
-        if (own < kept.size() && kept[own] == j) {
-            res[j] = (int32_t) own++;
+size_t st3_likeness::nearest(uint32_t id, const std::vector<uint32_t> & kept) const {
+    const float * own  = of(id);
+    size_t        best = 0;
+    float         most = -INFINITY;
+    for (size_t i = 0, k = 0; k < kept.size(); ++i) {
+        if (ids[i] != kept[k]) {
             continue;
         }
-        float best = -INFINITY;
-        for (size_t k = 0; k < kept.size(); ++k) {
-            const float s = dot(rows.data() + j * width, rows.data() + kept[k] * width, width);
-            if (s > best) {
-                best   = s;
-                res[j] = (int32_t) k;
-            }
+        const float cosine = kept[k] == id ? INFINITY : own[i];
+        if (cosine > most) {
+            most = cosine;
+            best = k;
         }
+        k++;
     }
+    return best;
+}
+
+st3_likeness st3_compare(std::vector<uint32_t> ids, const std::vector<float> & rows, int n_threads) {
+    const auto n = (int64_t) ids.size();
+
+    ggml_context_ptr ctx{ ggml_init({ 16 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }) };
+    ggml_backend_ptr cpu{ ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr) };
+
+    ggml_tensor * in        = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, (int64_t) rows.size() / n, n);
+    ggml_tensor * direction = st3_ops::directions(ctx.get(), in);
+    ggml_tensor * out       = st3_ops::cosines(ctx.get(), direction, direction);
+    ggml_cgraph * graph     = ggml_new_graph(ctx.get());
+    ggml_build_forward_expand(graph, out);
+
+    ggml_backend_buffer_ptr buf{ ggml_backend_alloc_ctx_tensors(ctx.get(), cpu.get()) };
+    GGML_ASSERT(buf);
+    ggml_backend_tensor_set(in, rows.data(), 0, ggml_nbytes(in));
+    const auto reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu.get()));
+    if (auto * set = ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads")) {
+        ((ggml_backend_set_n_threads_t) set)(cpu.get(), n_threads);
+    }
+    ggml_backend_graph_compute(cpu.get(), graph);
+
+    st3_likeness res = { std::move(ids), std::vector<float>(n * n) };
+    ggml_backend_tensor_get(out, res.cosines.data(), 0, ggml_nbytes(out));
     return res;
 }

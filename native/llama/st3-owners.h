@@ -1,4 +1,4 @@
-// st3-owners.h - which of an image's tokens stands for each of them, from cut to cut: no tensors.
+// st3-owners.h - which of an image's tokens stands for each of them, from cut to cut, and which are alike.
 #pragma once
 
 #include <cstddef>
@@ -25,6 +25,17 @@ class st3_owners {
     std::vector<int32_t> ids;
 };
 
-// The same for rows F32 [n][width]: the place among the kept (rows' numbers, ascending) of the one whose cosine with each is the
-// largest; a kept one is its own. Returns [n]; kept must not be empty.
-std::vector<int32_t> st3_nearest(std::vector<float> rows, size_t width, const std::vector<uint32_t> & kept);
+// How alike tokens of an image are.
+struct st3_likeness {
+    std::vector<uint32_t> ids;      // ascending
+    std::vector<float>    cosines;  // [ids][ids]
+
+    // That of each token of `ids` with another of them: [ids].
+    const float * of(uint32_t id) const;
+
+    // The place among `kept`, ascending and not empty, of the one most like a token; of itself, if it is among them. All are of ids.
+    size_t nearest(uint32_t id, const std::vector<uint32_t> & kept) const;
+};
+
+// Of tokens whose rows are F32 [ids][width], computed by the CPU on so many threads.
+st3_likeness st3_compare(std::vector<uint32_t> ids, const std::vector<float> & rows, int n_threads);

@@ -147,12 +147,14 @@ def test_decoding_replays_a_captured_graph(run, name: str) -> None:
 @pytest.mark.parametrize("refused", ["", NO_KERNEL, NO_COPY])
 @pytest.mark.parametrize("name", CASES)
 def test_little_leaves_the_device(run, name: str, refused: str) -> None:
-    """Breaks if keys, or the attention of every head, come to the host: logits, scores, and indices do."""
+    """Breaks if keys, or the attention of every head, come to the host: logits, scores, and indices do, and once, when
+    tokens leave for the first time, values of a layer of each stage."""
     ours = run(*CASES[name], refused=refused)
     logits, visual, stages, kinds = 4 * SHAPE.n_vocab, 100 + 81, 4, 3
-    for row in (ours["prefill"], *ours["steps"]):
+    once = 0 if name == "pruned" else stages * visual * 2 * SHAPE.n_head_kv * SHAPE.head
+    for row, values in zip((ours["prefill"], *ours["steps"]), [0, once, *[0] * (STEPS - 1)], strict=True):
         assert row["graphs"] == 1
-        assert logits <= row["bytes_out"] <= logits + 4 * stages * kinds * (visual + 64), row
+        assert logits <= row["bytes_out"] <= logits + 4 * stages * kinds * (visual + 64) + values, row
 
 
 @pytest.mark.parametrize("name", CASES)

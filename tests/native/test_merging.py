@@ -43,7 +43,7 @@ def test_weights_of_one_change_no_bit(rt, path, kv: str, flash: bool) -> None:
         pytest.skip("a quantized V needs flash attention")
     got = []
     for merge in (True, False):
-        keys = {**KEYS, "st3.keep": 1.0, "st3.merge": merge}
+        keys = {**KEYS, "st3.keep": 1.0, "st3.merge": merge, "st3.anneal": "none"}
         with Model(rt, path, keys) as model, Context(model, n_ctx=512, kv=kv, flash=flash) as ctx:
             assert ctx.prefill(native(prompt(2))) == 0
             got.append([ctx.logits(), *answer(ctx, ctx.positions()[1] + 1)])

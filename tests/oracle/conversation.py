@@ -50,7 +50,8 @@ class Cut:
     the oracle's choice. A step's removal is a cut in this sense too, one for each stage.
 
     Where tokens are merged, `owner` is the oracle's choice of an owner for each of `left` among those that stayed, and
-    `gap` by how much its cosine is larger than that of the owner which was followed.
+    `gap` by how much its cosine is larger than that of the owner which was followed. `close` are the weights of those
+    that left and have two owners to choose from that rounding does not tell apart.
     """
 
     left: Array
@@ -60,6 +61,7 @@ class Cut:
     kept: Array
     owner: Array | None = None
     gap: Array | None = None
+    close: Array | None = None
     weight: Array | None = None  # of the stage's cells, where tokens left after the compute
 
     def margin(self, other: Array) -> float:

@@ -33,6 +33,7 @@ from .attention import probabilities
 from .conversation import Array, Cut, Image, Layer, Piece, Result, Seen
 from .schedule import Schedule, Term, best
 
+SAME_OWNER = 1e-3  # difference of two cosines that rounding explains
 TEXT_ROWS = 512  # at most so many rows of text score
 TILE_ROWS = 64  # a CPU prefill of fewer rows than this rounds its queries to the cache's type
 
@@ -201,7 +202,7 @@ class Decoder:
                 stay = self._cut(result, i, asked, each, follow, (visual, toward))
                 if schedule.merge:
                     x, weight = self._merge(
-                        result,
+                        result.cuts[-1],
                         asked,
                         stay,
                         x,
@@ -216,16 +217,8 @@ class Decoder:
             count = np.ones(result.n_visual)
             for n_cut, i in enumerate(cuts):
                 stay = self._cut(result, i, asked, received, follow)
-                if schedule.merge:
-                    count = self._stand_for(result, asked, stay, count, result.layers[i + 1])
-                result.keep(n_cut + 1, asked, stay)
-                for member in result.members(n_cut + 1) if schedule.merge else []:
-                    layer, theirs = result.layers[member], np.concatenate([im.ids for im in asked])
-                    here = np.isin(layer.visual, theirs)
-                    layer.weight[here] = count[layer.visual[here]]
-                    result.cuts[-1].weight = layer.weight.copy()
-                    if weights is not None:
-                        layer.weight[:] = weights[n_cut + 1]
+                theirs = weights and weights[n_cut + 1]
+                count = self._leave(result, result.cuts[-1], n_cut + 1, asked, stay, count, theirs)
         for im in asked:
             im.start(result)
         for im in result.images if asked or visual.max(initial=-1) < 0 else []:
@@ -266,7 +259,7 @@ class Decoder:
 
     def _merge(
         self,
-        result: Result,
+        cut: Cut,
         asked: list[Seen],
         stay: Array,
         x: Array,
@@ -276,12 +269,12 @@ class Decoder:
     ) -> tuple[Array, Array]:
         """Rows and their weights where those that stay stand for those that do not.
 
-        `follow`: of each of the prompt's visual tokens, the owner to take. Notes the choice in the result's last cut.
+        `follow`: of each of the prompt's visual tokens, the owner to take. Notes the choice in the cut.
         """
         visual, toward = rows
-        x, weight, cut = x.copy(), weight.copy(), result.cuts[-1]
+        x, weight = x.copy(), weight.copy()
         before, of_row = weight.copy(), {int(v): r for r, v in enumerate(visual) if v >= 0}
-        cut.owner, cut.gap = np.full(len(cut.left), -1), np.zeros(len(cut.left))
+        cut.owner, cut.gap, cut.close = np.full(len(cut.left), -1), np.zeros(len(cut.left)), np.zeros(0)
         for i, im in enumerate(asked):
             mine, kept = cut.left[cut.image == i], stay[np.isin(stay, im.ids)]
             if not len(kept):
@@ -296,6 +289,8 @@ class Decoder:
             cut.owner[here] = kept[best_of]
             cut.gap[here] = cosine[np.arange(len(mine)), best_of] - cosine[np.arange(len(mine)), taken]
             cut.gap[here] = np.where(is_kept & (taken != own), np.inf, cut.gap[here])
+            first, second = np.sort(cosine, 1)[:, :-3:-1].T if len(kept) > 1 else (1, -1)
+            cut.close = np.append(cut.close, before[at][~is_kept & (first - second < SAME_OWNER)])
             old = x[at].copy()
             for k, row in enumerate(to):
                 share = np.where(taken == k, before[at], 0.0)
@@ -303,15 +298,36 @@ class Decoder:
                 x[row] = share @ old / share.sum()
         return x, weight
 
-    def _stand_for(self, result: Result, asked: list[Seen], stay: Array, count: Array, layer: Layer) -> Array:
-        """Weights [n_visual] where those that stay stand for the others most like them, by a layer's values."""
-        there = np.isin(layer.visual, result.cuts[-1].left)
-        toward = layer.v[:, there].swapaxes(0, 1).reshape(there.sum(), -1)
-        toward = toward / np.sqrt((toward * toward).sum(-1, keepdims=True))
-        visual = layer.visual[there]
-        _, weight = self._merge(result, asked, stay, toward, count[visual], (visual, toward), None)
-        count = count.copy()
-        count[visual] = weight
+    def _leave(
+        self,
+        result: Result,
+        cut: Cut,
+        stage: int,
+        images: list[Seen],
+        stay: Array,
+        count: Array,
+        weights: Array | None,
+    ) -> Array:
+        """Of these images leave `stay` alone in a stage, whose tokens stand for those most like them by their values.
+
+        `count` [n_visual] are the weights before, what is returned those to go on with: `weights`, if these are given.
+        """
+        layer, count = result.layers[result.members(stage)[0]], count.copy()
+        if result.schedule and result.schedule.merge:
+            there = np.isin(layer.visual, cut.left)
+            toward = layer.v[:, there].swapaxes(0, 1).reshape(there.sum(), -1)
+            toward = toward / np.sqrt((toward * toward).sum(-1, keepdims=True))
+            visual = layer.visual[there]
+            _, count[visual] = self._merge(cut, images, stay, toward, count[visual], (visual, toward), None)
+        result.keep(stage, images, stay)
+        for member in result.members(stage):
+            layer, theirs = result.layers[member], np.concatenate([im.ids for im in images])
+            here = np.isin(layer.visual, theirs)
+            layer.weight[here] = count[layer.visual[here]]
+            cut.weight = layer.weight.copy()
+            if weights is not None:
+                layer.weight[:] = weights[: len(layer.weight)]
+                count[layer.visual[here]] = layer.weight[here]
         return count
 
     def _choose(
@@ -398,11 +414,18 @@ class Decoder:
         result.continues = False
         return result.logits
 
-    def step(self, result: Result, token: int, kv: str = "F32", follow: list[Array] | None = None) -> Array:
+    def step(
+        self,
+        result: Result,
+        token: int,
+        kv: str = "F32",
+        follow: list[Array] | None = None,
+        weights: list[Array] | None = None,
+    ) -> Array:
         """Append one generated token (in place) and return the next logits.
 
-        Before it, each image that had its question is annealed. The token's position is the unpruned one; in each
-        layer it sees what that layer kept.
+        Before it, each image that had its question is annealed: where tokens are merged, those that leave hand their
+        weights on. The token's position is the unpruned one; in each layer it sees what that layer kept.
         """
         schedule, result.steps = result.schedule, []
         images = [im for im in result.images if not im.waits] if schedule else []
@@ -414,7 +437,9 @@ class Decoder:
                 counts.append(int(np.isin(left, im.ids).sum()) if due is None else due)
             cut = self._choose(schedule, images, left, score, counts, annealing=True)
             result.steps.append(cut)
-            result.keep(stage, images, cut.kept if follow is None else result.visual(follow[stage], images))
+            stay = cut.kept if follow is None else result.visual(follow[stage], images)
+            count = layer_weights(result.layers[result.members(stage)[0]], result.n_visual)
+            self._leave(result, cut, stage, images, stay, count, weights and weights[stage])
         self._batch(result, self.embed([[token]]), np.array([-1]), kv, [])
         result.continues = False
         for im in images:

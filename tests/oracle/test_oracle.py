@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -191,23 +193,31 @@ def test_steps_are_one_long_prompt(decoder: llama.Decoder) -> None:
     assert [(im.first, im.n, im.p0) for im in parts.images] == [(0, 16, 2), (16, 9, 19)]
 
 
-def test_removed_tokens_are_unseen_from_then_on(decoder: llama.Decoder) -> None:
-    """Breaks if a removal hides a token from other layers, too late, too early, or hides another one."""
+@pytest.mark.parametrize("merge", [False, True])
+def test_removed_tokens_are_unseen_from_then_on(decoder: llama.Decoder, merge: bool) -> None:
+    """Breaks if a removal hides a token from other layers, too late, too early, or hides another one; or if what is
+    left then does not count for those that left."""
     pieces, tokens = prompt(), [20, 21, 22, 23, 24, 25]
-    s = schedule.resolve(5, start=2, stride=2, keep=1.0, anneal="linear", anneal_tokens=6, anneal_floor=0.1)
+    anneal = {"anneal": "linear", "anneal_tokens": 6, "anneal_floor": 0.1}
+    s = schedule.resolve(5, start=2, stride=2, keep=1.0, merge=merge, **anneal)
     result = decoder.prefill(pieces, s)
-    held = [[result.layers[i].visual for i in range(5)]]
+    held = [copy.deepcopy(result.layers)]
     for token in tokens:
         decoder.step(result, token)
-        held.append([layer.visual for layer in result.layers])
-    assert [len(h[0]) - len(tokens[:t]) - 6 for t, h in enumerate(held)] == [25, 22, 17, 14, 10, 6, 3]
+        held.append(copy.deepcopy(result.layers))
+    assert [len(h[0].visual) - len(tokens[:t]) - 6 for t, h in enumerate(held)] == [25, 22, 17, 14, 10, 6, 3]
+    counts = [[h[0].weight[h[0].visual // 16 == image].sum() for image in (0, 1)] for h in held]
+    assert counts == [[16, 9]] * 7 if merge else counts[-1] == [2, 1]
     # the same by one pass over all rows, in which the row of token t does not see what is gone by then
     x = decoder.embed([*pieces, tokens])
     n, names = len(x), np.concatenate([[-1] * 2, range(16), [-1], range(16, 25), [-1] * 9])
     for i in range(5):
         mask = np.where(np.tril(np.ones((n, n))) > 0, 0.0, -np.inf)
         for t in range(len(tokens)):
-            mask[n - len(tokens) + t, (names >= 0) & ~np.isin(names, held[t + 1][i])] = -np.inf
+            layer, row = held[t + 1][i], n - len(tokens) + t
+            there = layer.visual >= 0
+            mask[row, names >= 0] = -np.inf
+            mask[row, layer.pos[there]] = np.log(layer.weight[there]).astype(np.float16)
         y = decoder._norm(x, f"blk.{i}.attn_norm.weight")
         q, k = (decoder._heads(y, f"blk.{i}.attn_{c}.weight", np.arange(n)) for c in "qk")
         p = attention.probabilities(q, k, mask, decoder.head**-0.5)
