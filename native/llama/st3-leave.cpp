@@ -54,7 +54,7 @@ void st3_memory::anneal(llama_seq_id seq_id) {
             const auto kept = st3_highest(there.ids, rank, n_keep);
             if (schedule.merge && n_keep > 0) {
                 auto & alike = image.alike[s];
-                if (!alike) {
+                if (!alike || !alike->knows(there.ids)) {  // another sequence may have given tokens back (seq_cp)
                     alike = std::make_shared<st3_likeness>(compare(seq_id, s, there));
                 }
                 hand_over(image.weights[s], there.ids, kept, *alike);

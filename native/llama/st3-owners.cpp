@@ -38,6 +38,10 @@ std::vector<float> st3_owners::weights() const {
     return res;
 }
 
+bool st3_likeness::knows(const std::vector<uint32_t> & tokens) const {
+    return std::includes(ids.begin(), ids.end(), tokens.begin(), tokens.end());
+}
+
 const float * st3_likeness::of(uint32_t id) const {
     const auto it = std::lower_bound(ids.begin(), ids.end(), id);
     return cosines.data() + (it - ids.begin()) * ids.size();

@@ -30,6 +30,9 @@ struct st3_likeness {
     std::vector<uint32_t> ids;      // ascending
     std::vector<float>    cosines;  // [ids][ids]
 
+    // Whether tokens, ascending, are all of ids.
+    bool knows(const std::vector<uint32_t> & tokens) const;
+
     // That of each token of `ids` with another of them: [ids].
     const float * of(uint32_t id) const;
 

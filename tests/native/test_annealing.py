@@ -376,6 +376,25 @@ def test_copies_and_saved_states_are_annealed_on(rt, path, tally, how: str, unif
             t.close()
 
 
+def test_tokens_that_a_copy_gives_back(rt, path) -> None:
+    """Breaks, under the sanitizers, if what came back by a copy is looked for among what was compared without it."""
+    keys = {**KEYS, "st3.keep": 1.0, "st3.anneal_tokens": 40}
+    with Model(rt, path, keys) as model, Context(model, n_ctx=512, n_seq=2, unified=True) as ctx:
+        assert ctx.prefill(native(prompt())) == 0
+        ctx.seq_cp(0, 1)
+        at = N_PROMPT
+        for i in range(30):
+            if i == 8:  # its tokens are compared anew, without those that left
+                assert ctx.restore(ctx.save(1), 1) > 0
+            if i == 16:
+                before = [len(p) for p in held(ctx, 1)]
+                ctx.seq_cp(0, 1)
+                assert all(len(p) > n for p, n in zip(held(ctx, 1), before, strict=True))
+            assert ctx.decode([5 + i], at + i, seq=1) == 0
+            assert np.isfinite(ctx.logits()).all()
+        assert held(ctx) == [list(range(N_PROMPT))] * SHAPE.n_layer
+
+
 def test_positions_of_nowhere(rt, ctx) -> None:
     """Breaks if a layer or sequence that is not there is read."""
     assert ctx.prefill(native(prompt())) == 0
