@@ -42,13 +42,9 @@ bool st3_likeness::knows(const std::vector<uint32_t> & tokens) const {
     return std::includes(ids.begin(), ids.end(), tokens.begin(), tokens.end());
 }
 
-const float * st3_likeness::of(uint32_t id) const {
-    const auto it = std::lower_bound(ids.begin(), ids.end(), id);
-    return cosines.data() + (it - ids.begin()) * ids.size();
-}
-
 size_t st3_likeness::nearest(uint32_t id, const std::vector<uint32_t> & kept) const {
-    const float * own  = of(id);
+    const size_t  row  = std::lower_bound(ids.begin(), ids.end(), id) - ids.begin();
+    const float * own  = cosines.data() + row * ids.size();
     size_t        best = 0;
     float         most = -INFINITY;
     for (size_t i = 0, k = 0; k < kept.size(); ++i) {
@@ -75,10 +71,12 @@ st3_likeness st3_compare(std::vector<uint32_t> ids, const std::vector<float> & r
     ggml_tensor * direction = st3_ops::directions(ctx.get(), in);
     ggml_tensor * out       = st3_ops::cosines(ctx.get(), direction, direction);
     ggml_cgraph * graph     = ggml_new_graph(ctx.get());
+    ggml_set_input(in);
+    ggml_set_output(out);
     ggml_build_forward_expand(graph, out);
 
-    ggml_backend_buffer_ptr buf{ ggml_backend_alloc_ctx_tensors(ctx.get(), cpu.get()) };
-    GGML_ASSERT(buf);
+    ggml_gallocr_ptr memory{ ggml_gallocr_new(ggml_backend_get_default_buffer_type(cpu.get())) };
+    GGML_ASSERT(ggml_gallocr_alloc_graph(memory.get(), graph));
     ggml_backend_tensor_set(in, rows.data(), 0, ggml_nbytes(in));
     const auto reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu.get()));
     if (auto * set = ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads")) {

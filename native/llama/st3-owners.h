@@ -33,9 +33,6 @@ struct st3_likeness {
     // Whether tokens, ascending, are all of ids.
     bool knows(const std::vector<uint32_t> & tokens) const;
 
-    // That of each token of `ids` with another of them: [ids].
-    const float * of(uint32_t id) const;
-
     // The place among `kept`, ascending and not empty, of the one most like a token; of itself, if it is among them. All are of ids.
     size_t nearest(uint32_t id, const std::vector<uint32_t> & kept) const;
 };
