@@ -27,7 +27,7 @@ struct st3_image {
     std::vector<std::vector<float>> weights;  // [stage][n] tokens that each stands for, 0: none; empty: itself alone
     std::vector<std::vector<float>> scores;   // [stage][n] sum of records
 
-    // [stage] tokens that were held when the first of them left while the answer grew; null: before that, and when no more will
+    // [stage] of the tokens that are held, and some that have left; null: not compared yet, or no more will leave
     std::vector<std::shared_ptr<const st3_likeness>> alike;
 
     // Tokens that were not taken out of the sequence.

@@ -41,7 +41,7 @@ class st3_kv : public llama_kv_cache {
     llama_kv_cells &       cells(uint32_t stream) { return v_cells[stream]; }
     const llama_kv_cells & cells(uint32_t stream) const { return v_cells[stream]; }
 
-    // What the first layer holds as values in these cells, F32 [cells][width]. Waits for them.
+    // What the first layer holds as values in these cells, F32 [cells][width]. Nothing may be computing.
     std::vector<float> values(uint32_t stream, const std::vector<uint32_t> & cells) const;
 
     size_t        n_layers() const { return layers.size(); }

@@ -39,7 +39,11 @@ void st3_memory::anneal(llama_seq_id seq_id) {
         for (uint32_t s = 0; s < n_stage(); ++s) {
             const uint32_t n_keep = schedule.target(n, image.n0[s], image.n_steps + schedule.anneal_interval);
 
+            auto &     alike = image.alike[s];
             const auto there = held(seq_id, image, s);
+            if (there.ids.size() <= schedule.target(n, image.n0[s], std::numeric_limits<uint64_t>::max())) {
+                alike.reset();  // no more will leave
+            }
             if (there.ids.size() <= n_keep) {
                 continue;
             }
@@ -53,14 +57,10 @@ void st3_memory::anneal(llama_seq_id seq_id) {
             }
             const auto kept = st3_highest(there.ids, rank, n_keep);
             if (schedule.merge && n_keep > 0) {
-                auto & alike = image.alike[s];
                 if (!alike || !alike->knows(there.ids)) {  // another sequence may have given tokens back (seq_cp)
                     alike = std::make_shared<st3_likeness>(compare(seq_id, s, there));
                 }
                 hand_over(image.weights[s], there.ids, kept, *alike);
-                if (n_keep == schedule.target(n, image.n0[s], std::numeric_limits<uint64_t>::max())) {
-                    alike.reset();  // no more will leave
-                }
             }
             drop(seq_id, s, there, kept);
         }
@@ -112,20 +112,20 @@ void st3_memory::evict(llama_seq_id seq_id) {
                     rank[cut.tokens[i].index] += cut.scores[s - 1][i];
                 }
             }
-            const auto was = std::exchange(ids, st3_highest(ids, rank, n_keep[s]));
-
-            const auto before = held(seq_id, image, s);
+            drop(seq_id, s, held(seq_id, image, s), ids);  // what left before
+            const auto left = held(seq_id, image, s);
+            const auto was  = std::exchange(ids, st3_highest(ids, rank, n_keep[s]));
             if (schedule.merge) {
                 std::vector<int32_t> places;
                 if (!ids.empty() && ids.size() < was.size()) {
-                    const auto alike = compare(seq_id, s, before);
+                    const auto alike = compare(seq_id, s, left);
                     const auto owner = [&](uint32_t id) { return (int32_t) alike.nearest(id, ids); };
                     std::transform(was.begin(), was.end(), std::back_inserter(places), owner);
                 }
                 stand_in.cut({ ids.begin(), ids.end() }, places);
                 image.weights.push_back(stand_in.weights());
             }
-            drop(seq_id, s, before, ids);
+            drop(seq_id, s, left, ids);
             image.n0.push_back((uint32_t) ids.size());
         }
         image.pruned  = true;

@@ -33,7 +33,8 @@ struct st3_likeness {
     // Whether tokens, ascending, are all of ids.
     bool knows(const std::vector<uint32_t> & tokens) const;
 
-    // The place among `kept`, ascending and not empty, of the one most like a token; of itself, if it is among them. All are of ids.
+    // The place among `kept`, ascending and not empty, of the one most like a token; of itself, if it is among them. It and they must
+    // be among ids.
     size_t nearest(uint32_t id, const std::vector<uint32_t> & kept) const;
 };
 
