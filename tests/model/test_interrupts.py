@@ -94,7 +94,8 @@ def test_what_a_handler_raises_reaches_the_caller(load, picture):
 
     def handler(*_):
         calls.append(threading.current_thread())
-        if len(calls) == 2:
+        if len(calls) > 1:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             raise Late
 
     before = signal.signal(signal.SIGALRM, handler)
@@ -104,10 +105,12 @@ def test_what_a_handler_raises_reaches_the_caller(load, picture):
             signal.setitimer(signal.ITIMER_REAL, 0.02, 0.05)
             with pytest.raises(Late):
                 while True:
+                    if len(calls) > 1:  # Python lets nothing out of a destructor that was at work
+                        signal.setitimer(signal.ITIMER_REAL, 0.02)
                     llava.reset()
                     llava.ask(picture, QUESTION, temperature=0)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            assert calls == [threading.main_thread()] * 2
+            assert len(calls) > 1
+            assert set(calls) == {threading.main_thread()}
             assert llava.ask(picture, QUESTION, temperature=0) == expected
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
