@@ -91,7 +91,8 @@ std::vector<float> st3_kv::values(uint32_t stream, const std::vector<uint32_t> &
     std::vector<uint8_t> rows;
     std::vector<float>   res(cells.size() * width);
     for (size_t i = 0, n = 0; i < cells.size(); i += n) {
-        for (n = 1; i + n < cells.size() && cells[i + n] == cells[i] + n;) {
+        n = 1;
+        while (i + n < cells.size() && cells[i + n] == cells[i] + n) {
             n++;
         }
         rows.resize(n * t->nb[1]);

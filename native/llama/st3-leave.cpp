@@ -9,8 +9,6 @@
 #include "st3-rank.h"
 
 #include <algorithm>
-#include <iterator>
-#include <limits>
 #include <memory>
 #include <utility>
 
@@ -20,7 +18,7 @@ static void hand_over(
         const st3_likeness & alike) {
     for (const uint32_t id : ids) {
         if (!std::binary_search(kept.begin(), kept.end(), id)) {
-            weights[kept[alike.nearest(id, kept)]] += std::exchange(weights[id], 0.0f);
+            weights[alike.nearest(id, kept)] += std::exchange(weights[id], 0.0f);
         }
     }
 }
@@ -41,7 +39,7 @@ void st3_memory::anneal(llama_seq_id seq_id) {
 
             auto &     alike = image.alike[s];
             const auto there = held(seq_id, image, s);
-            if (there.ids.size() <= schedule.target(n, image.n0[s], std::numeric_limits<uint64_t>::max())) {
+            if (there.ids.size() <= schedule.last_target(n, image.n0[s])) {
                 alike.reset();  // no more will leave
             }
             if (there.ids.size() <= n_keep) {
@@ -101,9 +99,12 @@ void st3_memory::evict(llama_seq_id seq_id) {
         auto ids = held(seq_id, image, 0).ids;
         image.n0 = { (uint32_t) ids.size() };
 
-        st3_owners stand_in((uint32_t) image.places.size(), { ids.begin(), ids.end() });
+        std::vector<float> weights(image.places.size());
+        for (const uint32_t id : ids) {
+            weights[id] = 1.0f;
+        }
         if (schedule.merge) {
-            image.weights = { stand_in.weights() };
+            image.weights = { weights };
         }
         for (uint32_t s = 1; s < n_stage(); ++s) {
             auto rank = schedule.bias(image.nx, image.ny, n_keep[s], image.number, schedule.random);
@@ -116,14 +117,12 @@ void st3_memory::evict(llama_seq_id seq_id) {
             const auto left = held(seq_id, image, s);
             const auto was  = std::exchange(ids, st3_highest(ids, rank, n_keep[s]));
             if (schedule.merge) {
-                std::vector<int32_t> places;
-                if (!ids.empty() && ids.size() < was.size()) {
-                    const auto alike = compare(seq_id, s, left);
-                    const auto owner = [&](uint32_t id) { return (int32_t) alike.nearest(id, ids); };
-                    std::transform(was.begin(), was.end(), std::back_inserter(places), owner);
+                if (ids.empty()) {
+                    weights.assign(weights.size(), 0.0f);
+                } else if (ids.size() < was.size()) {
+                    hand_over(weights, was, ids, compare(seq_id, s, left));
                 }
-                stand_in.cut({ ids.begin(), ids.end() }, places);
-                image.weights.push_back(stand_in.weights());
+                image.weights.push_back(weights);
             }
             drop(seq_id, s, left, ids);
             image.n0.push_back((uint32_t) ids.size());

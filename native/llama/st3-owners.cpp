@@ -42,19 +42,18 @@ bool st3_likeness::knows(const std::vector<uint32_t> & tokens) const {
     return std::includes(ids.begin(), ids.end(), tokens.begin(), tokens.end());
 }
 
-size_t st3_likeness::nearest(uint32_t id, const std::vector<uint32_t> & kept) const {
+uint32_t st3_likeness::nearest(uint32_t id, const std::vector<uint32_t> & kept) const {
     const size_t  row  = std::lower_bound(ids.begin(), ids.end(), id) - ids.begin();
     const float * own  = cosines.data() + row * ids.size();
-    size_t        best = 0;
+    uint32_t      best = kept[0];
     float         most = -INFINITY;
     for (size_t i = 0, k = 0; k < kept.size(); ++i) {
         if (ids[i] != kept[k]) {
             continue;
         }
-        const float cosine = kept[k] == id ? INFINITY : own[i];
-        if (cosine > most) {
-            most = cosine;
-            best = k;
+        if (own[i] > most) {
+            most = own[i];
+            best = kept[k];
         }
         k++;
     }

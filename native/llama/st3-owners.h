@@ -33,9 +33,8 @@ struct st3_likeness {
     // Whether tokens, ascending, are all of ids.
     bool knows(const std::vector<uint32_t> & tokens) const;
 
-    // The place among `kept`, ascending and not empty, of the one most like a token; of itself, if it is among them. It and they must
-    // be among ids.
-    size_t nearest(uint32_t id, const std::vector<uint32_t> & kept) const;
+    // The one among `kept`, ascending and not empty, that is most like a token which is not. It and they must be among ids.
+    uint32_t nearest(uint32_t id, const std::vector<uint32_t> & kept) const;
 };
 
 // Of tokens whose rows are F32 [ids][width], computed by the CPU on so many threads.

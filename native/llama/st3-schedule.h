@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -82,6 +83,8 @@ struct st3_schedule {
 
     // Tokens left of the n0 that a stage held of an image of n, after step generated tokens.
     uint32_t target(uint32_t n, uint32_t n0, uint64_t step) const;
+    // And when no more will leave.
+    uint32_t last_target(uint32_t n, uint32_t n0) const { return target(n, n0, std::numeric_limits<uint64_t>::max()); }
 
     // Bias of each of an image's nx * ny tokens where n_keep of them are to stay.
     // i_image tells the images of a sequence apart for the random bias. Returns [nx * ny].

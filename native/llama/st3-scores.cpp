@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 static constexpr uint32_t PAD_IDS = 32;
 
@@ -67,9 +66,8 @@ st3_record st3_memory::make_record(const llama_ubatch & ubatch, llama_seq_id seq
             bool    more  = waiting;  // whether it will lose any more tokens
             for (uint32_t s = 0; s < n_stage(); ++s) {
                 share.held.push_back(held(seq_id, list[i], s));
-                more |= !waiting && share.held[s].ids.size() > schedule.target(
-                                                                       (uint32_t) list[i].places.size(), list[i].n0[s],
-                                                                       std::numeric_limits<uint64_t>::max());
+                more |= !waiting && share.held[s].ids.size() >
+                                            schedule.last_target((uint32_t) list[i].places.size(), list[i].n0[s]);
             }
             if (more) {
                 shares.push_back(std::move(share));
