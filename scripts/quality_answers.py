@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
@@ -205,12 +206,14 @@ def run(task: Task) -> tuple[Task, list[dict]]:
     assert _worker is not None
     rt, job = _worker
     style, keys, measures = task.style, task.keys, task.measures
-    if "random" in (keys.get("st3.preset"), keys.get("st3.anneal_score")):
-        keys = {**keys, "st3.seed": task.indices.start}  # one draw a chunk: no lucky seed
+    by_lot = "random" in (keys.get("st3.preset"), keys.get("st3.anneal_score"))
     full = full_answers(style, task.indices, measures)
     reader = Reader(rt, job, keys)
     out = []
     for i, embd in zip(task.indices, pictures(style, task.indices), strict=True):
+        if by_lot:  # a draw for each scene: intervals take scenes as independent
+            reader.close()
+            reader = Reader(rt, job, {**keys, "st3.seed": zlib.crc32(f"{style} {i}".encode())})
         row: dict = {"scene": i, "measures": measures}
 
         def right(*asked: Fact, embd: np.ndarray = embd) -> bool:
