@@ -162,7 +162,7 @@ GRIDS = {
     ),
     "choices": Grid(
         choice_grid,
-        (0.3, 0.2),
+        (0.5, 0.2),
         100,
         ("facts", "captions"),
         "What the defaults were chosen among",
