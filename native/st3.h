@@ -49,7 +49,7 @@
 extern "C" {
 #endif
 
-#define ST3_ABI_VERSION 9
+#define ST3_ABI_VERSION 10
 
 // A run of prompt tokens: text, or one image.
 // Exactly one of tokens and embd is set. For an image, embd is F32 [n][llama_model_n_embd_inp], and nx * ny == n gives its patch
@@ -115,6 +115,10 @@ LLAMA_API void st3_announce_image(struct llama_context * ctx, int32_t n, int32_t
 LLAMA_API int32_t st3_prefill(
         struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0, const struct st3_piece * pieces,
         size_t n_pieces);
+
+// As llama_sampler_sample with samplers of the CPU, but where no token may follow (a grammar that this vocabulary cannot go on
+// with) it returns LLAMA_TOKEN_NULL, with nothing accepted, where that ends the program; st3_last_error() says why.
+LLAMA_API llama_token st3_sample(struct llama_sampler * sampler, struct llama_context * ctx, int32_t i);
 
 // The visual indices kept after cut i_cut of a sequence's last prompt (seq_id < 0: of the sequence that had the last one),
 // ascending, over all its images in order (the second image's first token has the index "tokens of the first"). Writes at most

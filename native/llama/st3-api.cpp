@@ -10,6 +10,7 @@
 #include "st3.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -42,6 +43,8 @@ void require(bool ok, const std::string & what) {
 
 st3_memory * pruned_memory(const llama_context * ctx) { return dynamic_cast<st3_memory *>(ctx->get_memory()); }
 
+bool is_position(llama_pos p) { return p >= 0 && p <= ST3_MAX_POS; }
+
 uint32_t n_rows(const st3_piece * pieces, size_t n_pieces) {
     uint64_t n = 0;
     for (size_t i = 0; i < n_pieces; ++i) {
@@ -64,7 +67,9 @@ void check_pieces(const llama_context * ctx, const st3_piece * pieces, size_t n_
             require(!p.non_causal || (uint32_t) p.n <= ctx->get_cparams().n_ubatch,
                     format("an image of %d tokens that see each other does not fit n_ubatch, which is %u", p.n,
                            ctx->get_cparams().n_ubatch));
-            require(!p.pos || p.n_pos > 0, "an image whose positions are given takes none");
+            require(!p.pos || is_position(p.n_pos - 1), "an image whose positions are given takes none, or too many");
+            require(!p.pos || std::all_of(p.pos, p.pos + 4 * int64_t(p.n), is_position),
+                    "a position of an image is out of range");
         } else {
             for (int32_t j = 0; j < p.n; ++j) {
                 require(p.tokens[j] >= 0 && p.tokens[j] < n_vocab,
@@ -153,7 +158,10 @@ int32_t decode_pieces(
 }
 
 // Refuses what there is no room for, before any work.
-void check_room(const llama_context * ctx, const st3_memory * mem, llama_seq_id seq_id, llama_pos p0, uint32_t n) {
+void check_room(
+        const llama_context * ctx, const st3_memory * mem, llama_seq_id seq_id, llama_pos p0, const st3_piece * pieces,
+        size_t n_pieces) {
+    const uint32_t  n     = n_rows(pieces, n_pieces);
     const auto *    waits = mem ? mem->waits.of(seq_id) : nullptr;
     const uint32_t  n_ctx = ctx->get_cparams().n_ctx_seq;
     const uint32_t  used  = mem ? mem->n_used(seq_id) + (waits ? waits->n_rows() : 0) : (uint32_t) p0;
@@ -163,6 +171,12 @@ void check_room(const llama_context * ctx, const st3_memory * mem, llama_seq_id 
     require(p0 == end || (jump && p0 > end), format("the sequence goes on at position %d, not at %d", end, p0));
     require(n <= n_ctx && used <= n_ctx - n,
             format("the prompt of %u positions does not fit: %u of %u KV cells (n_ctx) are in use", n, used, n_ctx));
+
+    int64_t last = p0;
+    for (size_t i = 0; i < n_pieces; ++i) {
+        last += n_positions(ctx, pieces[i]);
+    }
+    require(last <= ST3_MAX_POS, "the prompt's positions are too large");
 }
 
 }  // namespace
@@ -214,12 +228,39 @@ double st3_prefill_flops(const llama_model * model, int32_t n_rows, int32_t n_be
 
 void st3_announce_image(llama_context * ctx, int32_t n, int32_t nx, int32_t ny, const char * picture) {
     guarded(0, [&] {
-        require(ctx && n >= 0 && nx >= 0 && ny >= 0, "no context, or a negative number");
+        require(ctx, "no context");
         if (auto * mem = pruned_memory(ctx)) {
+            mem->waits.announced = {};
+            require(n >= 0 && nx >= 0 && ny >= 0, "a negative number");
             mem->waits.announced = { (uint32_t) n,  (uint32_t) nx,         (uint32_t) ny, (uint32_t) n,
                                      /*keep*/ true, picture ? picture : "" };
         }
         return 0;
+    });
+}
+
+llama_token st3_sample(llama_sampler * sampler, llama_context * ctx, int32_t i) {
+    // large, and needed for every token
+    thread_local std::vector<llama_token_data> tokens;
+
+    return guarded(LLAMA_TOKEN_NULL, [&] {
+        require(sampler && ctx, "no sampler or no context");
+        const float * logits = llama_get_logits_ith(ctx, i);
+        require(logits, format("there are no logits of row %d", i));
+
+        tokens.resize(ctx->get_model().vocab.n_tokens());
+        for (size_t id = 0; id < tokens.size(); ++id) {
+            tokens[id] = { (llama_token) id, logits[id], 0.0f };
+        }
+        llama_token_data_array left = { tokens.data(), tokens.size(), /*selected*/ -1, /*sorted*/ false };
+        llama_sampler_apply(sampler, &left);
+        require(left.selected >= 0 && (size_t) left.selected < left.size &&
+                        std::isfinite(left.data[left.selected].logit),
+                "no token of the vocabulary may follow");
+
+        const llama_token token = left.data[left.selected].id;
+        llama_sampler_accept(sampler, token);
+        return token;
     });
 }
 
@@ -230,7 +271,7 @@ int32_t st3_prefill(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, cons
         check_pieces(ctx, pieces, n_pieces);
 
         auto * mem = pruned_memory(ctx);
-        check_room(ctx, mem, seq_id, p0, n_rows(pieces, n_pieces));
+        check_room(ctx, mem, seq_id, p0, pieces, n_pieces);
 
         // whatever goes wrong from here on: nothing of the prompt stays
         const auto undo = [&](llama_context * c) {

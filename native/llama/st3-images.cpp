@@ -55,6 +55,9 @@ void st3_images::cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos 
     }
     auto copy = of(src);
     each_place(copy, [&](st3_place & p) { p.pos = p.pos >= p0 && p.pos < p1 && there.count(p) == 0 ? p.pos : -1; });
+    for (auto & image : images) {
+        image.alike.clear();  // tokens that had left may be there again
+    }
     images.insert(images.end(), copy.begin(), copy.end());
 }
 

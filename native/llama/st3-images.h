@@ -1,13 +1,14 @@
 // st3-images.h - the images that sequences hold, by the places of their tokens: bookkeeping, no tensors.
 #pragma once
 
-#include "st3-owners.h"
 #include "st3-place.h"
 
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <vector>
+
+class st3_likeness;
 
 // One image of a sequence. Which stage still holds which of its tokens is for the stages' cells to say.
 struct st3_image {
@@ -23,11 +24,13 @@ struct st3_image {
     uint64_t n_steps   = 0;  // tokens generated since
     uint64_t n_records = 0;  // records in its scores
 
-    std::vector<uint32_t>           n0;       // [stage] tokens held after prefill
-    std::vector<std::vector<float>> weights;  // [stage][n] tokens that each stands for, 0: none; empty: itself alone
-    std::vector<std::vector<float>> scores;   // [stage][n] sum of records
+    std::vector<uint32_t>           n0;  // [stage] tokens held after prefill
+    // [stage][n] tokens that each stands for; empty: itself alone. 0: it left, and if a copy gave it back it stands for itself
+    // beside its heir
+    std::vector<std::vector<float>> weights;
+    std::vector<std::vector<float>> scores;  // [stage][n] sum of records
 
-    // [stage] of the tokens that are held, and some that have left; null: not compared yet, or no more will leave
+    // [stage] null: not compared yet, or no more will leave
     std::vector<std::shared_ptr<const st3_likeness>> alike;
 
     // Tokens that were not taken out of the sequence.

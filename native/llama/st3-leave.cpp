@@ -5,35 +5,25 @@
 #include "llama-impl.h"
 #include "llama-model.h"
 #include "st3-memory.h"
-#include "st3-owners.h"
+#include "st3-likeness.h"
 #include "st3-rank.h"
 
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <utility>
-
-// What of an image's tokens `ids` is not among `kept` leaves its weight to the kept token that is most like it.
-static void hand_over(
-        std::vector<float> & weights, const std::vector<uint32_t> & ids, const std::vector<uint32_t> & kept,
-        const st3_likeness & alike) {
-    for (const uint32_t id : ids) {
-        if (!std::binary_search(kept.begin(), kept.end(), id)) {
-            weights[alike.nearest(id, kept)] += std::exchange(weights[id], 0.0f);
-        }
-    }
-}
 
 // Frees what is due at the start of a generated token's decode, so that the token can take a freed cell.
 void st3_memory::anneal(llama_seq_id seq_id) {
+    if (!schedule.anneals()) {
+        return;
+    }
     for (auto & image : images.of(seq_id)) {
         if (!image.pruned || image.n_steps % schedule.anneal_interval != 0) {
             continue;
         }
         const auto n = (uint32_t) image.places.size();
         image.alike.resize(n_stage());
-        if (schedule.merge && image.weights.empty()) {
-            image.weights.assign(n_stage(), std::vector<float>(n, 1.0f));
-        }
         for (uint32_t s = 0; s < n_stage(); ++s) {
             const uint32_t n_keep = schedule.target(n, image.n0[s], image.n_steps + schedule.anneal_interval);
 
@@ -54,11 +44,8 @@ void st3_memory::anneal(llama_seq_id seq_id) {
                 }
             }
             const auto kept = st3_highest(there.ids, rank, n_keep);
-            if (schedule.merge && n_keep > 0) {
-                if (!alike || !alike->knows(there.ids)) {  // another sequence may have given tokens back (seq_cp)
-                    alike = std::make_shared<st3_likeness>(compare(seq_id, s, there));
-                }
-                hand_over(image.weights[s], there.ids, kept, *alike);
+            if (schedule.merge && n_keep > 0 && !hand_over(seq_id, s, there, kept, image.weights[s], &alike)) {
+                continue;  // they leave at another step
             }
             drop(seq_id, s, there, kept);
         }
@@ -73,12 +60,56 @@ void st3_memory::drop(llama_seq_id seq_id, uint32_t stage, const held_t & there,
     }
 }
 
-// How alike the tokens are that a stage holds of an image. The rows of the residual stream are gone; the values that the stage's
-// first layer made of them, which carry no position, are compared instead.
-st3_likeness st3_memory::compare(llama_seq_id seq_id, uint32_t stage, const held_t & there) const {
+std::vector<float> st3_memory::values(llama_seq_id seq_id, uint32_t stage, const std::vector<uint32_t> & cells) const {
+    return stages[stage]->values(stages[stage]->get_stream(seq_id), cells);
+}
+
+bool st3_memory::hand_over(
+        llama_seq_id seq_id, uint32_t stage, const held_t & there, const std::vector<uint32_t> & kept,
+        std::vector<float> & weights, std::shared_ptr<const st3_likeness> * alike) const {
+    const int n_threads = (int) lctx->n_threads();
+
+    std::vector<std::pair<uint32_t, uint32_t>> heirs;  // of each that leaves
+    held_t                                     stay;
+    held_t                                     strays;  // that leave with all that are much like them
+
     synchronize();
-    return st3_compare(
-            there.ids, stages[stage]->values(stages[stage]->get_stream(seq_id), there.cells), lctx->n_threads());
+    try {
+        if (alike && !*alike) {
+            const auto rows = values(seq_id, stage, there.cells);
+            const auto n    = there.ids.size();
+            *alike = std::make_shared<const st3_likeness>(there.ids, st3_cosines(rows, n, rows, n, n_threads));
+        }
+        for (size_t i = 0; i < there.ids.size(); ++i) {
+            const uint32_t id    = there.ids[i];
+            const bool     stays = std::binary_search(kept.begin(), kept.end(), id);
+            const uint32_t heir  = stays || !alike ? st3_likeness::NONE : (*alike)->nearest(id, kept);
+            if (heir != st3_likeness::NONE) {
+                heirs.emplace_back(id, heir);
+            } else {
+                auto & to = stays ? stay : strays;
+                to.ids.push_back(id);
+                to.cells.push_back(there.cells[i]);
+            }
+        }
+        if (!strays.ids.empty()) {
+            const size_t n       = stay.ids.size();
+            const auto   cosines = st3_cosines(
+                    values(seq_id, stage, strays.cells), strays.ids.size(), values(seq_id, stage, stay.cells), n,
+                    n_threads);
+            for (size_t i = 0; i < strays.ids.size(); ++i) {
+                const auto row = cosines.begin() + i * n;
+                heirs.emplace_back(strays.ids[i], stay.ids[std::max_element(row, row + n) - row]);
+            }
+        }
+    } catch (const std::bad_alloc &) {
+        LLAMA_LOG_WARN("%s: no memory to compare an image's tokens\n", __func__);
+        return false;
+    }
+    for (const auto & [id, heir] : heirs) {
+        weights[heir] += std::exchange(weights[id], 0.0f);
+    }
+    return true;
 }
 
 // Cuts down the images of a sequence that wait for it, as the cuts of a pruned prefill would.
@@ -115,12 +146,12 @@ void st3_memory::evict(llama_seq_id seq_id) {
             }
             drop(seq_id, s, held(seq_id, image, s), ids);  // what left before
             const auto left = held(seq_id, image, s);
-            const auto was  = std::exchange(ids, st3_highest(ids, rank, n_keep[s]));
+            ids             = st3_highest(left.ids, rank, n_keep[s]);
             if (schedule.merge) {
                 if (ids.empty()) {
                     weights.assign(weights.size(), 0.0f);
-                } else if (ids.size() < was.size()) {
-                    hand_over(weights, was, ids, compare(seq_id, s, left));
+                } else if (ids.size() < left.ids.size()) {
+                    hand_over(seq_id, s, left, ids, weights, nullptr);
                 }
                 image.weights.push_back(weights);
             }

@@ -1,4 +1,4 @@
-// st3-owners.h - which of an image's tokens stands for each of them, from cut to cut, and which are alike.
+// st3-owners.h - which of an image's tokens stands for each of them, from cut to cut.
 #pragma once
 
 #include <cstddef>
@@ -24,18 +24,3 @@ class st3_owners {
     std::vector<int32_t> owners;
     std::vector<int32_t> ids;
 };
-
-// How alike tokens of an image are.
-struct st3_likeness {
-    std::vector<uint32_t> ids;      // ascending
-    std::vector<float>    cosines;  // [ids][ids]
-
-    // Whether tokens, ascending, are all of ids.
-    bool knows(const std::vector<uint32_t> & tokens) const;
-
-    // The one among `kept`, ascending and not empty, that is most like a token which is not. It and they must be among ids.
-    uint32_t nearest(uint32_t id, const std::vector<uint32_t> & kept) const;
-};
-
-// Of tokens whose rows are F32 [ids][width], computed by the CPU on so many threads.
-st3_likeness st3_compare(std::vector<uint32_t> ids, const std::vector<float> & rows, int n_threads);

@@ -13,6 +13,9 @@
 // The positions of a row of a batch, as llama_batch_ext has them: [0] the sequence's, with M-RoPE [1] y, [2] x, [3] another.
 using st3_pos = std::array<llama_pos, GGML_MROPE_SECTIONS>;
 
+// Larger ones cannot have come from a decode; and arithmetic on positions, ours and llama.cpp's, must not overflow.
+inline constexpr llama_pos ST3_MAX_POS = 1 << 30;
+
 struct st3_place {
     llama_pos pos = -1;  // -1: taken out of the sequence
     llama_pos y   = 0;   // 0 without M-RoPE, as in the cells

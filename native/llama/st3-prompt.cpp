@@ -89,8 +89,11 @@ llama_pos st3_waits::rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_p
     if (p0 >= p1) {
         return p0;
     }
+    if (p0 < seq_end) {
+        pictures.erase(seq_id);  // what comes next does not go on where its tokens ended
+    }
     if (p1 < seq_end) {  // in the middle: what comes after it can never be read again, as positions must have no gap
-        while (!list.empty() && list.back()->end() >= p0) {
+        while (!list.empty() && list.back()->end() > p0) {
             list.pop_back();
         }
         return p0;
@@ -122,6 +125,9 @@ void st3_waits::cp(llama_seq_id src, llama_seq_id dst) {
         waiting[dst] = *prompt;
     }
     asked[dst] = asked[src];
+    if (const auto it = pictures.find(src); it != pictures.end()) {
+        pictures[dst] = it->second;
+    }
 }
 
 size_t st3_waits::n_bytes() const {

@@ -80,12 +80,12 @@ struct st3_waits {
     std::map<llama_seq_id, std::vector<std::shared_ptr<const st3_prompt>>> asked;
 
     st3_announced                       announced;
-    std::map<llama_seq_id, std::string> pictures;  // whose tokens came last
+    std::map<llama_seq_id, std::string> pictures;  // whose tokens came last, and are there
 
-    // Notes the announced picture as a sequence's last one. Whether it was that before.
-    bool note_picture(llama_seq_id seq_id) {
-        const auto last = std::exchange(pictures[seq_id], announced.picture);
-        return !last.empty() && last == announced.picture;
+    // Whether the announced tokens are of the picture that came last.
+    bool same_picture(llama_seq_id seq_id) const {
+        const auto it = pictures.find(seq_id);
+        return it != pictures.end() && !it->second.empty() && it->second == announced.picture;
     }
 
     const st3_prompt * of(llama_seq_id seq_id) const {
@@ -104,6 +104,7 @@ struct st3_waits {
     void rm(llama_seq_id seq_id) {
         waiting.erase(seq_id);
         asked.erase(seq_id);
+        pictures.erase(seq_id);
     }
     void clear() {
         waiting.clear();

@@ -9,10 +9,7 @@
 #include <algorithm>
 #include <cmath>
 
-// Larger ones cannot have come from a decode; and arithmetic on positions, ours and llama.cpp's, must not overflow.
-static constexpr llama_pos MAX_POS = 1 << 30;
-
-void st3_put_shape(st3_writer & w, const st3_memory & mem, uint32_t version) {
+void st3_put_shape(st3_writer & w, const st3_memory & mem) {
     w.put(mem.schedule.n_layer);
     w.put(mem.n_stage());
     w.put((uint32_t) mem.stage(0).type_k());
@@ -23,9 +20,6 @@ void st3_put_shape(st3_writer & w, const st3_memory & mem, uint32_t version) {
             w.put((uint32_t) mem.stage(s).k_of(i, 0)->ne[0]);
             w.put((uint32_t) mem.stage(s).v_of(i, 0)->ne[0]);
         }
-    }
-    if (version < 3) {
-        return;
     }
     const auto & s = mem.schedule;
     st3_checksum rest;
@@ -63,10 +57,12 @@ void st3_put(st3_writer & w, const st3_image & image) {
 }
 
 static bool possible(const st3_place & p) {
-    return p.pos >= -1 && p.pos <= MAX_POS && p.y >= 0 && p.y <= MAX_POS && p.x >= 0 && p.x <= MAX_POS;
+    return p.pos >= -1 && p.pos <= ST3_MAX_POS && p.y >= 0 && p.y <= ST3_MAX_POS && p.x >= 0 && p.x <= ST3_MAX_POS;
 }
 
-st3_image st3_get_image(st3_reader & r, uint32_t n_stage, uint32_t version) {
+st3_image st3_get_image(st3_reader & r, const st3_memory & mem) {
+    const uint32_t n_stage = mem.n_stage();
+
     st3_image  image;
     const auto n = r.get<uint32_t>();
     image.nx     = r.get<uint32_t>();
@@ -78,18 +74,13 @@ st3_image st3_get_image(st3_reader & r, uint32_t n_stage, uint32_t version) {
     image.evicted    = flags & 2;
     image.n_steps    = r.get<uint64_t>();
     image.n_records  = r.get<uint64_t>();
-    if (version < 4) {
-        for (const llama_pos p : r.get<llama_pos>(n)) {
-            image.places.push_back({ p });
-        }
-    } else {
-        image.places = r.get<st3_place>(n);
-    }
+    image.places     = r.get<st3_place>(n);
+
     const auto n_counts = r.get<uint32_t>();
     image.n0            = r.get<uint32_t>(n_counts);
     const auto n_scores = r.get<uint32_t>();
 
-    if (n == 0 || uint64_t(image.nx) * image.ny != n || flags > 3 || n_counts != (image.pruned ? n_stage : 0) ||
+    if (n == 0 || n > mem.stage(0).n_max || uint64_t(image.nx) * image.ny != n || flags > 3 || n_counts != (image.pruned ? n_stage : 0) ||
         (n_scores != 0 && (!image.pruned || n_scores != n_stage || image.n_records == 0)) ||
         std::any_of(image.places.begin(), image.places.end(), [](const st3_place & p) { return !possible(p); }) ||
         std::any_of(image.n0.begin(), image.n0.end(), [n](uint32_t c) { return c > n; })) {
@@ -108,8 +99,8 @@ st3_image st3_get_image(st3_reader & r, uint32_t n_stage, uint32_t version) {
     };
     image.scores = get_each(n_scores, [](float x) { return std::isfinite(x); });
 
-    const auto n_weights = version < 2 ? 0 : r.get<uint32_t>();
-    if (n_weights != 0 && (!image.pruned || n_weights != n_stage)) {
+    const auto n_weights = r.get<uint32_t>();
+    if (n_weights != (image.pruned && mem.schedule.merge ? n_stage : 0)) {
         st3_fail("the saved state holds an impossible image");
     }
     image.weights = get_each(n_weights, [n](float x) { return x >= 0.0f && x <= (float) n; });
@@ -126,32 +117,16 @@ void st3_put(st3_writer & w, const st3_prompt & prompt) {
     w.put(prompt.images);
 }
 
-st3_prompt st3_get_prompt(st3_reader & r, const llama_model & model, uint32_t version) {
-    const auto p0    = version < 4 ? r.get<llama_pos>() : 0;
+st3_prompt st3_get_prompt(st3_reader & r, const llama_model & model) {
     const auto count = r.get<uint32_t>();
 
     st3_prompt prompt;
-    if (version < 4 && (p0 < 0 || p0 > MAX_POS || count > MAX_POS)) {
-        st3_fail("the saved state holds an impossible prompt");
-    } else if (version < 4) {
-        prompt.tokens = r.get<llama_token>(count);
-        for (uint32_t i = 0; i < count; ++i) {
-            prompt.pos.push_back({ p0 + (llama_pos) i, 0, 0, 0 });
-        }
-    } else {
-        prompt.pos    = r.get<st3_pos>(count);
-        prompt.tokens = r.get<llama_token>(count);
-    }
-    const uint64_t n   = r.get<uint64_t>();
-    prompt.embd        = r.get<float>(n);
-    const auto n_spans = r.get<uint32_t>();
-    if (version < 5) {
-        for (const auto & [row, n_of, nx, ny] : r.get<std::array<uint32_t, 4>>(n_spans)) {
-            prompt.images.push_back({ row, n_of, nx, ny, /*causal*/ 1 });
-        }
-    } else {
-        prompt.images = r.get<st3_span>(n_spans);
-    }
+    prompt.pos       = r.get<st3_pos>(count);
+    prompt.tokens    = r.get<llama_token>(count);
+    const uint64_t n = r.get<uint64_t>();
+    prompt.embd      = r.get<float>(n);
+    prompt.images    = r.get<st3_span>(r.get<uint32_t>());
+
     const auto n_rows   = prompt.n_rows();
     const auto n_images = std::count(prompt.tokens.begin(), prompt.tokens.end(), LLAMA_TOKEN_NULL);
 
@@ -209,7 +184,7 @@ st3_saved_cell st3_get_cell(st3_reader & r) {
     cell.ext.tok     = r.get<llama_token>();
     cell.seqs        = r.get<llama_seq_id>(r.get<uint32_t>());
 
-    if (cell.seqs.empty() || cell.pos < 0 || cell.pos > MAX_POS || shift != 0) {
+    if (cell.seqs.empty() || cell.pos < 0 || cell.pos > ST3_MAX_POS || shift != 0) {
         st3_fail("the saved state holds an impossible cell");
     }
     return cell;

@@ -1,15 +1,11 @@
 // st3-snapshot.cpp - saving and restoring st3_memory. One section, little-endian as llama.cpp's own:
 //
-//   u32 magic, u32 version, u64 length of the body, body, u64 checksum of the body (before version 4: ahead of the body; from
-//   version 5 on, exclusive or the version). The body:
-//     shape   u32 n_layer, n_stage, type_k, type_v; i32 cuts[n_stage - 1]; u32 n_embd_k, n_embd_v of each layer;
-//             from version 3 on, u64 checksum of the schedule's other fields
+//   u32 magic, u32 version, u64 length of the body, body, u64 checksum of the body, exclusive or the version. The body:
+//     shape   u32 n_layer, n_stage, type_k, type_v; i32 cuts[n_stage - 1]; u32 n_embd_k, n_embd_v of each layer; u64 checksum
+//             of the schedule's other fields
 //     i32     the sequence saved, or -1: all
-//     images  u32 n, then each: i32 sequence, its fields (version 1: without weights, all of which are 1; up to version 3:
-//             positions alone for places)
-//     prompts u32 n, then each: i32 sequence, u32 waits (else it was asked), its fields (from version 3 on; in version 3:
-//             the first position alone, from which the others count; up to version 4: images without whether they are causal,
-//             which all are)
+//     images  u32 n, then each: i32 sequence, its fields
+//     prompts u32 n, then each: i32 sequence, u32 waits (else it was asked), its fields
 //     stages  each: u32 n cells, then each: i32 position, i32 0, i32 x, y, token, u32 n and i32 sequences
 //             and for each of its layers the rows of K, the rows of V
 //
@@ -24,6 +20,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <set>
 #include <utility>
 
 namespace {
@@ -73,7 +70,7 @@ struct snapshot {
 };
 
 void put_body(st3_writer & w, const st3_memory & mem, llama_seq_id seq_id) {
-    st3_put_shape(w, mem, VERSION);
+    st3_put_shape(w, mem);
     w.put(seq_id);
 
     std::vector<llama_seq_id> seqs;
@@ -143,18 +140,14 @@ void put_body(st3_writer & w, const st3_memory & mem, llama_seq_id seq_id) {
 }
 
 // What stands behind a body with that checksum: a damaged version must not pass for another, which it could be read as.
-uint64_t seal(uint64_t checksum, uint32_t version) { return version < 5 ? checksum : checksum ^ version; }
+uint64_t seal(uint64_t checksum) { return checksum ^ VERSION; }
 
-// Of which version it is, and the body, which is what was saved: its checksum is right.
-std::pair<uint32_t, std::vector<uint8_t>> read_section(llama_io_read_i & io) {
+// The body, which is what was saved: its checksum is right.
+std::vector<uint8_t> read_section(llama_io_read_i & io) {
     header h;
     io.read(&h, sizeof(h));
-    if (h.magic != MAGIC || h.version < 1 || h.version > VERSION) {
+    if (h.magic != MAGIC || h.version != VERSION) {
         st3_fail("this is no saved state of this version of st3");
-    }
-    uint64_t checksum = 0;
-    if (h.version < 4) {
-        io.read(&checksum, sizeof(checksum));
     }
     std::vector<uint8_t> body;
     while (body.size() < h.length) {  // a wrong length must not become an allocation of that size
@@ -162,23 +155,35 @@ std::pair<uint32_t, std::vector<uint8_t>> read_section(llama_io_read_i & io) {
         body.resize(body.size() + n);
         io.read(body.data() + body.size() - n, n);
     }
-    if (h.version >= 4) {
-        io.read(&checksum, sizeof(checksum));
-    }
+    uint64_t checksum = 0;
+    io.read(&checksum, sizeof(checksum));
     st3_checksum sum;
     sum.add(body.data(), body.size());
-    if (seal(sum.value(), h.version) != checksum) {
+    if (seal(sum.value()) != checksum) {
         st3_fail("the saved state is damaged");
     }
-    return { h.version, std::move(body) };
+    return body;
+}
+
+// Those places of an image that a stage holds.
+std::set<st3_place> places_in(const saved_stage & stage, llama_seq_id seq_id, const st3_image & image) {
+    const std::set<st3_place> places(image.places.begin(), image.places.end());
+
+    std::set<st3_place> res;
+    for (const auto & cell : stage.cells) {
+        const st3_place place = { cell.pos, cell.ext.y, cell.ext.x };
+        if (places.count(place) > 0 && std::count(cell.seqs.begin(), cell.seqs.end(), seq_id) > 0) {
+            res.insert(place);
+        }
+    }
+    return res;
 }
 
 // Reads a body that is to become sequence seq_id, or everything, and checks it.
-snapshot
-get_body(st3_reader & r, uint32_t version, const st3_memory & mem, const llama_model & model, llama_seq_id seq_id) {
+snapshot get_body(st3_reader & r, const st3_memory & mem, const llama_model & model, llama_seq_id seq_id) {
     st3_io_bytes shape;
     st3_writer   shape_writer(shape);
-    st3_put_shape(shape_writer, mem, version);
+    st3_put_shape(shape_writer, mem);
     if (memcmp(r.take(shape.data.size()), shape.data.data(), shape.data.size()) != 0) {
         st3_fail("the saved state belongs to another model, schedule or KV cache type");
     }
@@ -199,16 +204,19 @@ get_body(st3_reader & r, uint32_t version, const st3_memory & mem, const llama_m
     const auto n_images = r.get<uint32_t>();
     for (uint32_t i = 0; i < n_images; ++i) {
         const auto id = becomes(r.get<llama_seq_id>());
-        snap.images.emplace_back(id, st3_get_image(r, mem.n_stage(), version));
+        snap.images.emplace_back(id, st3_get_image(r, mem));
     }
-    const auto n_prompts = version < 3 ? 0 : r.get<uint32_t>();
+    const auto n_prompts = r.get<uint32_t>();
     for (uint32_t i = 0; i < n_prompts; ++i) {
         const auto id    = becomes(r.get<llama_seq_id>());
         const auto waits = r.get<uint32_t>();
-        if (waits > 1) {
+        auto       rows  = st3_get_prompt(r, model);
+        // in order, and what waits is the last
+        const auto * last = i > 0 && snap.prompts.back().seq_id == id ? &snap.prompts.back() : nullptr;
+        if (waits > 1 || (last && (last->waits || last->rows.end() > rows.p0()))) {
             st3_fail("the saved state holds an impossible prompt");
         }
-        snap.prompts.push_back({ id, waits == 1, st3_get_prompt(r, model, version) });
+        snap.prompts.push_back({ id, waits == 1, std::move(rows) });
     }
 
     for (uint32_t s = 0; s < mem.n_stage(); ++s) {
@@ -239,6 +247,13 @@ get_body(st3_reader & r, uint32_t version, const st3_memory & mem, const llama_m
     }
     if (!r.done()) {
         st3_fail("the saved state has something after its end");
+    }
+    for (const auto & [id, image] : snap.images) {
+        for (uint32_t s = 1; !image.pruned && s < mem.n_stage(); ++s) {
+            if (places_in(snap.stages[s], id, image) != places_in(snap.stages[0], id, image)) {
+                st3_fail("the saved state holds an image that waits for its cuts and lacks a part");
+            }
+        }
     }
     return snap;
 }
@@ -310,7 +325,7 @@ void st3_memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_s
     io.write(&h, sizeof(h));
     st3_writer w(io);
     put_body(w, *this, seq_id);
-    const uint64_t checksum = seal(w.checksum(), VERSION);
+    const uint64_t checksum = seal(w.checksum());
     io.write(&checksum, sizeof(checksum));
 }
 
@@ -321,10 +336,10 @@ void st3_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_sta
     if (seq_id < -1 || seq_id >= (llama_seq_id) n_seq_max) {
         st3_fail(format("there is no sequence %d", seq_id));
     }
-    const auto [version, body] = read_section(io);
+    const auto body = read_section(io);
 
     st3_reader r(body);
-    auto       snap = get_body(r, version, *this, model, seq_id);
+    auto       snap = get_body(r, *this, model, seq_id);
 
     absorb();
     synchronize();

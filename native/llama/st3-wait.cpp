@@ -9,9 +9,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <exception>
+#include <new>
 #include <numeric>
+#include <string>
+#include <utility>
 
-std::string st3_why_not(const llama_context & ctx, uint32_t n, bool causal) {
+// Why a prompt with images, of n rows, is not pruned in the compute; "" if it can be. causal: attention as a pruned prompt can
+// have it.
+static std::string why_not(const llama_context & ctx, uint32_t n, bool causal) {
     const auto & cparams = ctx.get_cparams();
     const auto & hparams = ctx.get_model().hparams;
 
@@ -28,6 +34,16 @@ std::string st3_why_not(const llama_context & ctx, uint32_t n, bool causal) {
         return "attention is not causal";
     }
     return "";
+}
+
+// What fn returns, a llama_decode() code; -2 if it throws, which nobody above llama_decode would catch.
+template <typename F> static int caught(F && fn) {
+    try {
+        return fn();
+    } catch (const std::exception & e) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, e.what());
+        return -2;
+    }
 }
 
 class st3_seam {
@@ -56,8 +72,6 @@ class st3_seam {
     void hold(const llama_batch_ext & in, llama_seq_id seq_id, const share_t & share);
     bool fits(llama_seq_id seq_id, uint32_t n) const;
 
-    llama_batch_ext make_batch(const st3_prompt & prompt, llama_seq_id seq_id, bool as_embeddings) const;
-
     bool valid(const llama_batch_ext & in) { return ctx.balloc->init(in, ctx.model.vocab, ctx.cparams.embeddings); }
 
     void renumber(const std::vector<size_t> & rows, size_t first);
@@ -72,7 +86,10 @@ class st3_seam {
 int llama_context::decode(const llama_batch_ext & batch) {
     auto * mem = dynamic_cast<st3_memory *>(memory.get());
 
-    return mem && !batch.tokens.empty() ? st3_seam(*this, *mem).decode(batch) : decode_now(batch);
+    if (!mem || batch.tokens.empty()) {
+        return decode_now(batch);
+    }
+    return caught([&] { return st3_seam(*this, *mem).decode(batch); });
 }
 
 int st3_decode_waiting(llama_context & ctx, llama_seq_id seq_id) {
@@ -158,7 +175,7 @@ int st3_seam::decode_image(const llama_batch_ext & in, llama_seq_id seq_id) {
     const auto     left   = mem.waits.announced.left;
 
     // tiles of a picture with nothing between them are one image, but for those that see only themselves
-    const bool goes_on = mem.waits.announced.begins() && mem.waits.note_picture(seq_id);
+    const bool goes_on = mem.waits.announced.begins() && mem.waits.same_picture(seq_id);
     if (goes_on && ctx.cparams.causal_attn) {
         const auto & list = mem.images.of(seq_id);
         if (prompt && prompt->ends_in_image()) {
@@ -181,7 +198,7 @@ int st3_seam::decode_image(const llama_batch_ext & in, llama_seq_id seq_id) {
     const bool causal = ctx.cparams.causal_attn;
     const bool piece  = causal || (mem.waits.announced.begins() && n == left && n <= ctx.cparams.n_ubatch);
 
-    auto why = st3_why_not(ctx, held - lead + left, piece);
+    auto why = why_not(ctx, held - lead + left, piece);
     if (why.empty() && !ascending(in.tokens, prompt)) {
         why = "the places of the image's tokens do not ascend";
     }
@@ -198,7 +215,8 @@ int st3_seam::decode_image(const llama_batch_ext & in, llama_seq_id seq_id) {
         share_t share;
         share.rows.resize(n);
         hold(in, seq_id, share);
-        ctx.n_outputs = 0;  // as after any batch without outputs
+        mem.waits.pictures[seq_id] = mem.waits.announced.picture;
+        ctx.n_outputs              = 0;  // as after any batch without outputs
         return 0;
     }
     if (!why.empty()) {
@@ -207,7 +225,11 @@ int st3_seam::decode_image(const llama_batch_ext & in, llama_seq_id seq_id) {
     if (const int res = decode_all(seq_id)) {
         return res;
     }
-    return ctx.decode_now(in);
+    const int res = ctx.decode_now(in);
+    if (res == 0) {
+        mem.waits.pictures[seq_id] = mem.waits.announced.picture;
+    }
+    return res;
 }
 
 int st3_seam::decode_text(const llama_batch_ext & in, const shares_t & shares) {
@@ -220,7 +242,7 @@ int st3_seam::decode_text(const llama_batch_ext & in, const shares_t & shares) {
         const auto * prompt = mem.waits.of(seq_id);
         const bool   image  = prompt && !prompt->images.empty();
         const auto   why =
-                st3_why_not(ctx, (image ? prompt->n_rows() - prompt->n_lead() : 0) + n, ctx.cparams.causal_attn);
+                why_not(ctx, (image ? prompt->n_rows() - prompt->n_lead() : 0) + n, ctx.cparams.causal_attn);
         // backend samplers write where only one compute of the batch can
         const bool one = ctx.sampling.samplers.empty() || shares.size() == 1;
 
@@ -280,7 +302,7 @@ int st3_seam::decode_text(const llama_batch_ext & in, const shares_t & shares) {
         for (const size_t i : rest) {
             others.tokens.push_back(in.tokens[i]);
         }
-        res = ctx.decode_now(others);
+        res = caught([&] { return ctx.decode_now(others); });
         if (res == 0 && gather) {
             take_outputs(rest, 0, outputs);
         } else if (res == 0) {
@@ -306,25 +328,29 @@ int st3_seam::decode_text(const llama_batch_ext & in, const shares_t & shares) {
 
 // The image and the text that wait in a sequence, and its question, become one batch.
 int st3_seam::ask(const llama_batch_ext & in, llama_seq_id seq_id, const share_t & share) {
-    auto       prompt = std::move(mem.waits.waiting.at(seq_id));
+    auto       node   = mem.waits.waiting.extract(seq_id);
+    auto &     prompt = node.mapped();
     const auto n_held = prompt.n_rows();
-    mem.waits.waiting.erase(seq_id);
 
-    add_tokens(prompt, in, share);
-    auto batch = make_batch(prompt, seq_id, true);
-    for (size_t i = 0; i < share.rows.size(); ++i) {
-        batch.tokens[n_held + i].output = in.tokens[share.rows[i]].output;
-    }
+    const int res = caught([&] {
+        add_tokens(prompt, in, share);
+        auto batch = st3_make_batch(ctx, *ctx.loras, prompt, seq_id, true);
+        for (size_t i = 0; i < share.rows.size(); ++i) {
+            batch.tokens[n_held + i].output = in.tokens[share.rows[i]].output;
+        }
+        ctx.sched_need_reserve |= mem.make_room_in_graph((uint32_t) prompt.images.size(), prompt.n_rows());
+        ctx.sched_reserve();  // now: in the middle of the decode it would end what the context times
 
-    ctx.sched_need_reserve |= mem.make_room_in_graph((uint32_t) prompt.images.size(), prompt.n_rows());
-    ctx.sched_reserve();  // now: in the middle of the decode it would end what the context times
-
-    mem.expect(prompt.images);
-    const int res = ctx.decode_now(batch);
+        mem.expect(prompt.images);
+        return ctx.decode_now(batch);
+    });
     mem.expect({});
 
-    if (res != 0) {
-        mem.waits.waiting[seq_id] = prompt.part(0, n_held);
+    if (res != 0) {  // it waits again, by what cannot fail
+        mem.seq_rm(seq_id, prompt.p0(), -1);
+        prompt.tokens.resize(n_held);
+        prompt.pos.resize(n_held);
+        mem.waits.waiting.insert(std::move(node));
         return res;
     }
     // that buffers grew for it is no surprise
@@ -370,34 +396,6 @@ bool st3_seam::fits(llama_seq_id seq_id, uint32_t n) const {
     return mem.n_used(seq_id) + need <= mem.stage(0).n_max;
 }
 
-llama_batch_ext st3_seam::make_batch(const st3_prompt & prompt, llama_seq_id seq_id, bool as_embeddings) const {
-    llama_batch_ext    res(&ctx);
-    const float *      image = prompt.embd.data();
-    const st3_embedder text(ctx.model, *ctx.loras);
-
-    for (uint32_t i = 0; i < prompt.n_rows(); ++i) {
-        llama_batch_ext::token row;
-        row.id      = prompt.tokens[i];
-        row.seq_ids = { seq_id };
-        row.pos     = prompt.pos[i];
-        if (as_embeddings || row.id == LLAMA_TOKEN_NULL) {
-            row.has_embd = true;
-            row.embd_off = res.embd.size();
-            res.n_embd   = res.n_embd_inp;
-            res.embd.resize(row.embd_off + res.n_embd);
-            if (row.id == LLAMA_TOKEN_NULL) {
-                std::copy_n(image, res.n_embd, res.embd.begin() + row.embd_off);
-                image += res.n_embd;
-            } else {
-                text.embed(row.id, res.embd.data() + row.embd_off);
-                row.id = LLAMA_TOKEN_NULL;
-            }
-        }
-        res.tokens.push_back(std::move(row));
-    }
-    return res;
-}
-
 int st3_seam::decode_all(llama_seq_id seq_id) {
     const auto * prompt = mem.waits.of(seq_id);
     return prompt ? decode_waiting(seq_id, prompt->n_rows()) : 0;
@@ -420,41 +418,43 @@ int st3_seam::decode_between(llama_seq_id seq_id) {
 
 // The first n_rows that wait, as they came: text as tokens, each image by itself.
 int st3_seam::decode_waiting(llama_seq_id seq_id, uint32_t n_rows) {
-    auto prompt = std::move(mem.waits.waiting.at(seq_id));
-    mem.waits.waiting.erase(seq_id);
+    auto         node   = mem.waits.waiting.extract(seq_id);
+    const auto & prompt = node.mapped();
 
     const auto announced = mem.waits.announced;  // the caller's
     const bool causal    = ctx.cparams.causal_attn;
 
-    int res = 0;
-    for (uint32_t i = 0; i < n_rows && res == 0;) {
-        uint32_t end            = n_rows;
-        ctx.cparams.causal_attn = true;
-        for (const auto & span : prompt.images) {
-            if (i >= span.row && i < span.row + span.n) {
-                end                     = std::min(end, span.row + span.n);
-                ctx.cparams.causal_attn = span.causal;
-                mem.waits.announced     = { span.n, span.nx, span.ny, span.n - (i - span.row), prompt.keep };
-            } else if (span.row > i) {
-                end = std::min(end, span.row);
+    const int res = caught([&] {
+        for (uint32_t i = 0, end = 0; i < n_rows; i = end) {
+            end                     = n_rows;
+            ctx.cparams.causal_attn = true;
+            for (const auto & span : prompt.images) {
+                if (i >= span.row && i < span.row + span.n) {
+                    end                     = std::min(end, span.row + span.n);
+                    ctx.cparams.causal_attn = span.causal;
+                    mem.waits.announced     = { span.n, span.nx, span.ny, span.n - (i - span.row), prompt.keep };
+                } else if (span.row > i) {
+                    end = std::min(end, span.row);
+                }
+            }
+            end = std::min(end, i + n_batch);
+            if (!ctx.cparams.causal_attn && end - i > ctx.cparams.n_ubatch) {  // a state of another context
+                LLAMA_LOG_ERROR(
+                        "%s: an image of %u tokens that see each other needs n_ubatch of as many\n", __func__, end - i);
+                return -1;
+            }
+            if (const int code = ctx.decode_now(st3_make_batch(ctx, *ctx.loras, prompt.part(i, end), seq_id, false))) {
+                return code;
             }
         }
-        end = std::min(end, i + n_batch);
-        if (!ctx.cparams.causal_attn && end - i > ctx.cparams.n_ubatch) {  // a state of another context
-            LLAMA_LOG_ERROR(
-                    "%s: an image of %u tokens that see each other needs n_ubatch of as many\n", __func__, end - i);
-            res = -1;
-            break;
-        }
-        res = ctx.decode_now(make_batch(prompt.part(i, end), seq_id, false));
-        i   = end;
-    }
+        return 0;
+    });
     ctx.cparams.causal_attn = causal;
     mem.waits.announced     = announced;
 
     if (res != 0) {
         mem.seq_rm(seq_id, prompt.p0(), -1);
-        mem.waits.waiting[seq_id] = std::move(prompt);
+        mem.waits.waiting.insert(std::move(node));
     } else if (n_rows < prompt.n_rows()) {
         mem.waits.waiting[seq_id] = prompt.part(n_rows, prompt.n_rows());
     }
@@ -489,8 +489,9 @@ void st3_seam::take_outputs(const std::vector<size_t> & rows, size_t first, std:
 }
 
 void st3_seam::put_outputs(const std::map<size_t, std::vector<float>> & outputs) {
-    ctx.output_reserve((int32_t) outputs.size());
-
+    if (ctx.output_reserve((int32_t) outputs.size()) < outputs.size()) {
+        throw std::bad_alloc();
+    }
     float * data = ctx.logits.data;
     for (const auto & [row, logits] : outputs) {
         ctx.output_ids[row] = (int32_t) ctx.n_outputs++;

@@ -4,12 +4,6 @@
 
 #include "llama.h"
 
-#include <string>
-
-// Why a prompt with images, of n rows, is not pruned in the compute; "" if it can be. causal: attention as a pruned prompt can
-// have it.
-std::string st3_why_not(const llama_context & ctx, uint32_t n, bool causal);
-
 // Decodes what waits in a sequence as it came: its images are cut down afterwards. Returns a llama_decode() code; whatever it
 // is but 0, everything waits on.
 int st3_decode_waiting(llama_context & ctx, llama_seq_id seq_id);

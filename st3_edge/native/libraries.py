@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ..errors import LibraryError, one_line
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 
 _PREFIX = "" if sys.platform == "win32" else "lib"
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")

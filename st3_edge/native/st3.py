@@ -74,6 +74,7 @@ def _st3() -> ctypes.CDLL:
             ctypes.c_int32,
             [context, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(PieceStruct), ctypes.c_size_t],
         ),
+        "st3_sample": (ctypes.c_int32, [ctypes.c_void_p, context, ctypes.c_int32]),
         "st3_kept": (
             ctypes.c_int32,
             [context, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32],
@@ -106,6 +107,12 @@ def set_callback(params: Any, field: str, name: str, stop: ctypes.c_bool) -> Non
 def last_error() -> str:
     """What went wrong in the last st3 call of this thread that failed; "" if none did."""
     return (_st3().st3_last_error() or b"").decode("utf-8", "replace")
+
+
+def sample(sampler: Any, context: Any) -> int | None:
+    """A token by the logits that the last decode left, which the llama_sampler accepts; None where none may follow."""
+    token: int = _st3().st3_sample(sampler, context, -1)
+    return token if token >= 0 else None
 
 
 def prefill(context: Any, p0: int, pieces: Sequence[Piece]) -> int:

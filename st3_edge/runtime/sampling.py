@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import check_whole, is_number
-from ..errors import ConfigError
-from ..native import libraries, log
+from ..errors import ConfigError, St3Error
+from ..native import libraries, log, st3
 from ..prompts.grammar import gbnf, schema
 
 _RANDOM_SEED = 2**32 - 1  # LLAMA_DEFAULT_SEED: a new one each time
@@ -36,8 +36,12 @@ class Chain:
         return bool(sampler)
 
     def sample(self, context: Any) -> int:
-        """A token by the logits that the last decode left, which counts as said from then on."""
-        return int(self._lib.llama_sampler_sample(self.sampler, context, -1))
+        """A token by the logits that the last decode left, which counts as said from then on. Raises St3Error where
+        none may follow."""
+        token = st3.sample(self.sampler, context)
+        if token is None:
+            raise St3Error("no token of this model may follow by the grammar and the bans of this answer")
+        return token
 
 
 @dataclass(frozen=True)
