@@ -216,7 +216,7 @@ def run(task: Task) -> tuple[Task, list[dict]]:
             reader = Reader(rt, job, {**keys, "st3.seed": zlib.crc32(f"{style} {i}".encode())})
         row: dict = {"scene": i, "measures": measures}
 
-        def right(*asked: Fact, embd: np.ndarray = embd) -> bool:
+        def right(*asked: Fact, reader: Reader = reader, embd: np.ndarray = embd) -> bool:
             """Whether the last of some questions is answered right."""
             *_, (_, tokens, _) = reader.talk(embd, [(q.text, None) for q in asked])
             return job.subject.right(reader.model.text(tokens), asked[-1].answer)

@@ -4,8 +4,8 @@
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-model.h"
-#include "st3-memory.h"
 #include "st3-likeness.h"
+#include "st3-memory.h"
 #include "st3-rank.h"
 
 #include <algorithm>
@@ -78,7 +78,7 @@ bool st3_memory::hand_over(
         if (alike && !*alike) {
             const auto rows = values(seq_id, stage, there.cells);
             const auto n    = there.ids.size();
-            *alike = std::make_shared<const st3_likeness>(there.ids, st3_cosines(rows, n, rows, n, n_threads));
+            *alike          = std::make_shared<const st3_likeness>(there.ids, st3_cosines(rows, n, rows, n, n_threads));
         }
         for (size_t i = 0; i < there.ids.size(); ++i) {
             const uint32_t id    = there.ids[i];
@@ -95,8 +95,8 @@ bool st3_memory::hand_over(
         if (!strays.ids.empty()) {
             const size_t n       = stay.ids.size();
             const auto   cosines = st3_cosines(
-                    values(seq_id, stage, strays.cells), strays.ids.size(), values(seq_id, stage, stay.cells), n,
-                    n_threads);
+                      values(seq_id, stage, strays.cells), strays.ids.size(), values(seq_id, stage, stay.cells), n,
+                      n_threads);
             for (size_t i = 0; i < strays.ids.size(); ++i) {
                 const auto row = cosines.begin() + i * n;
                 heirs.emplace_back(strays.ids[i], stay.ids[std::max_element(row, row + n) - row]);

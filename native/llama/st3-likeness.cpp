@@ -56,9 +56,9 @@ st3_likeness::st3_likeness(std::vector<uint32_t> ids_, const std::vector<float> 
         const float * own = cosines.data() + i * ids.size();
         std::iota(order.begin(), order.end(), 0);
         std::swap(order[i], order.back());  // not itself
-        std::partial_sort(
-                order.begin(), order.begin() + n_near, order.end() - 1,
-                [=](size_t p, size_t q) { return own[p] > own[q] || (own[p] == own[q] && p < q); });
+        std::partial_sort(order.begin(), order.begin() + n_near, order.end() - 1, [=](size_t p, size_t q) {
+            return own[p] > own[q] || (own[p] == own[q] && p < q);
+        });
         std::transform(
                 order.begin(), order.begin() + n_near, std::back_inserter(near), [&](size_t p) { return ids[p]; });
     }

@@ -80,7 +80,8 @@ st3_image st3_get_image(st3_reader & r, const st3_memory & mem) {
     image.n0            = r.get<uint32_t>(n_counts);
     const auto n_scores = r.get<uint32_t>();
 
-    if (n == 0 || n > mem.stage(0).n_max || uint64_t(image.nx) * image.ny != n || flags > 3 || n_counts != (image.pruned ? n_stage : 0) ||
+    if (n == 0 || n > mem.stage(0).n_max || uint64_t(image.nx) * image.ny != n || flags > 3 ||
+        n_counts != (image.pruned ? n_stage : 0) ||
         (n_scores != 0 && (!image.pruned || n_scores != n_stage || image.n_records == 0)) ||
         std::any_of(image.places.begin(), image.places.end(), [](const st3_place & p) { return !possible(p); }) ||
         std::any_of(image.n0.begin(), image.n0.end(), [n](uint32_t c) { return c > n; })) {

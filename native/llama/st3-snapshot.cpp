@@ -208,11 +208,11 @@ snapshot get_body(st3_reader & r, const st3_memory & mem, const llama_model & mo
     }
     const auto n_prompts = r.get<uint32_t>();
     for (uint32_t i = 0; i < n_prompts; ++i) {
-        const auto id    = becomes(r.get<llama_seq_id>());
-        const auto waits = r.get<uint32_t>();
-        auto       rows  = st3_get_prompt(r, model);
+        const auto   id    = becomes(r.get<llama_seq_id>());
+        const auto   waits = r.get<uint32_t>();
+        auto         rows  = st3_get_prompt(r, model);
         // in order, and what waits is the last
-        const auto * last = i > 0 && snap.prompts.back().seq_id == id ? &snap.prompts.back() : nullptr;
+        const auto * last  = i > 0 && snap.prompts.back().seq_id == id ? &snap.prompts.back() : nullptr;
         if (waits > 1 || (last && (last->waits || last->rows.end() > rows.p0()))) {
             st3_fail("the saved state holds an impossible prompt");
         }

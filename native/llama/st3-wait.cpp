@@ -241,10 +241,9 @@ int st3_seam::decode_text(const llama_batch_ext & in, const shares_t & shares) {
         const auto   n      = (uint32_t) share.rows.size();
         const auto * prompt = mem.waits.of(seq_id);
         const bool   image  = prompt && !prompt->images.empty();
-        const auto   why =
-                why_not(ctx, (image ? prompt->n_rows() - prompt->n_lead() : 0) + n, ctx.cparams.causal_attn);
+        const auto   why = why_not(ctx, (image ? prompt->n_rows() - prompt->n_lead() : 0) + n, ctx.cparams.causal_attn);
         // backend samplers write where only one compute of the batch can
-        const bool one = ctx.sampling.samplers.empty() || shares.size() == 1;
+        const bool   one = ctx.sampling.samplers.empty() || shares.size() == 1;
 
         if (image && why.empty() && one) {
             if (prompt->n_rows() + n > n_batch) {
@@ -424,7 +423,7 @@ int st3_seam::decode_waiting(llama_seq_id seq_id, uint32_t n_rows) {
     const auto announced = mem.waits.announced;  // the caller's
     const bool causal    = ctx.cparams.causal_attn;
 
-    const int res = caught([&] {
+    const int res           = caught([&] {
         for (uint32_t i = 0, end = 0; i < n_rows; i = end) {
             end                     = n_rows;
             ctx.cparams.causal_attn = true;
@@ -440,7 +439,7 @@ int st3_seam::decode_waiting(llama_seq_id seq_id, uint32_t n_rows) {
             end = std::min(end, i + n_batch);
             if (!ctx.cparams.causal_attn && end - i > ctx.cparams.n_ubatch) {  // a state of another context
                 LLAMA_LOG_ERROR(
-                        "%s: an image of %u tokens that see each other needs n_ubatch of as many\n", __func__, end - i);
+                                  "%s: an image of %u tokens that see each other needs n_ubatch of as many\n", __func__, end - i);
                 return -1;
             }
             if (const int code = ctx.decode_now(st3_make_batch(ctx, *ctx.loras, prompt.part(i, end), seq_id, false))) {

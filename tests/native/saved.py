@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 
-MAGIC = struct.pack("<I", 0x53335453)
+MAGIC, VERSION = struct.pack("<I", 0x53335453), 5
 
 
 def checksum(body: bytes) -> int:
@@ -22,13 +22,12 @@ def take_apart(raw: bytes) -> tuple[bytes, bytes]:
     start = raw.index(MAGIC)
     version, length = struct.unpack_from("<IQ", raw, start + 4)
     body = raw[start + 16 :][:length]
-    assert version == 5
-    assert raw[start + 16 + length :] == struct.pack("<Q", checksum(body) ^ version)
+    assert version == VERSION
+    assert raw[start + 16 + length :] == struct.pack("<Q", checksum(body) ^ VERSION)
     return raw[:start], body
 
 
-def put_together(head: bytes, body: bytes, version: int = 5) -> bytes:
+def put_together(head: bytes, body: bytes, version: int = VERSION) -> bytes:
     """A state with a right checksum, whatever is in it."""
-    total = struct.pack("<Q", checksum(body) ^ (version if version >= 5 else 0))
-    parts = (body, total) if version >= 4 else (total, body)
-    return head + MAGIC + struct.pack("<IQ", version, len(body)) + b"".join(parts)
+    total = struct.pack("<Q", checksum(body) ^ version)
+    return head + MAGIC + struct.pack("<IQ", version, len(body)) + body + total

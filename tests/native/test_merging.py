@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import struct
-
 import cases
 import numpy as np
 import pytest
-import saved
 from annealing import native
 from cases import SEED
 from native_runtime import Context, Image, Model, NativeError
@@ -94,90 +91,3 @@ def test_there_are_no_owners_where_nothing_was_merged(rt, path) -> None:
             assert ctx.prefill(native(prompt())) == 0
             with pytest.raises(NativeError, match="merged"):
                 ctx.owners(1)
-
-
-def as_version(raw: bytes, version: int) -> bytes:
-    """A saved state of one image as it was: in 4, where all images were causal, 3, with positions for places, and 1,
-    before weights and prompts too."""
-    head, body = saved.take_apart(raw)
-    at, out = 0, b""
-
-    def take(form: str) -> tuple:
-        nonlocal at
-        values = struct.unpack_from("<" + form, body, at)
-        at += struct.calcsize("<" + form)
-        return values
-
-    def put(form: str, *values: float) -> tuple:
-        nonlocal out
-        out += struct.pack("<" + form, *values)
-        return values
-
-    def keep(form: str) -> tuple:
-        return put(form, *take(form))
-
-    n_layer, n_stage, *_ = keep("4I")
-    keep(f"{n_stage - 1}i{2 * n_layer}I")
-    if version < 3:
-        take("Q")  # checksum of the schedule
-    else:
-        keep("Q")
-    _, n_images = keep("iI")
-    assert n_images == 1
-    _, n, *_ = keep("i5I2Q")
-    put(f"{n}i", *take(f"{3 * n}i")[::3]) if version < 4 else keep(f"{3 * n}i")
-    keep(f"{keep('I')[0]}I")
-    keep(f"{n * keep('I')[0]}f")  # scores
-    if version == 1:
-        assert len(take(f"{n * take('I')[0]}f")) > 0  # weights
-        assert take("I") == (0,)  # prompts
-    else:
-        keep(f"{n * keep('I')[0]}f")
-        for _ in range(keep("I")[0]):
-            keep("iI")
-            (n_rows,) = take("I")
-            places = take(f"{4 * n_rows}i")
-            put("iI", places[0], n_rows) if version == 3 else put(f"I{4 * n_rows}i", n_rows, *places)
-            keep(f"{n_rows}i")
-            keep(f"{keep('Q')[0]}f")
-            for _ in range(keep("I")[0]):
-                keep("4I")
-                take("I")  # whether it is causal
-    return saved.put_together(head, out + body[at:], version)
-
-
-def test_states_of_older_versions_are_read(rt, path) -> None:
-    """Breaks if one is refused, or tokens of one without weights stand for more than themselves."""
-    with Model(rt, path, KEYS) as model, Context(model, n_ctx=512) as ctx:
-        assert ctx.prefill(native(prompt())) == 0
-        at = ctx.positions()[1] + 1
-        state = ctx.save(0)
-        want = answer(ctx, at)
-        for raw, same in (
-            (state, True),
-            (as_version(state, 4), True),
-            (as_version(state, 3), True),
-            (as_version(state, 1), False),
-        ):
-            with Context(model, n_ctx=512) as other:
-                assert other.restore(raw, 0) > 0
-                got = answer(other, at)
-                assert [oracle.nmse(a, b) < 1e-9 for a, b in zip(got, want, strict=True)] == [same] * len(want)
-
-
-def test_a_prompt_of_an_older_version_is_read_again(rt, path) -> None:
-    """Breaks if a prompt that may be asked anew is not read as it was written, its positions or its images."""
-    image = Image(np.random.default_rng([SEED, 32]).standard_normal((64, SHAPE.n_embd)).astype(np.float32), 8, 8)
-    with Model(rt, path, KEYS) as model, Context(model, n_ctx=512) as ctx:
-        assert ctx.decode([1, 5], 0) == 0
-        assert ctx.picture(image, 2) == 0
-        assert ctx.decode([7, 8, 9], 66) == 0
-        assert ctx.report()["mode"] == "pruned-prefill"
-        want, state = ctx.logits(), ctx.save(0)
-        for raw in (state, as_version(state, 4), as_version(state, 3)):
-            with Context(model, n_ctx=512) as other:
-                assert other.restore(raw, 0) > 0
-                assert other.seq_rm(0, 68)
-                assert other.decode([9], 68) == 0
-                assert other.report()["mode"] == "pruned-prefill"
-                assert np.array_equal(other.logits(), want)
