@@ -16,6 +16,8 @@ import multiprocessing as mp
 import os
 import statistics
 import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,14 +68,13 @@ _llavas: dict[float | None, Llava] = {}
 _rows: list[Row] = []
 
 
-def start_worker(table: list[Row]) -> None:
-    """Loads the embedded model once a budget; all share the pictures' embeddings."""
+def start_worker(table: list[Row], cache: str) -> None:
+    """Loads the embedded model once a budget; all share the encoded pictures in a folder."""
     _rows.extend(table)
     for row in table:
         if row.budget not in _llavas:
             config = ST3Config(preset="off") if row.budget is None else ST3Config(budget=row.budget)
-            _llavas[row.budget] = Llava.demo(config, n_ctx=1024, n_threads=1)
-            _llavas[row.budget]._embeddings = _llavas[table[0].budget]._embeddings
+            _llavas[row.budget] = Llava.demo(config, n_ctx=1024, n_threads=1, image_cache_dir=cache)
 
 
 def talk(index: int) -> tuple[int, dict[tuple[str, str], Asked]] | None:
@@ -186,8 +187,11 @@ def main() -> None:
     args = parser.parse_args()
     names = rows([float(b) for b in args.budgets.split(",")])
     done = []
-    with mp.get_context("spawn").Pool(args.jobs, start_worker, (names,)) as pool:
-        for n, result in enumerate(pool.imap_unordered(talk, range(args.scenes)), 1):
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        ProcessPoolExecutor(args.jobs, mp.get_context("spawn"), start_worker, (names, cache)) as pool,
+    ):
+        for n, result in enumerate(pool.map(talk, range(args.scenes)), 1):
             if result is not None:
                 done.append(result)
             print(f"\r{n}/{args.scenes}", end="", file=sys.stderr, flush=True)
