@@ -1,7 +1,7 @@
 // attn-span-metal.h - GGML_OP_ATTN_SPAN on the Metal backend.
 #pragma once
 
-#include "ggml-metal-device.h"
+#include "ggml-metal/ggml-metal-device.h"  // as from ggml/src, where that target looks
 
 #ifdef __cplusplus
 extern "C" {

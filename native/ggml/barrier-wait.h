@@ -19,6 +19,13 @@
 // How many waits in a row sleep at once, at most, after spinning was in vain again and again.
 #define GGML_BARRIER_REST 1023
 
+// Upstream's atomics of MSVC know fetch_add alone, and older ones of it no _Thread_local in C.
+#if defined(_MSC_VER) && !defined(__clang__)
+#define GGML_BARRIER_THREAD_LOCAL __declspec(thread)
+#else
+#define GGML_BARRIER_THREAD_LOCAL _Thread_local
+#endif
+
 static bool ggml_barrier_passed(struct ggml_threadpool * tp, int n_passed) {
     return atomic_load_explicit(&tp->n_barrier_passed, memory_order_seq_cst) != n_passed;
 }
@@ -37,7 +44,7 @@ struct ggml_sched_attr {
 };
 
 static void ggml_barrier_short_slices(void) {
-    static _Thread_local bool asked = false;
+    static GGML_BARRIER_THREAD_LOCAL bool asked = false;
     if (asked) {
         return;
     }
@@ -69,13 +76,13 @@ static void ggml_barrier_sleep(struct ggml_threadpool * tp, int n_passed) {
     }
     ggml_mutex_unlock_shared(&tp->mutex);
 #endif
-    atomic_fetch_sub_explicit(&tp->n_barrier_asleep, 1, memory_order_relaxed);
+    atomic_fetch_add_explicit(&tp->n_barrier_asleep, -1, memory_order_relaxed);
 }
 
 // Returns once n_barrier_passed differs from n_passed, its value when the caller came to the barrier.
 static void ggml_barrier_wait(struct ggml_threadpool * tp, int n_passed) {
-    static _Thread_local int rests = 0;  // after the next spin in vain
-    static _Thread_local int left  = 0;  // of them now
+    static GGML_BARRIER_THREAD_LOCAL int rests = 0;  // after the next spin in vain
+    static GGML_BARRIER_THREAD_LOCAL int left  = 0;  // of them now
 
     if (left > 0) {
         left--;

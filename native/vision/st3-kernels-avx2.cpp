@@ -6,6 +6,7 @@
 
 #include "st3-kernels-impl.h"
 
+#include <cpuid.h>
 #include <immintrin.h>
 
 namespace {
@@ -134,11 +135,16 @@ struct avx2 {
 
 }  // namespace
 
+// __builtin_cpu_supports does not know it before GCC 11 and clang 18.
+static bool has_f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
 const st3_kernels * st3_kernels_avx2() {
     static const st3_kernels found = { GGML_TYPE_F32, kernels<avx2>::multiply, kernels<avx2>::attend };
 
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? &found :
-                                                                                                               nullptr;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() ? &found : nullptr;
 }
 
 #else

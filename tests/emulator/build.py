@@ -40,7 +40,7 @@ def run_compiler(flags: list[str], sources: list[Path], upstream: Path, out: Pat
     cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if not cxx:
         raise FileNotFoundError("no C++ compiler")
-    include = [HERE, NATIVE, upstream / "ggml/include", upstream / "ggml/src", upstream / "ggml/src/ggml-metal"]
+    include = [HERE, NATIVE, upstream / "ggml/include", upstream / "ggml/src"]
     command = [*cxx.split(), "-fno-strict-aliasing", *WARNINGS, *flags, *(f"-I{path}" for path in include)]
     subprocess.run([*command, *sources, *after, "-o", out], check=True)
     return out
