@@ -75,10 +75,13 @@ def native_folder() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tally() -> dict[str, int]:
-    """Counters that the end of the run prints."""
-    return TALLY
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Iterator[dict[str, int]]:
+    """Counters that the end of the run prints. Fails a test that leaves a conversation with the oracle unsettled."""
+    failed = request.session.testsfailed
+    yield TALLY
+    left = TALLY.pop("conversations that were not closed", 0)
+    assert not left or request.session.testsfailed > failed, "Conversation.close() was not called"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

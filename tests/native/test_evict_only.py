@@ -5,7 +5,7 @@ from __future__ import annotations
 import cases
 import numpy as np
 import pytest
-from annealing import Conversation, decoder, native
+from annealing import Conversation, native
 from cases import SEED
 from native_runtime import Context, Model
 from oracle import llama as oracle
@@ -70,21 +70,13 @@ def test_several_images_wait_for_one_question(rt, path, tally) -> None:
         talk.text([1])
         talk.picture(picture())
         assert ctx.decode([9, 8, 7], talk.at, outputs="none") == 0
-        # the oracle has no text without outputs: the same rows, with the images still waiting
-        schedule_, talk.result.schedule = talk.result.schedule, None
-        oracle_text(talk, [9, 8, 7])
-        talk.result.schedule = schedule_
+        talk.before("silent", [9, 8, 7])
         talk.picture(picture(1, 5, 7))
         talk.text(words(0, 12))
         assert [im.n0 for im in talk.result.images] == [[64, 32, 16, 8], [35, 18, 9, 5]]
         for token in words(1, 5):
             talk.step(token)
         talk.close()
-
-
-def oracle_text(talk: Conversation, tokens: list[int]) -> None:
-    """Text that asks nothing."""
-    decoder(talk.path).text(talk.result, tokens, talk.kv)
 
 
 @pytest.mark.parametrize("sizes", [(64,), (32, 32), (50, 14), (1, 63), (16, 16, 16, 16)])
@@ -130,9 +122,8 @@ def test_prefill_that_does_not_fit_one_batch(rt, path, tally, kv: str) -> None:
         before, image, question = words(0, 11), picture(), words(1, 40)
         assert ctx.prefill(native([before, image, question])) == 0, rt.last_error()
         # after the fact: what stock batches would have been
-        dec = decoder(path)
-        dec.text(talk.result, before, kv)
-        dec.picture(talk.result, image, kv)
+        talk.before("silent", before)
+        talk.before("picture", image)
         talk.follow("text", question)
         report = ctx.report()
         assert report["mode"] == "evict-only"
@@ -143,6 +134,7 @@ def test_prefill_that_does_not_fit_one_batch(rt, path, tally, kv: str) -> None:
             talk.step(token)
         assert ctx.report()["mode"] == "evict-only"
         assert ctx.report()["held"] == [len(talk.result.held(talk.result.stage(i))) for i in range(6)]
+        talk.close()
 
 
 @pytest.mark.parametrize("kv", ["F16", "Q8_0"])
@@ -152,7 +144,7 @@ def test_history_goes_first(rt, path, tally, kv: str) -> None:
         talk = Conversation(ctx, path, resolve(KEYS), kv, tally, "history first")
         history, rest = words(0, 90), [picture(), words(1, 25)]
         assert ctx.prefill(native([history, *rest])) == 0, rt.last_error()
-        decoder(path).text(talk.result, history, kv)
+        talk.before("silent", history)
         talk.follow("prefill", rest)
         report = ctx.report()
         assert (report["mode"], report["reason"]) == ("pruned-prefill", None)
@@ -162,17 +154,29 @@ def test_history_goes_first(rt, path, tally, kv: str) -> None:
         talk.close()
 
 
-@pytest.mark.parametrize("n_batch", [32, 40, 150])
-def test_long_question_in_parts(rt, path, n_batch: int) -> None:
-    """Breaks if a question of several batches is never recognized, or counts are not the schedule's."""
-    with Model(rt, path, KEYS) as model, Context(model, n_ctx=512, n_ubatch=32, n_batch=n_batch) as ctx:
-        assert ctx.prefill(native([[1, 5], picture(), words(0, 100)])) == 0
+@pytest.mark.parametrize("score", ["text-mean", "last-max+text-max-sum"])
+@pytest.mark.parametrize(("n_batch", "n_ubatch"), [(150, 40), (60, 16), (40, 32), (32, 32)])
+def test_long_question_in_parts(rt, path, tally, n_batch: int, n_ubatch: int, score: str) -> None:
+    """Breaks if a question of several batches is never recognized, or one of several ubatches cuts before the last of
+    them has run, or by other rows than the last one's."""
+    keys = {**KEYS, "st3.score": score}
+    with Model(rt, path, keys) as model, Context(model, n_ctx=512, n_ubatch=n_ubatch, n_batch=n_batch) as ctx:
+        talk = Conversation(ctx, path, resolve(keys), "F16", tally, "question in parts")
+        image, question = picture(), words(0, 100)
+        assert ctx.prefill(native([[1, 5], image, question])) == 0
         report = ctx.report()
         assert report["mode"] == "evict-only" and report["reason"]
         assert report["per_layer"] == [64, 32, 32, 16, 16, 8]
-        assert [len(ctx.held(layer)) - 102 for layer in range(6)] == report["per_layer"]
-        assert ctx.decode([5], 166) == 0
-        assert ctx.report()["held"][0] == resolve(KEYS).target(64, 64, 1)
+        talk.before("silent", [1, 5])
+        talk.before("picture", image)
+        parts = [question[i : i + n_batch] for i in range(0, 100, n_batch)]
+        for part in parts[:-1]:
+            talk.before("silent", part)
+        talk.follow("text", parts[-1], scoring=(len(parts[-1]) - 1) % n_ubatch + 1)
+        for token in words(1, 4):
+            talk.step(token)
+        assert ctx.report()["held"][0] == resolve(KEYS).target(64, 64, 4)
+        talk.close()
 
 
 def test_mode_covers_earlier_turns(rt, path) -> None:

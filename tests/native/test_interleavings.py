@@ -1,13 +1,13 @@
 """Random interleavings of everything that changes a cache, against a plain model of its occupancy.
 
-After each operation every layer of every sequence holds the model's positions, and logits are finite. Now and then the
-values in the cells are read from a saved state: once written, they never change, wherever they are moved.
+After each operation every layer of every sequence holds the model's positions, with weights that sum up to each image's
+tokens, and logits are finite. Now and then a saved state is read: values in the cells, once written, never change,
+wherever they are moved; and what left has no weight.
 """
 
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -61,14 +61,36 @@ class Pair:
             for layer in range(SHAPE.n_layer):
                 got = self.ctx.held(layer, seq).tolist()
                 assert got == want[sum(c < layer for c in cuts)], f"sequence {seq}, layer {layer}"
+            self.check_weights(seq, want)
             here = m.logical(seq)
             assert self.ctx.report(seq)["waiting"] == m.n_waiting(seq), f"sequence {seq}"
             assert self.ctx.positions(seq) == (min(here, default=-1), max(here, default=-1)), f"sequence {seq}"
 
-    def check_values(self, seq: int) -> None:
-        """Values in the cells of a sequence are those that were first seen in them, and the report counts cells."""
+    def check_weights(self, seq: int, held: list[list[int]]) -> None:
+        """What each stage holds of an image of which nothing was taken away stands for all of it, or is nothing."""
         m = self.model
-        values = saved_values(self.ctx.save(seq), len(m.schedule.cuts))
+        for stage, last in enumerate([*m.schedule.cuts, SHAPE.n_layer - 1]):
+            weights = self.ctx.weights(last, seq)
+            assert np.isfinite(weights).all() and (weights >= 1).all(), f"sequence {seq}, stage {stage}: {weights}"
+            for im in m.images[seq] if m.schedule.merge else []:
+                theirs = weights[np.isin(held[stage], list(im.live()))].sum()
+                whole = None not in im.pos
+                assert not whole or theirs in (0, len(im.pos)), f"sequence {seq}, stage {stage}: {theirs} of {im.pos}"
+
+    def check_saved(self, seq: int) -> None:
+        """Values in the cells of a sequence are those that were first seen in them, the report counts cells, and of an
+        image those tokens alone that a stage holds have weights there."""
+        m = self.model
+        body = saved.Body(saved.take_apart(self.ctx.save(seq))[1])
+        values = body.values
+        for im in body.images:
+            assert len(im["weights"]) in (0, m.n_stage) and len(im["weights"]) <= m.n_stage * m.schedule.merge
+            for stage, weights in enumerate(im["weights"]):
+                where = f"sequence {seq}, stage {stage}: {weights}"
+                assert np.isfinite(weights).all() and (weights >= 0).all(), where
+                if -1 not in im["pos"]:
+                    there = np.isin(im["pos"], list(values[stage]))
+                    assert ((weights > 0) == there).all() and weights.sum() in (0, len(weights)), where
         for stage, cells in enumerate(m.stages):
             mine = {c.pos: c for c in cells if seq in c.seqs}
             assert mine.keys() == values[stage].keys()
@@ -80,54 +102,6 @@ class Pair:
         cell = self.most // (SHAPE.n_layer * N_CTX * (1 if m.unified else m.n_seq))
         assert report["live"] == cell * sum(len(s) * n for s, n in zip(m.stages, layers, strict=True))
         assert report["live"] <= report["allocated"] <= self.most + 4096 * SHAPE.n_layer
-
-
-def saved_values(raw: bytes, n_cuts: int) -> list[dict[int, bytes]]:
-    """For each stage, the rows of V at each position, from a saved sequence (the format is in st3-snapshot.cpp)."""
-    _, body = saved.take_apart(raw)
-    at = 0
-
-    def take(form: str) -> tuple:
-        nonlocal at
-        out = struct.unpack_from("<" + form, body, at)
-        at += struct.calcsize("<" + form)
-        return out
-
-    n_layer, n_stage, _, type_v = take("4I")
-    cuts = take(f"{n_cuts}i")
-    take(f"{2 * n_layer}I")
-    take("Q")
-    _, n_images = take("iI")
-    for _ in range(n_images):
-        _, n, *_ = take("i5I")
-        take(f"2Q{3 * n}i")
-        take(f"{take('I')[0]}I")
-        take(f"{take('I')[0] * n}f")  # scores
-        take(f"{take('I')[0] * n}f")  # weights
-    for _ in range(take("I")[0]):
-        _, _, n = take("iII")
-        take(f"{5 * n}i")  # positions, tokens
-        take(f"{take('Q')[0]}f")
-        take(f"{5 * take('I')[0]}I")
-    row = SHAPE.head * SHAPE.n_head_kv
-    row = {1: 2 * row, 8: row // 32 * 34}[type_v]
-    out = []
-    for stage in range(n_stage):
-        positions = []
-        for _ in range(take("I")[0]):
-            pos, *_, n_owners = take("5iI")
-            positions.append(pos)
-            take(f"{n_owners}i")
-        layers = np.diff([0, *(c + 1 for c in cuts), n_layer])[stage]
-        values = [b""] * len(positions)
-        for _ in range(layers):
-            at += row * len(positions)  # K
-            for i in range(len(positions)):
-                values[i] += body[at : at + row]
-                at += row
-        out.append(dict(zip(positions, values, strict=True)))
-    assert at == len(body)
-    return out
 
 
 @dataclass
@@ -173,8 +147,8 @@ class Session:
         self.log.append(f"{self.pairs.index(pair)}.{self.seq} {name}")
         getattr(self, name)(pair)
         pair.check()
-        if len(self.log) % 20 == 0:
-            pair.check_values(self.seq)
+        if len(self.log) % 10 == 0:
+            pair.check_saved(self.seq)
 
     def note(self, what: object) -> None:
         """More about the operation, for the message of a failure."""

@@ -1,4 +1,4 @@
-"""The independent reference: NumPy in double precision, written from DESIGN.md and not from the native code.
+"""The independent reference: NumPy in double precision, written from docs/method.md and not from the native code.
 
 schedule   which layers cut, how many tokens stay, in which order (pure arithmetic)
 rounding   what a KV cache of a given type does to a number

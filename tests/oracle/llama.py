@@ -174,16 +174,18 @@ class Decoder:
         follow: list[Array] | None = None,
         owners: list[Array] | None = None,
         weights: list[Array] | None = None,
+        scoring: int | None = None,
     ) -> None:
         """Run rows [n, width], named by `visual`, through all layers: logits, caches, records.
 
         `asked` are the images whose prefill this batch is. Where it holds them the cuts drop rows between layers, else
-        they take cells when all layers have run.
+        they take cells when all layers have run. `scoring`: so many of the last rows score, where that is fewer.
         """
         schedule, pos = result.schedule, np.arange(result.n_pos, result.n_pos + len(x))
         cuts = schedule.cuts if schedule else ()
         pruned = bool(asked) and asked[0].first in visual
         n_text = len(x) - 1 - int(np.flatnonzero(visual >= 0)[-1]) if (visual >= 0).any() else len(x)
+        n_text = min(n_text, scoring or n_text)
         terms = {*(schedule.terms if asked else ()), *schedule.record_terms} if schedule and result.images else set()
         received: dict[Term, list[Array]] = {t: [] for t in terms}
         each: dict[Term, list[Array]] = {t: [] for t in terms}  # of the tokens that one stands for
@@ -403,14 +405,17 @@ class Decoder:
         kv: str = "F32",
         follow: list[Array] | None = None,
         weights: list[Array] | None = None,
+        asks: bool = True,
+        scoring: int | None = None,
     ) -> Array:
         """A batch of tokens whose last row is an output: the question of images that wait. Returns its logits.
 
-        These images are cut down by the rule of the cuts in prefill, once all layers have run.
+        These images are cut down by the rule of the cuts in prefill, once all layers have run. `asks`: false for text
+        without an output. `scoring`: rows of the last ubatch, where there are several: no others score.
         """
-        waiting = [im for im in result.images if im.waits] if result.schedule else []
+        waiting = [im for im in result.images if im.waits] if result.schedule and asks else []
         none = np.full(len(tokens), -1)
-        self._batch(result, self.embed([tokens]), none, kv, waiting, follow, weights=weights)
+        self._batch(result, self.embed([tokens]), none, kv, waiting, follow, weights=weights, scoring=scoring)
         result.continues = False
         return result.logits
 

@@ -1,4 +1,4 @@
-"""The schedule arithmetic of DESIGN.md, "The method".
+"""The schedule arithmetic of docs/method.md.
 
 Readings, where the method leaves room:
 - `anneal_tokens`, `anneal_floor` and `anneal_interval` have one default each; presets differ in `anneal` alone.

@@ -1,4 +1,4 @@
-"""The oracle against what DESIGN.md says in numbers, and against itself by another way."""
+"""The oracle against what docs/method.md says in numbers, and against itself by another way."""
 
 from __future__ import annotations
 
