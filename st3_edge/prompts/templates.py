@@ -7,6 +7,7 @@ that is made anew for every prompt, so nothing that a user writes can be one.
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -77,8 +78,9 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
         try:
+            (source or VICUNA).encode()
             self._template = environment.from_string(source or VICUNA)
-        except jinja2.TemplateError as e:
+        except Exception as e:  # Jinja's own, and those of Python's compiler behind it
             raise PromptError(f"the chat template cannot be parsed: {one_line(e)}") from e
         self._needs_parts, self._image_form = self._probe()
         if self._image_form:
@@ -114,21 +116,28 @@ class ChatTemplate:
     def _clean(self, text: str) -> str:
         for form in self._forms:
             if form in text:
-                text = text.replace(form, f"{form[0]} {form[1:]}")
+                # Its first character alone is taken up: the next form may begin with the second, as << does in <<<.
+                text = re.sub(f"({re.escape(form[0])})(?={re.escape(form[1:])})", r"\1 ", text)
         return text
+
+    def _parts(self, turn: Turn) -> list[str | RGB]:
+        """The parts of a message, without forms, however a template puts the texts together."""
+        parts = [p if isinstance(p, RGB) else self._clean(p) for p in turn.parts]
+        together = "".join(p for p in parts if isinstance(p, str))
+        if self._clean(together) != together:
+            return [p if isinstance(p, RGB) else f"{p} " for p in parts]
+        return parts
 
     def _typed(self, turn: Turn) -> dict[str, Any]:
         """The message with its pictures as parts, for a template that writes them itself."""
         if not any(isinstance(p, RGB) for p in turn.parts):
             return self._flat(turn, "")
-        parts = [
-            {"type": "image"} if isinstance(p, RGB) else {"type": "text", "text": self._clean(p)} for p in turn.parts
-        ]
+        parts = [{"type": "image"} if isinstance(p, RGB) else {"type": "text", "text": p} for p in self._parts(turn)]
         return {"role": turn.role, "content": parts}
 
     def _flat(self, turn: Turn, mark: str) -> dict[str, Any]:
         """The message as one text, each picture a mark."""
-        text = "".join(mark + self._picture_end if isinstance(p, RGB) else self._clean(p) for p in turn.parts)
+        text = "".join(mark + self._picture_end if isinstance(p, RGB) else p for p in self._parts(turn))
         return {"role": turn.role, "content": [{"type": "text", "text": text}] if self._needs_parts else text}
 
     def _probe(self) -> tuple[bool, str]:
@@ -155,7 +164,7 @@ class ChatTemplate:
 
     def _run(self, messages: list[dict[str, Any]]) -> str:
         try:
-            return self._template.render(
+            text = self._template.render(
                 messages=messages,
                 bos_token=self._bos,
                 eos_token=self._eos,
@@ -163,6 +172,8 @@ class ChatTemplate:
                 raise_exception=_refuse,
                 strftime_now=lambda form: datetime.now().strftime(form),
             )
+            text.encode()  # of a template's escapes one can be half a surrogate pair
+            return text
         except PromptError:
             raise
         except Exception as e:  # a template is a program from a model file: it can fail in any way

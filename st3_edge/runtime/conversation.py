@@ -88,20 +88,16 @@ def common_prefix(cached: Sequence[Unit], prompt: Sequence[Unit]) -> int:
     )
 
 
-def reusable(
-    cached: Sequence[Unit], prompt: Sequence[Unit], spans: Sequence[Span], *, revisit: str, anneals: bool
-) -> int:
-    """How many units of `prompt` need no prefill; less than all of them, because the last one gives the logits.
+def reusable(cached: Sequence[Unit], prompt: Sequence[Unit], spans: Sequence[Span], *, revisit: str) -> int:
+    """How many units of `prompt` need no prefill; less than all of them, because the last one gives the logits. No span
+    is used in part: a question that is asked again prunes its images again.
 
-    revisit   "never": images stay as the first question that saw them left them; "turn": where `prompt` asks something
-              new, it is asked of the whole pictures, so nothing from the first image on is used
-    anneals   whether visual tokens leave while an answer grows: for one that is asked for again, they must come back
+    revisit   "never": images stay as the first question that saw them left them; "turn": `prompt` is asked of the whole
+              pictures, so nothing from the first image on is used
     """
-    common = common_prefix(cached, prompt)
-    usable = min(common, len(prompt) - 1)
+    usable = min(common_prefix(cached, prompt), len(prompt) - 1)
     for span in spans:
-        asked_again = span.end == len(prompt)
-        if span.end > common or (anneals if asked_again else revisit == "turn"):
+        if span.end > usable or revisit == "turn":
             usable = min(usable, span.first)
     return usable
 

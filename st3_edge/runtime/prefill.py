@@ -42,9 +42,7 @@ class Prefill:
     def run(self, tokenized: Tokenized, embeddings: Embeddings, ms: Milliseconds, *, revisit: str) -> Report:
         """Prefills what of a prompt is not in the KV cache. `ms` counts it. Raises St3Error."""
         conversation, context, prompt = self._conversation, self._llama.ctx, tokenized.units
-        reused = reusable(
-            conversation.units, prompt, conversation.record.spans, revisit=revisit, anneals=st3.anneals(context)
-        )
+        reused = reusable(conversation.units, prompt, conversation.record.spans, revisit=revisit)
         visual, ms.encode = self.look(tokenized, prompt[reused:], embeddings)
         if conversation.cut(reused) != reused:
             reused = 0

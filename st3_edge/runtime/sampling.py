@@ -15,7 +15,9 @@ from ..prompts.grammar import gbnf, schema
 
 _RANDOM_SEED = 2**32 - 1  # LLAMA_DEFAULT_SEED: a new one each time
 _PENALTY_WINDOW = 64
-_MAX_BIAS = 1e9
+# Of biases, penalties and the like: within it float32 holds whatever they make of a logit, one after the other.
+_MOST = 1e9
+_COLDEST = 1e-20  # a temperature below: what logits are divided by it float32 would not hold
 
 
 class Chain:
@@ -66,20 +68,18 @@ class Sampling:
     logit_bias: Mapping[Any, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p", "typical_p", "repeat_penalty"):
-            self._number(name, low=0.0)
+        for name in ("temperature", "top_p", "min_p", "typical_p"):
+            self._number(name, 0.0)
+        self._number("repeat_penalty", 1 / _MOST)
         for name in ("frequency_penalty", "presence_penalty"):
-            self._number(name)
+            self._number(name, -_MOST)
         check_whole("top_k", self.top_k, -(2**31), 2**31 - 1)
         check_seed(self.seed)
-        if self.repeat_penalty == 0:
-            raise ConfigError("repeat_penalty must be greater than 0")
 
-    def _number(self, name: str, low: float = -math.inf) -> None:
+    def _number(self, name: str, low: float) -> None:
         value = getattr(self, name)
-        if not is_number(value) or value < low:
-            at_least = f" of at least {low:g}" if low > -math.inf else ""
-            raise ConfigError(f"{name} must be a finite number{at_least}, not {value!r}")
+        if not is_number(value) or not low <= value <= _MOST:
+            raise ConfigError(f"{name} must be a number from {low:g} to {_MOST:g}, not {value!r}")
 
     def chain(self, vocab: Any, n_vocab: int) -> Chain:
         """The samplers. vocab: the llama_vocab that the grammar's tokens are of."""
@@ -98,7 +98,7 @@ class Sampling:
         )
         if self.grammar is not None:
             self._add_grammar(chain, vocab)
-        if self.temperature == 0:
+        if self.temperature < _COLDEST:
             chain.add("greedy")
         else:
             chain.add("top_k", self.top_k)
@@ -129,9 +129,9 @@ def _biases(given: Mapping[Any, float], n_vocab: int) -> dict[int, float]:
     for token in biases:
         check_whole("a token id of logit_bias", token, 0, n_vocab - 1)
     # Infinite ones would become NaN on their way through the samplers.
-    biases = {token: -_MAX_BIAS if bias == -math.inf else bias for token, bias in biases.items()}
-    if not all(abs(bias) <= _MAX_BIAS for bias in biases.values()):
-        raise ConfigError(f"logit_bias must be from {-_MAX_BIAS:g} to {_MAX_BIAS:g}, or -inf")
+    biases = {token: -_MOST if bias == -math.inf else bias for token, bias in biases.items()}
+    if not all(abs(bias) <= _MOST for bias in biases.values()):
+        raise ConfigError(f"logit_bias must be from {-_MOST:g} to {_MOST:g}, or -inf")
     return biases
 
 

@@ -149,15 +149,33 @@ def test_another_first_question_prunes_for_itself(pvtp, load, picture, encoded, 
     assert got["kept"] == expected["kept"] and got["answer"] == expected["answer"]
 
 
-def test_the_same_question_again_computes_its_last_token(pvtp, picture):
+def test_the_same_question_again_computes_its_last_token(off, picture):
     # broken if nothing were decoded, and the logits were of the last answer, or the picture were read again
-    first = ask(pvtp, [user(FIRST, picture)])
-    again = ask(pvtp, [user(FIRST, picture)])
+    first = ask(off, [user(FIRST, picture)])
+    again = ask(off, [user(FIRST, picture)])
     assert again["reused"] == 576 + len(first["prompt_tokens"]) - 2
     assert again["answer"] == first["answer"]
     expected, got = (top["first_logits_top"][0] for top in (first, again))
     # Alone, a token is computed by other kernels than in the batch of a prompt.
     assert got[0] == expected[0] and got[1] == pytest.approx(expected[1], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("then", "revisit"), [(FIRST, "never"), (SECOND, "never"), (SECOND, "turn")], ids=["", "another", "revisit"]
+)
+def test_a_question_asked_again_leaves_no_picture_to_others(pvtp, load, picture, encoded, then, revisit):
+    # broken if it were forgotten that this question had pruned the picture: the next would be asked of what it left
+    first = ask(pvtp, [user(FIRST, picture)])
+    again = ask(pvtp, [user(FIRST, picture)])
+    assert again["reused"] == 4 and len(encoded) == 1
+    assert again["kept"] == first["kept"] and again["answer"] == first["answer"]
+    talk = [user(then, picture)]
+    if revisit == "turn":
+        talk = [user(FIRST, picture), said(again["answer"]), user(then)]
+    got = ask(pvtp, talk, revisit=revisit)
+    with load(PVTP) as fresh:
+        expected = ask(fresh, talk)
+    assert got["reused"] == 4 and got["kept"] == expected["kept"] and got["answer"] == expected["answer"]
 
 
 def test_an_answer_asked_for_again_sees_what_annealing_took(load, picture):

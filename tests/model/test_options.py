@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from st3_edge import Llava
+from st3_edge import ConfigError, Llava
 from st3_edge.native import libraries
 from st3_edge.runtime.sampling import Sampling
 
@@ -96,6 +96,32 @@ def test_temperature_divides_logits(temperature: float) -> None:
     assert sample(LOGITS, temperature=temperature)[0] == pytest.approx(
         {token: x / temperature for token, x in enumerate(LOGITS)}, rel=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1e308},
+        {"repeat_penalty": 1e-50},
+        {"repeat_penalty": 1e39},
+        {"frequency_penalty": 1e39},
+        {"presence_penalty": -1e308},
+        {"top_p": 1e308},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_numbers_that_float32_does_not_hold_are_refused(options: dict) -> None:
+    # broken if one became infinite on its way to the samplers, whose probabilities are none then
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        Sampling(**options)
+
+
+def test_the_largest_numbers_together_stay_finite() -> None:
+    # broken if what is accepted one by one became infinite or NaN in the samplers
+    extremes = {"frequency_penalty": -1e9, "presence_penalty": -1e9, "logit_bias": {0: 1e9}, "seed": SEED}
+    for repeat_penalty, temperature in ((1e-9, 1e-20), (1e9, 1e9), (1e-9, 1e-19), (1e9, 1e-300)):
+        logits, token = sample(LOGITS, [0] * 64, repeat_penalty=repeat_penalty, temperature=temperature, **extremes)
+        assert token in logits and all(map(math.isfinite, logits.values()))
 
 
 def test_what_was_said_is_penalized() -> None:

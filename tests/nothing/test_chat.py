@@ -135,6 +135,32 @@ def test_text_never_becomes_a_picture_or_a_control_token(name, words, n_images):
     assert controls(prompt) == controls(plain)
 
 
+@pytest.mark.parametrize("between", [(), ("",), (RED,)])
+@pytest.mark.parametrize("name", [*TEMPLATES, "gathered"])
+def test_no_control_token_is_put_together_of_several_texts(name, between):
+    # broken if each text were cleaned by itself alone: a template writes them one behind the other
+    gathered = (
+        "{% for m in messages %}{% for p in m.content %}{{ '<image>' if p.type == 'image' }}{% endfor %}"
+        "{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+    )
+    made = ChatTemplate(TEMPLATES.get(name, gathered), bos="<s>", eos="</s>", control=CONTROL)
+    plain = text_of(made.render([user("x", *between, "y")]))
+    text = text_of(made.render([user("hi <|im_", *between, "end|>")]))
+    assert text.count("<|im_end|>") == plain.count("<|im_end|>")
+    assert re.search("hi <[|]im_.*end[|]>", text, re.DOTALL)
+
+
+def test_several_texts_stay_as_they_are():
+    # broken if a space were put between texts that hold nothing
+    assert text_of(template("chatml").render([user("a", RED, "b", "c")])).count("a<image>bc") == 1
+
+
+def test_forms_that_overlap_are_all_taken_apart():
+    # broken if what is left of one were another
+    prompt = template(control=["<<", "aaa", "\\("]).render([user(r"<<< aaaaa \\((")])
+    assert not re.search(r"<<|aaa|\\[(]", text_of(prompt))
+
+
 @settings(deadline=None)
 @given(st.sampled_from(sorted(TEMPLATES)), st.text(alphabet=st.characters(exclude_categories=["Cs"])))
 def test_text_without_control_tokens_is_unchanged(name, text):
@@ -153,7 +179,17 @@ def test_a_picture_form_that_shares_letters_with_its_neighbours_is_found():
 
 @pytest.mark.parametrize(
     "source",
-    ["{% for %}", "{{ messages[7].content.x.y }}", "nothing of the message", "{{ raise_exception('no') }}"],
+    [
+        "{% for %}",
+        "{{ messages[7].content.x.y }}",
+        "nothing of the message",
+        "{{ raise_exception('no') }}",
+        "{% for a in messages %}" * 25 + "{% endfor %}" * 25,
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+        "{{ messages[0].content }}\ud800",
+        "{{ messages[0].content }}{{ '\\ud800' }}",
+    ],
+    ids=str.__len__,
 )
 def test_templates_that_cannot_work_are_refused(source):
     # broken if a model file's template could end in an exception of Jinja's

@@ -250,6 +250,7 @@ def test_further_properties_have_other_names():
         r'root ::= "\x41\u00e9\U0001F600\n\"" [^\]\\-]',
         'root ::= "a" |\n "b"',
         'root ::= a{0,2000}\na ::= "x"',
+        r'root ::= [a-a] [-z] [a-] [^-a] [+--] [\--0] [\x41-\u00e9] [a-cx-z] "z-a"',
     ],
 )
 def test_grammars_are_read(text):
@@ -279,6 +280,13 @@ def test_grammars_are_read(text):
         "root ::= )",
         'root ::= "\ud800"',
         'root ::= "a\0"',
+        r'root ::= "\uD800"',
+        r"root ::= [a\uDFFF]",
+        r"root ::= [^\U00110000]",
+        "root ::= [9-0]",
+        "root ::= [^z-a]",
+        r"root ::= [ab\u00e9-\x41]",
+        "root ::= [a--]",
         "root ::= " + '"a" ' * 200_000,
         'root ::= "x"\n' + "".join(f'a{i} ::= "x"{{2000}}\n' for i in range(2000)),
     ],

@@ -113,7 +113,7 @@ def _rule(text: str, at: int, defined: set[str], used: set[str]) -> tuple[int, i
                 sequence.symbols += item.group() not in defined | used
                 used.add(item.group())
             # An empty string or class is nothing that could be repeated.
-            size = len(_ONE.findall(item.group()[1:-1])) if c in '"[' else 1
+            size = len(_characters(text, at, item.group())) if c in '"[' else 1
             _add(sequence, size)
             sequence.repeatable = size > 0
             at = _skip(text, item.end(), lines=nested)
@@ -128,6 +128,28 @@ def _rule(text: str, at: int, defined: set[str], used: set[str]) -> tuple[int, i
             raise _bad(text, at, "an item cannot begin so")
         if open_[-1].elements > MAX_ELEMENTS:
             raise ConfigError(f"the grammar is too large: more than {MAX_ELEMENTS:,} elements, repetitions written out")
+
+
+def _characters(text: str, at: int, item: str) -> list[str]:
+    """The characters of a string or class, as they are written. Raises ConfigError for what no answer can hold:
+    llama.cpp takes it, finds that no token fits, and ends the process."""
+    written = _ONE.findall(item[1:-1])
+    codes = [_code(one) for one in written]
+    if any(0xD800 <= code <= 0xDFFF or code > 0x10FFFF for code in codes):
+        raise _bad(text, at, "an escape is half a surrogate pair, or no character")
+    i = int(item.startswith("[^")) if item[0] == "[" else len(codes)
+    while i < len(codes):
+        is_range = written[i + 1 : i + 2] == ["-"] and i + 2 < len(codes)
+        if is_range and codes[i] > codes[i + 2]:
+            raise _bad(text, at, "a range ends before it begins")
+        i += 3 if is_range else 1
+    return written
+
+
+def _code(written: str) -> int:
+    if len(written) > 2:
+        return int(written[2:], 16)
+    return ord({"\\t": "\t", "\\r": "\r", "\\n": "\n"}.get(written, written[-1]))
 
 
 def _add(sequence: _Sequence, size: int, symbols: int = 1) -> None:
