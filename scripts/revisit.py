@@ -48,8 +48,8 @@ class Row:
 
 @dataclass
 class Asked:
-    """What a conversation came to: (right, asked), objects for a description; visual tokens that a layer holds when
-    the second question is answered, mean; and that turn's prefill in positions and operations."""
+    """What a conversation came to: (right, asked), objects for a description; visual tokens that a layer held after
+    the prompt that pruned them, mean; and that turn's prefill in positions and operations."""
 
     first: tuple[int, int]
     second: tuple[int, int]
@@ -154,8 +154,8 @@ def markdown(tables: dict[str, list[dict[str, Any]]], about: dict[str, Any]) -> 
         f"{about['scenes']} held-out scenes, and for each a first turn, the model's answer, and a second question "
         "about another object. Per cent right (F1 of the objects, for descriptions), greedy. `@`: the budget; `never`: "
         "the picture stays as the first turn left it; `turn`: it is pruned anew by the second question; `alone`: the "
-        "second question in a conversation of its own; `held`: visual tokens that a layer holds when it is answered, "
-        f"mean. Differences in points with 95 % intervals (paired by scene, {BOOTSTRAP} bootstrap draws). Prefill of "
+        "second question in a conversation of its own; `held`: visual tokens that a layer held after the prompt that "
+        f"pruned them, mean. Differences in points with 95 % intervals (paired by scene, {BOOTSTRAP} bootstrap draws). Prefill of "
         "the second turn: medians.",
         "",
         "The embedded model never saw a second turn in training: its questions shared a picture and could not see each "
