@@ -226,22 +226,6 @@ def test_false_counts_with_a_true_checksum(rt, random_gguf) -> None:
         assert np.array_equal(ctx.logits(), want)
 
 
-def test_a_shift_in_a_state_is_refused(model, ctx) -> None:
-    """Breaks if a state may ask for a shift of positions: a pruned cache has none, and with M-RoPE it aborts."""
-    assert ctx.decode([5, 6, 7, 8], 0) == 0
-    head, body = saved.take_apart(ctx.save(0))
-    cell = struct.pack("<ii", 2, 0)  # position and shift
-    n, at = 0, body.find(cell)
-    while at >= 0:
-        if struct.unpack_from("<Ii", body, at + 20) == (1, 0):  # of one sequence, the first
-            bad = bytearray(body)
-            bad[at + 4] = 1
-            assert ctx.restore(saved.put_together(head, bytes(bad)), 0) == 0
-            n += 1
-        at = body.find(cell, at + 4)
-    assert n >= 2  # stages
-
-
 def with_other_image(raw: bytes, n_layer: int, n_cuts: int, flags: int | None, n0: list[int] | None) -> bytes:
     """A state of one image with other flags and counts, and a checksum that is right (st3-snapshot.cpp)."""
     head, body = saved.take_apart(raw)
