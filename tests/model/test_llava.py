@@ -135,6 +135,14 @@ def test_an_infinite_bias_bans_the_token(llava, picture):
     assert again["st3"]["pieces"][0] != llava._session.llama.piece(first, first=True).decode()
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_grammar_that_nothing_fits_is_an_error(llava, picture, temperature):
+    # broken if llama.cpp were asked to accept a token that its grammar refuses: the process aborted
+    with pytest.raises(St3Error, match="may follow"):
+        complete(llava, QUESTION, picture, grammar='root ::= "yes" <[2]>', temperature=temperature, max_tokens=60)
+    assert answer(complete(llava, QUESTION, picture))
+
+
 @pytest.mark.parametrize(
     "options",
     [
