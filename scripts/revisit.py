@@ -155,8 +155,8 @@ def markdown(tables: dict[str, list[dict[str, Any]]], about: dict[str, Any]) -> 
         "about another object. Per cent right (F1 of the objects, for descriptions), greedy. `@`: the budget; `never`: "
         "the picture stays as the first turn left it; `turn`: it is pruned anew by the second question; `alone`: the "
         "second question in a conversation of its own; `held`: visual tokens that a layer held after the prompt that "
-        f"pruned them, mean. Differences in points with 95 % intervals (paired by scene, {BOOTSTRAP} bootstrap draws). Prefill of "
-        "the second turn: medians.",
+        f"pruned them, mean. Differences in points with 95 % intervals (paired by scene, {BOOTSTRAP} bootstrap draws). "
+        "Prefill of the second turn: medians.",
         "",
         "The embedded model never saw a second turn in training: its questions shared a picture and could not see each "
         "other. What a first turn costs the second with nothing dropped is the difference of `off` to its `alone`.",
