@@ -13,6 +13,8 @@ from oracle import schedule
 
 from st3_edge.commands.bench.shapes import Shape
 
+pytestmark = pytest.mark.no_device
+
 LAYERS = (1, 2, 3, 5, 8, 12, 16, 32)
 
 
