@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +13,29 @@ from st3_edge.native import libraries
 
 TALLY: dict[str, int] = {}  # what tests count against their oracles
 
-# What the tests of a folder need; each raises St3Error where it is missing. CI has all of it.
+# What the tests of a folder need; each raises St3Error where it is missing. CI has all of it ($ST3_TEST_ALL).
 NEEDS = {
     "model": (demo.model_paths, libraries.check_present),
     "server": (demo.model_paths, lambda: serve.find("llama-server")),
 }
+
+# How the reasons begin for which CI may skip: what a machine need not have, what a run is not about. Any other fails.
+MAY_BE_MISSING = (
+    "no hipcc",
+    "no nvcc",
+    "no GPU for",
+    "ST3_WINDOWS_DIR and Wine",
+    "no Chromium",
+    "this CPU has",
+    "no kernels for this CPU",
+    "ggml's AMX code needs",
+    "only the CPU backend asks",  # on a device
+    "the encoder's CPU kernels are",
+    "no fork, or a device",
+    "upstream asserts that nothing is copied twice",  # under the sanitizers
+    "a quantized V needs flash attention",  # two parameters that exclude each other
+    "says that it failed by raising",
+)
 
 
 def pytest_configure() -> None:
@@ -31,7 +49,9 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests of a folder where what they need was not built (ST3_TOOLS=OFF, sanitizers)."""
+    """Skips the tests of a folder where what they need was not built (ST3_TOOLS=OFF, sanitizers); ends no long ones."""
+    for item in items if os.environ.get("ST3_TEST_LONG") else []:
+        item.add_marker(pytest.mark.timeout(0))
     for folder, checks in NEEDS.items():
         try:
             for check in checks:
@@ -40,6 +60,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for item in items:
                 if Path(__file__).parent / folder in item.path.parents:
                     item.add_marker(pytest.mark.skip(reason=str(e)))
+
+
+def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if os.environ.get("ST3_TEST_ALL") and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reason = reason.removeprefix("Skipped: ")
+        stock = os.environ.get("ST3_STOCK_LIB_DIR") or not reason.startswith("ST3_STOCK_LIB_DIR is not set")
+        if stock and not reason.startswith(MAY_BE_MISSING):
+            report.outcome, report.longrepr = "failed", f"skipped, and $ST3_TEST_ALL is set: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where all is to be tested, a test that is skipped for a reason of its own fails."""
+    report = yield
+    _fail_if_skipped(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """The same of a file."""
+    report = yield
+    _fail_if_skipped(report)
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -191,7 +191,7 @@ def test_nothing_is_read_before_it_is_written(pair, tmp_path: Path) -> None:
     assert compiler, "no C compiler"
     here, library = Path(__file__).parent, tmp_path / "nan_memory.so"
     flags = ["-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
-    subprocess.run([*compiler.split(), *flags, here / "nan_memory.c", "-o", library, "-ldl"], check=True)
+    subprocess.run([*compiler.split(), *flags, here / "nan_memory.c", "-o", library, "-ldl"], check=True, timeout=120)
     made = {name: pair(name) for name in MEDIA}
     jobs = [[str(p.text.path), str(p.mmproj), *p.media.size, KEYS] for p in made.values()]
     done = subprocess.run(
@@ -200,6 +200,7 @@ def test_nothing_is_read_before_it_is_written(pair, tmp_path: Path) -> None:
         env={**os.environ, "LD_PRELOAD": str(library)},
         capture_output=True,
         text=True,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert dict(zip(made, map(json.loads, done.stdout.splitlines()), strict=True)) == {

@@ -6,6 +6,7 @@ tokens of an image share a position.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -145,14 +146,41 @@ def converse(
     talk.close()
 
 
+def side_by_side(
+    f: Family, talks: list[Conversation], prompts: list[list[oracle.Piece]], rng: np.random.Generator
+) -> None:
+    """Two sequences of one context: prompts one after the other, tokens in one batch and in turns."""
+    talks[0].prefill(prompts[0])
+    for _ in range(3):
+        talks[0].step(int(rng.integers(3, 300)))
+    talks[1].prefill(prompts[1])
+    for i in range(10):
+        tokens = [int(t) for t in rng.integers(3, 300, 2)]
+        if i % 3 == 2:
+            for talk, token in zip(talks[::-1], tokens[::-1], strict=True):
+                talk.step(token)
+            continue
+        ends = [getattr(talk.ctx, "end", talk.at) for talk in talks]
+        rows = [(token, end, [talk.seq]) for token, end, talk in zip(tokens, ends, talks, strict=True)]
+        assert talks[0].ctx.decode_rows(rows) == 0
+        for row, (talk, token) in enumerate(zip(talks, tokens, strict=True)):
+            if isinstance(talk.ctx, RowContext):
+                talk.ctx.add([[token]])
+            talk.follow("step", token, check_logits=False)
+            assert oracle.nmse(talk.ctx.logits(row), talk.result.logits) <= talk.most_error[talk.kv], f"sequence {row}"
+    assert [im.t for talk in talks for im in talk.result.images] == [13] * 2 + [10] * 2
+    for talk in talks:
+        talk.close()
+
+
 def picture(f: Family, rng: np.random.Generator, nx: int, ny: int) -> oracle.Image:
     """Random embeddings of an image."""
     return oracle.Image(rng.standard_normal((nx * ny, f.n_embd_inp)).astype(np.float32), nx, ny)
 
 
 class RowContext(Context):
-    """A context whose positions, as its callers see them, are numbers of rows of sequence 0. One batch is one image at
-    most, and none is split."""
+    """A context whose positions, as its callers see them, are numbers of rows of one sequence. One batch is one image
+    at most, and none is split."""
 
     def __init__(self, model: Model, **how: object) -> None:
         super().__init__(model, **how)
@@ -160,6 +188,12 @@ class RowContext(Context):
         self.visual: list[int] = []  # rows of visual tokens
         self.end = 0  # the next position
         self.grid = 0, 0  # of the next image
+
+    def beside(self) -> RowContext:
+        """The same context as another sequence sees it."""
+        other = copy.copy(self)
+        other.places, other.visual, other.end = [], [], 0
+        return other
 
     def add(self, pieces: Sequence[Sequence[int] | Image | oracle.Image]) -> None:
         """Notes the places of pieces that are decoded."""

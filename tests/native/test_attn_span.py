@@ -14,6 +14,8 @@ from gguf import GGMLQuantizationType as Kind
 from oracle.attention import attn_span
 from oracle.llama import nmse
 
+pytestmark = pytest.mark.no_device
+
 # every type of K that flash attention takes on the CPU
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1", "IQ4_NL")
 HEADS = (64, 80, 96, 128, 256)

@@ -4,6 +4,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.no_device
+
 WITHOUT = """
 import importlib.abc, sys
 from pathlib import Path

@@ -25,6 +25,8 @@ from oracle import llama as oracle
 
 from st3_edge.config import KV_TYPES
 
+pytestmark = pytest.mark.no_device
+
 HERE = Path(__file__).resolve().parent
 SHAPE = cases.SHAPES["mha-64"]  # CUDA has no flash attention for smaller heads
 STEPS = 24

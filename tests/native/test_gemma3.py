@@ -88,6 +88,14 @@ def test_conversation(rt, path, tally, number: int) -> None:
         converse(FAMILY, talk, rng, prompt(number), prompt(number + 100))
 
 
+@pytest.mark.parametrize("unified", [False, True])
+def test_sequences_side_by_side(rt, path, tally, unified: bool) -> None:
+    """Breaks if a row's window, or what its images see ahead, is that of another sequence."""
+    with Model(rt, path, KEYS) as model, GemmaContext(model, n_ctx=1024, n_seq=2, unified=unified) as ctx:
+        talks = [Conversation(ctx, path, resolve(FAMILY, KEYS), "F16", tally, "two of gemma3", seq) for seq in (0, 1)]
+        mrope.side_by_side(FAMILY, talks, [prompt(0), prompt(1)], np.random.default_rng([SEED, 63]))
+
+
 def give(ctx: Context, pieces: list[oracle.Piece]) -> None:
     """Pieces by llama_decode, as mtmd's helper does; the last one asks."""
     for i, piece in enumerate(pieces):

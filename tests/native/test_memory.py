@@ -169,6 +169,7 @@ def next_logits(ctx: Context) -> np.ndarray:
     return out
 
 
+@pytest.mark.no_device
 @pytest.mark.parametrize("seq", [0, None], ids=["sequence", "whole"])
 def test_bad_states(rt, random_gguf, seq: int | None) -> None:
     """Breaks if a truncated or damaged state is taken, crashes, or touches the running conversation before it fails."""
@@ -205,6 +206,7 @@ def test_bad_states(rt, random_gguf, seq: int | None) -> None:
         assert np.array_equal(next_logits(ctx), next_logits(c))
 
 
+@pytest.mark.no_device
 def test_false_counts_with_a_true_checksum(rt, random_gguf) -> None:
     """Breaks if only the checksum guards a state: counts, positions and owners in it must be checked as well."""
     shape = Shape(3, 32, 1, 1, 32, n_vocab=272)
@@ -315,6 +317,7 @@ def measure(path: Path, keys: dict, n_ctx: int) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.no_device
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 def test_a_long_context_costs_what_it_holds(rt, random_gguf) -> None:
     """Breaks if cells are allocated before they are needed, or the report tells less than the process has, as where

@@ -8,6 +8,8 @@ from oracle import schedule
 
 from st3_edge.commands.bench.shapes import Shape
 
+pytestmark = pytest.mark.no_device
+
 RANGES = {
     "st3.start": (99, "[1, 8]"),
     "st3.budget": (2.0, "(0, 1]"),

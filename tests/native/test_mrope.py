@@ -12,6 +12,7 @@ from cases import SEED
 from mrope import FAMILIES, Family, RowContext, converse, drawn_keys, resolve, words
 from native_runtime import Model
 from oracle import llama as oracle
+from oracle import mrope as oracle_mrope
 
 KEYS = {"st3.preset": "st3", "st3.keep": 0.5, "st3.start": 2, "st3.stride": 2, "st3.anneal_tokens": 12}
 
@@ -68,6 +69,21 @@ def test_conversation(rt, path, tally, name: str, number: int) -> None:
         decoder(path(name)).places = ctx.places
         rng = np.random.default_rng([SEED, 52, number])
         converse(f, talk, rng, prompt(f, number), prompt(f, number + 100))
+
+
+@pytest.mark.parametrize("unified", [False, True])
+@pytest.mark.parametrize("name", ["qwen2vl", "qwen3vl"])
+def test_sequences_side_by_side(rt, path, tally, name: str, unified: bool) -> None:
+    """Breaks if a row gets the places, weights, scores or removed cells of another sequence's."""
+    f = FAMILIES[name]
+    with Model(rt, path(name), KEYS) as model, RowContext(model, n_ctx=1024, n_seq=2, unified=unified) as ctx:
+        talks = []
+        for seq, view in enumerate((ctx, ctx.beside())):
+            dec = oracle_mrope.Decoder(path(name))
+            dec.places = view.places
+            talks.append(Conversation(view, dec, resolve(f, KEYS), "F16", tally, f"two of {name}", seq))
+        rng = np.random.default_rng([SEED, 53])
+        mrope.side_by_side(f, talks, [prompt(f, 0), prompt(f, 1)], rng)
 
 
 def follow(ctx: RowContext, n: int = 6) -> list[np.ndarray]:

@@ -17,6 +17,8 @@ import pytest
 from cases import SEED
 from mrope import FAMILIES, write
 
+pytestmark = pytest.mark.no_device
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 

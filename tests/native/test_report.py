@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mrope
 import numpy as np
 import pytest
 from cases import SEED
@@ -11,6 +12,8 @@ from native_runtime import Context, Image, Model, NativeError
 from oracle import schedule
 
 from st3_edge.commands.bench.shapes import Shape
+
+pytestmark = pytest.mark.no_device
 
 LAYERS = (1, 2, 3, 5, 8, 12, 16, 32)
 
@@ -89,24 +92,59 @@ def test_schedule(rt, random_gguf, n_layer: int, options: dict, grids: list[tupl
     assert report["given"] == sum(sizes)
 
 
+def flops(s: Shape, rows: list[int], before: list[int], n_expert: int = 0, n_used: int = 0) -> int:
+    """Multiplications and additions of rows[layer] rows that see each other and before[layer] cells, and of one row's
+    logits: two for each element of a matrix that a row meets, and of a head's keys and values."""
+    attention = s.n_embd * s.head * (2 * s.n_head + 2 * s.n_head_kv)
+    ffn = s.n_embd * n_expert + 3 * s.n_embd * s.n_ff * (n_used or 1)
+    out = 2 * s.n_embd * s.n_vocab
+    for n, seen in zip(rows, before, strict=True):
+        pairs = sum(seen + i + 1 for i in range(n))
+        out += 2 * n * (attention + ffn) + 2 * pairs * s.n_head * 2 * s.head
+    return out
+
+
+@pytest.mark.parametrize("n_before", [0, 37])
+@pytest.mark.parametrize("name", ["dense", "mixture of experts"])
+def test_operations_of_a_prompt(rt, random_gguf, tmp_path, name: str, n_before: int) -> None:
+    """Breaks if a matrix, an expert that is not asked, or a pair of query and key is counted otherwise."""
+    family = mrope.FAMILIES["qwen3vlmoe"]
+    dense = name == "dense"
+    s = Shape(3, 128, 4, 2, 192, n_vocab=320) if dense else family.shape
+    path = random_gguf(s) if dense else mrope.write(tmp_path / "moe.gguf", family, SEED)
+    experts = {} if dense else {"n_expert": 4, "n_used": 2}
+    with Model(rt, path) as model:
+        for n in (1, 105):
+            want = flops(s, [n] * s.n_layer, [n_before] * s.n_layer, **experts)
+            assert rt.lib.st3_prefill_flops(model.ptr, n, n_before) == want
+
+
 def test_costs(rt, random_gguf) -> None:
     """Breaks if KV bytes or flops are not those of the cells and rows that each layer really holds."""
     s = Shape(8, 128, 4, 2, 192, n_vocab=320)
-    keys = {"st3.preset": "st3", "st3.keep": 0.5, "st3.start": 2, "st3.stride": 2}
+    keys = {"st3.preset": "pvtp", "st3.keep": 0.5, "st3.start": 2, "st3.stride": 2}
     embd = np.random.default_rng(SEED).standard_normal((100, 128)).astype(np.float32)
     with Model(rt, random_gguf(s), keys) as model, Context(model, n_ctx=256) as ctx:
         assert ctx.prefill([[1, 5], Image(embd, 10, 10), [6, 7, 8]]) == 0
         report = ctx.report()
+        assert [ctx.decode([5], 105 + i) for i in range(3)] == [0] * 3, "an answer is no part of a prompt"
+        assert ctx.report()["flops"] == report["flops"]
+        assert ctx.prefill([Image(embd[:36], 6, 6), [6, 7]], p0=108) == 0
+        second = ctx.report()
     cell = 2 * 2 * s.head * s.n_head_kv  # K and V, two bytes
     rows = [n + 5 for n in report["per_layer"]]
     assert report["per_layer"] == [100, 100, 50, 50, 25, 25, 13, 13]
     assert report["kv_bytes"]["live"] == cell * sum(rows)
     assert report["kv_bytes"]["full"] == cell * 105 * s.n_layer
     assert report["kv_bytes"]["allocated"] >= report["kv_bytes"]["live"]
-    flops = report["flops"]
-    assert 0 < flops["prefill"] < flops["prefill_full"]
-    # all but the output matrix and the quadratic part go by rows
-    assert flops["prefill"] / flops["prefill_full"] == pytest.approx(sum(rows) / (105 * s.n_layer), rel=0.05)
+    assert report["flops"] == {
+        "prefill": flops(s, rows, [0] * 8),
+        "prefill_full": flops(s, [105] * 8, [0] * 8),
+    }
+    assert second["flops"] == {
+        "prefill": flops(s, [38, 38, 20, 20, 11, 11, 7, 7], [n + 3 for n in rows]),
+        "prefill_full": flops(s, [38] * 8, [108] * 8),
+    }
 
 
 def test_report_fits_its_buffer(rt, random_gguf) -> None:

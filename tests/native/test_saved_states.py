@@ -10,6 +10,8 @@ from native_runtime import Context, Image, Model
 
 from st3_edge.commands.bench.shapes import Shape
 
+pytestmark = pytest.mark.no_device
+
 SHAPE = Shape(3, 32, 1, 1, 32, n_vocab=272)
 N = 9  # visual tokens
 KEYS: dict[str, str | int | float] = {
