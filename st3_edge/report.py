@@ -175,8 +175,10 @@ class Report:
             f"first token after {ms.first_token:.0f} ms (pictures {ms.encode:.0f}, prompt {ms.prefill:.0f}), "
             f"answer {ms.decode:.0f} ms"
         )
+        # The first token took no decode, and the one that ended the answer did.
+        n_decoded = self.n_generated - (self.finish_reason == "length")
         if self.n_generated > 1 and ms.decode > 0:
-            parts[-1] += f" ({1e3 * (self.n_generated - 1) / ms.decode:.1f} tokens a second)"
+            parts[-1] += f" ({1e3 * n_decoded / ms.decode:.1f} tokens a second)"
         parts.append(f"KV cache {kv.live / 1e6:.1f} MB, {kv.full / 1e6:.1f} MB without ST3")
         return f"[{'; '.join(parts)}]"
 

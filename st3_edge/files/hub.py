@@ -70,9 +70,9 @@ def pair(
     QUANT is a part of the text model's file name, in any case.
 
     Without one it is what the cache holds, else Q4_K_M or what comes near; of several mmproj files, the one whose name
-    is like the model's, in F16. What the cache holds is not asked for again; what is missing is downloaded, and a
-    download that broke off goes on where it was. Raises ModelError where there is nothing to choose from, or it cannot
-    be downloaded.
+    is like the model's, in F16. What the cache holds is not asked for again; what is missing is downloaded, and of
+    a download that breaks off the files stay that are complete. Raises ModelError where there is nothing to choose
+    from, or it cannot be downloaded.
     """
     repo_id, _, quant = name.partition(":")
     where: dict[str, Any] = {"revision": revision, "cache_dir": None if cache_dir is None else os.fspath(cache_dir)}
@@ -98,7 +98,7 @@ def pair(
     try:
         paths = {part: _get(repo_id, part, where, local_files_only, bar) for part in files}
     except Exception as e:
-        raise ModelError(f"{repo_id!r} cannot be downloaded: {_why(e)}; the same command goes on from there") from e
+        raise ModelError(f"{repo_id!r} cannot be downloaded: {_why(e)}; files that are complete are kept") from e
     return Pair(paths[chosen[0]], paths[chosen[1]], f"{repo_id}:{choose.quant_of(chosen[0]) or chosen[0]}")
 
 

@@ -47,9 +47,10 @@ def cache_folder() -> Path:
 @contextmanager
 def replacing(target: Path) -> Iterator[BinaryIO]:
     """A file to write, which has the name `target` only once all of it is on the disk: what was there before stays
-    until then, and if writing fails; who may read it stays too. Raises OSError."""
+    until then, and if writing fails; who may read it stays too, and a link goes on leading to it. Raises OSError."""
+    target = Path(os.path.realpath(target))
     folder = target.parent
-    part = folder / f".{target.name}.{secrets.token_hex(8)}.part"
+    part = folder / f".{secrets.token_hex(8)}.part"  # as short for any name: one may be as long as names can be
     try:
         with part.open("xb") as file:
             if target.exists():
@@ -64,9 +65,10 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
         raise
     if sys.platform == "win32":  # opens no folder
         return
-    # The rename itself is on the disk only when the folder is.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    # The rename itself is on the disk only when the folder is; the file is there, whether or not that can be had.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

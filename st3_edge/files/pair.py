@@ -114,6 +114,7 @@ def _check_text(model: str, header: gguf.Header) -> None:
         return header.metadata.get(f"{header.architecture}.{key}", default)
 
     for key, least, most in (
+        ("context_length", 0, 2**32 - 1),
         ("block_count", 1, 512),  # LLAMA_MAX_LAYERS
         ("expert_count", 0, 1024),  # LLAMA_MAX_EXPERTS
         ("attention.head_count", 1, 2**16),
@@ -122,7 +123,8 @@ def _check_text(model: str, header: gguf.Header) -> None:
         ("rope.freq_base", 1e-6, 1e30),
     ):
         found = value(key, 1)
-        if not isinstance(found, (int, float)) or not least <= found <= most:
+        whole = isinstance(least, int)
+        if not isinstance(found, (int, float)) or not least <= found <= most or (whole and not isinstance(found, int)):
             raise ModelError(f"model {model!r} is damaged: its {key} is {found!r}")
     by_layer = header.kinds.get(f"{header.architecture}.expert_used_count", "").startswith("[")
     _check_experts(model, {key: value(key, 0) for key in _EXPERTS}, by_layer)

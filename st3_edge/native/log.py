@@ -1,4 +1,4 @@
-"""llama.cpp's and mtmd's log, sent to Python's `logging`; the last errors are kept to be quoted.
+"""llama.cpp's and mtmd's log, sent to Python's `logging`; the first error of a call is kept to be quoted.
 
 llama.cpp has one log callback a process. Ours sorts lines by the thread that they come from: those of a `Llava` go to
 the logger "st3_edge.llama", which is silent unless a program sets it up, and with verbose=True to standard error; all
@@ -7,7 +7,6 @@ others go where they went before.
 
 from __future__ import annotations
 
-import collections
 import ctypes
 import logging
 import sys
@@ -35,7 +34,7 @@ class Log:
     def __init__(self, verbose: bool = False) -> None:
         self._verbose = verbose
         self._level = logging.INFO
-        self._errors: collections.deque[str] = collections.deque(maxlen=8)
+        self._error = ""  # the first one since `forget`
 
     def receive(self, native_level: int, text: bytes | None) -> None:
         if native_level != _CONTINUE:
@@ -44,22 +43,22 @@ class Log:
         if not line:
             return
         if self._level == logging.ERROR:
-            self._errors.append(line)
+            self._error = self._error or line
         logger.log(self._level, "%s", line)
         if self._verbose and self._level >= logging.INFO and sys.stderr is not None:
             print(line, file=sys.stderr)
 
     def forget(self) -> None:
         """Forgets the errors so far, before something whose errors are to be quoted."""
-        self._errors.clear()
+        self._error = ""
 
     def why(self) -> str:
         """The first error since `forget()`, as a clause to put behind a message; "" if there was none."""
-        if not self._errors:
+        if not self._error:
             return ""
         # "function_name: what went wrong" -> "what went wrong"
-        head, colon, rest = self._errors[0].partition(": ")
-        return f": {rest if colon and ' ' not in head else self._errors[0]}"
+        head, colon, rest = self._error.partition(": ")
+        return f": {rest if colon and ' ' not in head else self._error}"
 
 
 def route(log: Log) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,10 +34,13 @@ class NoPicture(Exception):
     """Bytes that are none of the formats; the message says more where it is known."""
 
 
+_quiet = threading.RLock()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without Pillow's warnings."""
-    with warnings.catch_warnings():
+    """Without Pillow's warnings; one thread after the other: each puts back the filters that it found."""
+    with _quiet, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
@@ -95,7 +99,7 @@ def _heif(data: bytes) -> Image.Image:
     try:
         import pillow_heif
     except ImportError as e:
-        raise NoPicture("a HEIC picture needs pillow-heif: pip install 'st3-edge[heic]'") from e
+        raise NoPicture("a HEIC picture needs pillow-heif: pip install pillow-heif") from e
     try:
         image: Image.Image = pillow_heif.HeifImageFile(io.BytesIO(data))  # type: ignore[no-untyped-call, unused-ignore]
     except Exception as e:

@@ -34,11 +34,19 @@ _OPEN_FILES = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
 
 @dataclass(frozen=True)
 class RGB:
-    """A decoded picture: `data` holds height * width * 3 bytes, row by row, red first."""
+    """A decoded picture: `data` holds height * width * 3 bytes, row by row, red first. Raises ImageError for another
+    number of bytes, of which native code would read too many."""
 
     width: int
     height: int
     data: bytes
+
+    def __post_init__(self) -> None:
+        sides = (self.width, self.height)
+        if not all(isinstance(n, int) and n > 0 for n in sides) or not isinstance(self.data, bytes):
+            raise ImageError("an RGB picture has two sides, whole numbers above 0, and bytes")
+        if len(self.data) != self.width * self.height * 3:
+            raise ImageError(f"an RGB picture of {self.width}×{self.height} has not {len(self.data):,} bytes")
 
     @functools.cached_property
     def digest(self) -> str:
@@ -59,6 +67,7 @@ def load(source: ImageSource) -> RGB:
     side at most MAX_ASPECT times the other.
     """
     if isinstance(source, RGB):
+        _check_size(source.width, source.height, "picture")
         return source
     if isinstance(source, Image.Image):
         return _to_picture(source, "picture")
@@ -132,7 +141,8 @@ def _read(source: str | os.PathLike[str]) -> bytes:
     if isinstance(source, str) and source.partition("://")[0].lower() in ("http", "https", "ftp"):
         raise ImageError("pictures are not fetched from a network: download it, and give the file")
     try:
-        path = _file_url(source) if isinstance(source, str) and source[:5].lower() == "file:" else Path(source)
+        is_url = isinstance(source, str) and source[:5].lower() == "file:"
+        path = _file_url(str(source)) if is_url else Path(os.fsdecode(source))
         # Checked before it is opened: opening a pipe would wait for its writer.
         found = path.stat()
         is_open = stat.S_ISFIFO(found.st_mode) and str(path).startswith(_OPEN_FILES)
@@ -140,7 +150,7 @@ def _read(source: str | os.PathLike[str]) -> bytes:
             raise ImageError(f"picture {name} is not a file")
         with path.open("rb") as file:
             return _all_of(file, MAX_BYTES)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, TypeError) as e:
         reason = getattr(e, "strerror", None) or e
         raise ImageError(f"picture {name} cannot be read: {one_line(reason)}") from e
 
@@ -167,7 +177,7 @@ def _data_url(url: str) -> bytes:
         raise ImageError("the data: URL of a picture has no ',' before its data")
     if len(body) > 4 * MAX_BYTES:
         raise ImageError(f"the picture of the data URL is larger than {MAX_BYTES >> 20} MiB")
-    raw = urllib.parse.unquote_to_bytes(body)
+    raw = urllib.parse.unquote_to_bytes(body.encode(errors="replace"))
     if "base64" not in (word.strip().lower() for word in header.split(";")[1:]):
         return raw
     return _unbase64(raw)
@@ -187,7 +197,7 @@ def _unbase64(raw: bytes) -> bytes:
     try:
         return base64.b64decode(raw + b"=" * (-len(raw) % 4), validate=True)
     except binascii.Error as e:
-        raise ImageError(f"the data: URL of a picture is not valid base64: {one_line(e)}") from e
+        raise ImageError(f"the base64 of a picture is not valid: {one_line(e)}") from e
 
 
 def _open(data: bytes, name: str) -> RGB:

@@ -15,15 +15,16 @@ from ..files.output import replacing
 from ..native.st3 import Visual
 from .conversation import Image
 
-_SUFFIX = ".npz"
+_DIGITS = 64  # of SHA-256
+_SUFFIX = ".st3.npz"  # in a folder that is given, other programs' files may lie
 
 
 class Encodings:
     """Visual tokens of one vision encoder, a file for each image, which this user alone can read.
 
-    `of`: all that decides what the encoder makes of a picture. When the files of the folder, other encoders' too, take
-    more than `max_bytes`, those used longest ago are removed. Nothing here raises: what cannot be read or written is
-    encoded anew.
+    `of`: all that decides what the encoder makes of a picture. When the files of this kind in the folder, other
+    encoders' too, take more than `max_bytes`, those used longest ago are removed; no others are. A folder that is not
+    there is made for this user alone. Nothing here raises: what cannot be read or written is encoded anew.
     """
 
     def __init__(self, folder: str | os.PathLike[str], of: str, n_embd: int, max_bytes: int) -> None:
@@ -45,7 +46,6 @@ class Encodings:
             return
         with contextlib.suppress(OSError):
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._folder.chmod(0o700)
             with replacing(self._path(image)) as file:
                 Path(file.name).chmod(0o600)
                 np.savez(file, embd=visual.embd, grid=np.array([visual.nx, visual.ny]))
@@ -57,7 +57,7 @@ class Encodings:
 
     def _trim(self) -> None:
         found = []
-        for path in self._folder.glob(f"*{_SUFFIX}"):
+        for path in self._folder.glob("[0-9a-f]" * _DIGITS + _SUFFIX):
             with contextlib.suppress(OSError):  # another process may have removed it
                 stat = path.stat()
                 found.append((stat.st_mtime_ns, stat.st_size, path))

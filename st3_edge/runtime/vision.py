@@ -47,6 +47,9 @@ class Vision:
     ) -> None:
         bindings = libraries.load()
         self._mtmd = mtmd = bindings.mtmd
+        arrays = gguf.read_header(path, "mmproj").arrays
+        mean, std = (arrays.get(f"clip.vision.image_{name}", ()) for name in ("mean", "std"))
+        self._mean, self._std = np.array(mean or 0.0), np.array(std or 1.0)
         params = mtmd.mtmd_context_params_default()
         params.use_gpu = use_gpu
         params.print_timings = False
@@ -60,9 +63,6 @@ class Vision:
         if not context:
             raise ModelError(f"mmproj {path!r} cannot be used{log.why()}")
         self._context = context
-        arrays = gguf.read_header(path, "mmproj").arrays
-        mean, std = (arrays.get(f"clip.vision.image_{name}", ()) for name in ("mean", "std"))
-        self._mean, self._std = np.array(mean or 0.0), np.array(std or 1.0)
         with contextlib.ExitStack() as opened:
             opened.callback(self.close)
             self.n_embd = bindings.lib.llama_model_n_embd_inp(model)

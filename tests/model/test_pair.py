@@ -49,6 +49,10 @@ def test_a_vision_half_whose_values_cannot_be_is_refused(files, tmp_path, key, v
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"context_length": "long"}, "context_length is 'long'"),
+        ({"context_length": float("nan")}, "context_length is nan"),
+        ({"context_length": float("inf")}, "context_length is inf"),
+        ({"context_length": 1.5}, "context_length is 1.5"),
         ({"block_count": 0}, "block_count is 0"),
         ({"block_count": 513}, "block_count is 513"),
         ({"nextn_predict_layers": 17}, "nextn_predict_layers is 17, of 16"),

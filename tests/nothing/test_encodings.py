@@ -41,18 +41,33 @@ def test_what_was_put_is_there_for_another_process(tmp_path: Path) -> None:
     assert Encodings(folder, "x", WIDTH + 1, 2**20).get(image(1, 6)) is None
 
 
-def test_only_its_owner_can_read_it(tmp_path: Path) -> None:
-    """Breaks if another user could see what a picture shows, by a umask or by a folder that was there before."""
+@pytest.mark.parametrize("exists", [False, True])
+def test_only_its_owner_can_read_it(tmp_path: Path, exists: bool) -> None:
+    """Breaks if another user could see what a picture shows, or if a folder of the user's were closed to others."""
     folder = tmp_path / "pictures"
-    folder.mkdir(mode=0o755)
     before = os.umask(0)
     try:
+        if exists:
+            folder.mkdir(mode=0o755)
         Encodings(folder, "x", WIDTH, 2**20).put(image(1), visual(4, 1))
     finally:
         os.umask(before)
     (file,) = folder.iterdir()
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE(folder.stat().st_mode) == (0o755 if exists else 0o700)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_no_file_of_the_users_is_removed(tmp_path: Path) -> None:
+    """Breaks if what lies in the folder already is taken for an encoded picture."""
+    theirs = [tmp_path / name for name in ("data.npz", f"{'0' * 64}.npz", "x.st3.npz")]
+    for path in theirs:
+        path.write_bytes(b"mine" * 1000)
+        os.utime(path, (1, 1))
+    few = Encodings(tmp_path, "x", WIDTH, 700)
+    for i in range(3):
+        few.put(image(i), visual(4, i))
+    assert all(path.is_file() for path in theirs)
+    assert len(list(tmp_path.iterdir())) == len(theirs) + 1
 
 
 def test_it_is_bounded(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import time
 from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -126,6 +127,8 @@ def test_depth_and_size_are_bounded():
         (17, None, "17 18 90 1000", "16 1 -17"),
         (None, -3, "-3 -30 -99", "-2 0 3"),
         (2**63 - 1, None, "", "1"),
+        (0, 99999999999999, "0 99999999999999", "100000000000000 -1"),
+        (-999999999999999, 10**13, "-999999999999999 10000000000000", "10000000000001"),
     ],
 )
 def test_bounds_of_integers(low, high, inside, outside):
@@ -144,6 +147,12 @@ def regex(text: str) -> re.Pattern[str]:
     """A grammar of digits alone as Python's expression."""
     quoted = re.sub(r'"((?:\\.|[^"])*)"', lambda m: re.escape(m.group(1)), text)
     return re.compile(quoted.replace(" ", ""))
+
+
+def test_bounds_may_be_numpys():
+    # broken if they were read by a name that only Python's numbers are written without
+    bounds = {"minimum": np.float64(0.5), "exclusiveMaximum": np.float64(2)}
+    assert all(0.5 <= float(word) < 2 for word in words({"type": "number", **bounds}))
 
 
 decimals = st.decimals(-(10**4), 10**4, places=2, allow_nan=False)
@@ -205,6 +214,37 @@ def test_an_automaton_finds_what_re_finds(expression, form, texts):
     for text in texts:
         assert accepts(whole, text) == bool(found.search(text))
         assert accepts(bounded, text) == (bool(found.search(text)) and 2 <= len(text) <= 4)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a{,5}", r"\a", r"[\a]", r"\U0001F600", r"\N{DIGIT ONE}", "(?#c)a", "(?P<x>a)", "[]a]", "[^]", r"a\Z", "[a--b]"],
+)
+def test_what_python_alone_reads_so_is_refused(text):
+    # broken if a pattern meant something else than where it was written
+    with pytest.raises(pattern.Unsupported):
+        pattern.parse(text)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("text", "fits", "others"),
+    [
+        ("^[[a]$", "[a", "]b"),
+        ("^[a&&b||~~]$", "a&|~", "x"),
+        (r"^[^[\]]$", "a", "[]"),
+        (r"^(?<x>a)$", "a", "x"),
+        (r"^\(?<$", "<", "("),
+        (r"^[(?<]$", "(?<", "a"),
+        (r"^[+-]$", "+-", ","),
+        (r"^\\?a$", "a", "b"),
+    ],
+)
+def test_ecmas_writing_is_read(text, fits, others):
+    # broken by a warning of Python's, or a class or group that was taken for another
+    automaton = pattern.automaton(pattern.parse(text))
+    assert all(accepts(automaton, one) for one in fits)
+    assert not any(accepts(automaton, one) for one in others)
 
 
 def test_every_word_of_a_schemas_grammar_is_valid():

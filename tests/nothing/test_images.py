@@ -6,7 +6,9 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import tracemalloc
+import warnings
 import zlib
 from urllib.parse import quote
 
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, PngImagePlugin, features
 
 from st3_edge import ImageError
-from st3_edge.prompts.image_files import FORMATS, SUFFIXES
+from st3_edge.prompts.image_files import FORMATS, SUFFIXES, quiet
 from st3_edge.prompts.images import MAX_BYTES, RGB, data_url, file_of, load, load_base64
 
 
@@ -64,6 +66,22 @@ def test_every_kind_of_source_gives_the_same_pixels(tmp_path):
     expected = RGB(7, 5, image.tobytes())
     for source in (file, str(file), data, bytearray(data), memoryview(data), url, image):
         assert load(source) == expected
+
+
+@pytest.mark.parametrize("name", [os.fsencode, int, str])
+def test_a_path_of_a_programs_own_kind(tmp_path, name):
+    # broken by a TypeError of pathlib's: a path may be bytes, and what is none may be anything
+    (tmp_path / "5.png").write_bytes(encoded(noise()))
+
+    class Own:
+        def __fspath__(self):
+            return name(5 if name is int else str(tmp_path / "5.png"))
+
+    if name is int:
+        with pytest.raises(ImageError, match="cannot be read"):
+            load(Own())
+    else:
+        assert load(Own()) == load(noise())
 
 
 def test_exif_rotation_is_applied():
@@ -146,6 +164,50 @@ def test_a_pil_image_is_bounded_too():
         load(Image.new("RGB", (1, 1)))
 
 
+@pytest.mark.parametrize(
+    ("width", "height", "data"),
+    [
+        (1000, 1000, b""),
+        (2, 2, bytes(13)),
+        (-2, -2, bytes(12)),
+        (0, 0, b""),
+        (2.0, 2, bytes(12)),
+        (2, 2, bytearray(12)),
+    ],
+)
+def test_pixels_of_another_number_than_a_pictures_sides_are_refused(width, height, data):
+    # broken if native code read beyond its end what somebody made by hand
+    with pytest.raises(ImageError, match="RGB"):
+        RGB(width, height, data)
+
+
+def test_decoded_pictures_are_bounded_too():
+    # broken if what is not decoded here went on in any shape
+    with pytest.raises(ImageError, match="at most 100 times"):
+        load(RGB(1000, 2, bytes(6000)))
+
+
+def test_threads_leave_warnings_as_they_were():
+    # broken if two of them silenced Pillow at once: the later put back what the earlier had set
+    data, before = encoded(noise(64, 64)), list(warnings.filters)
+    inside, leave = threading.Event(), threading.Event()
+
+    def first():
+        with quiet():
+            inside.set()
+            leave.wait(60)
+
+    threads = [threading.Thread(target=first, daemon=True), threading.Thread(target=load, args=(data,), daemon=True)]
+    threads[0].start()
+    assert inside.wait(60)
+    threads[1].start()
+    threads[1].join(0.2)  # without a lock it is within by now
+    leave.set()
+    for thread in threads:
+        thread.join(60)
+    assert warnings.filters == before
+
+
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
 def test_truncated_files_are_refused(form, part):
@@ -163,6 +225,8 @@ def test_truncated_files_are_refused(form, part):
         "data:image/png",
         "data:image/png;base64,!!!",
         "data:image/png;base64,AAAA",
+        "data:image/png;base64,AAAA\ud800",
+        "data:,\udfff",
         "http://example.org/a.png",
         "HTTPS://example.org/a.png",
         "no such file.png",
@@ -379,7 +443,7 @@ def test_avif_and_heic_are_read_where_libraries_are():
 def test_without_its_library_a_heic_picture_says_what_to_do(monkeypatch):
     # broken if it said "no picture"
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    with pytest.raises(ImageError, match=r"st3-edge\[heic\]"):
+    with pytest.raises(ImageError, match="pip install pillow-heif"):
         load(b"\0\0\0\x1cftypheic" + bytes(100))
 
 

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from st3_edge.report import Milliseconds, Report, Trace
 
 NATIVE = {
@@ -50,6 +52,14 @@ KEYS = {
     "reused": int,
     "kv_bytes_end": {"allocated": int, "live": int, "full": int},
 }
+
+
+@pytest.mark.parametrize(("reason", "rate"), [("length", 20.0), ("stop", 30.0)])
+def test_the_rate_is_of_the_tokens_that_were_decoded(reason, rate):
+    # broken if the decode of the last word, which showed that the answer ended, were taken for nothing
+    report = Report.from_native(NATIVE, Milliseconds(load=0.0, encode=0.0, prefill=0.0, decode=100.0))
+    report.n_generated, report.finish_reason = 3, reason
+    assert f"({rate:.1f} tokens a second)" in report.summary()
 
 
 def shape(value, like) -> None:

@@ -29,7 +29,7 @@ def between(low: Bound | None, high: Bound | None, *, whole: bool) -> str:
     low = None if low and low.value <= -(10**DIGITS) else low
     high = None if high and high.value >= 10**DIGITS else high
     for bound in (low, high):
-        if bound and (abs(bound.value) >= 10**DIGITS or bound.value != round(bound.value, DIGITS)):
+        if bound and (abs(bound.value) >= 10**DIGITS or int(bound.value.as_tuple().exponent) < -DIGITS):
             raise ValueError(f"{bound.value:.6g} has too many digits")
     alternatives: list[str] = []
     if high is None or high.value >= 0:

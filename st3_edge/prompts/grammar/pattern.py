@@ -62,8 +62,7 @@ def parse(pattern: str) -> Term:
     """The texts in which a JSON Schema pattern is found. Raises Unsupported."""
     if len(pattern) > MAX_PATTERN:
         raise Unsupported(f"it has {len(pattern)} characters, and {MAX_PATTERN} are accepted")
-    # ECMA's names of groups, in Python's writing.
-    python = re.sub(r"(?<!\\)\(\?<(?![=!])", "(?P<", pattern)
+    python = _ITEM.sub(lambda found: _in_python(found[0]), pattern)
     try:
         tree: Any = sre.parse(python)
     except (re.error, OverflowError, RecursionError) as e:
@@ -74,6 +73,26 @@ def parse(pattern: str) -> Term:
         return _anchored(list(tree))
     except RecursionError as e:
         raise Unsupported("it has too many parentheses") from e
+
+
+# What Python's reader takes for something else than ECMA 262 does: escapes, whole classes, and beginnings of groups.
+_ITEM = re.compile(r"\\.|\[(?:\\.|[^\\\]])*\]|\(\?(?:P|#|<(?![=!]))|\{,", re.DOTALL)
+_PYTHONS_ESCAPES = ("\\a", "\\A", "\\N", "\\U", "\\Z")
+
+
+def _in_python(item: str) -> str:
+    """An item of a pattern in Python's writing. Raises Unsupported for what is Python's alone."""
+    if item in ("{,", "(?P", "(?#", "[]", "[^]", *_PYTHONS_ESCAPES):
+        raise Unsupported(f"it has {item}, which JSON Schema's patterns (ECMA 262) have not, or read otherwise")
+    if item == "(?<":
+        return "(?P<"
+    if item[0] != "[":
+        return item
+    if "--" in item:
+        raise Unsupported("it has -- in a class: write \\- for a hyphen")
+    # With a backslash Python does not warn of what may mean sets within sets one day.
+    ones = re.findall(r"\\.|.", item[1:], re.DOTALL)
+    return "[" + "".join(f"\\{one}" if one in "[&~|" else _in_python(one) if len(one) > 1 else one for one in ones)
 
 
 def length(least: int, most: int | None) -> Term:

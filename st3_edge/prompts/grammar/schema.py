@@ -279,7 +279,7 @@ class _Writer:
     def _between(self, schema: dict[str, Any], at: str, *, whole: bool) -> str:
         def bound(inclusive: str, exclusive: str, choose: Callable[..., numbers.Bound]) -> numbers.Bound | None:
             found = [
-                numbers.Bound(Decimal(repr(schema[key])), is_open)
+                numbers.Bound(Decimal(json.dumps(schema[key])), is_open)
                 for key, is_open in ((inclusive, False), (exclusive, True))
                 if key in schema
             ]
