@@ -32,9 +32,10 @@ def main(console: Console, arguments: Arguments) -> NoReturn:
     program = find("llama-server")
     ours = arguments.ours
     config = options.config(ours)
+    arguments.check_files()
     found = header = None
     if not arguments.routes:
-        found = which.find(console, ours)
+        found = run(console, lambda: which.find(console, ours))  # shows how far a download is
         header = check_pair(found.model, found.mmproj)
     elif ours.model or ours.hf:
         raise ConfigError("name one model, or several for llama-server to route to, not both")
