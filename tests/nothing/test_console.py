@@ -1,12 +1,15 @@
 """What the command line shows of a wait, and how its lines look in a terminal."""
 
 import io
+import threading
 import time
 
 import pytest
 
+from st3_edge import ModelError, cli, demo
 from st3_edge.commands import which
 from st3_edge.commands.console import Console, amount
+from st3_edge.commands.serve import command as serve
 from st3_edge.files import hub
 
 
@@ -92,3 +95,23 @@ def test_a_download_shows_size_and_rate(console, monkeypatch):
 def test_amounts():
     # broken if a small model were 0.0 GB
     assert [amount(n) for n in (24_400_000, 999_000_000, 4_700_000_000)] == ["24 MB", "999 MB", "4.7 GB"]
+
+
+@pytest.mark.parametrize("command", [["ask", "P", "?"], ["chat"], ["inspect", "P", "?"], ["serve"], ["tune", "FOLDER"]])
+def test_every_command_shows_how_far_a_download_is(command, monkeypatch, tmp_path):
+    # broken if gigabytes came in silence
+    shown = threading.Event()
+
+    def pair(name, progress):
+        progress(1, 4)
+        assert shown.wait(10), "nothing was shown"
+        raise ModelError("enough")
+
+    monkeypatch.setattr(hub, "pair", pair)
+    monkeypatch.setattr(Console, "tick", lambda console: shown.set() if console._stage else None)
+    monkeypatch.setattr(serve, "find", lambda name: tmp_path / name)
+    monkeypatch.setattr(serve, "_port", lambda *_: 1)
+    place = {"P": str(demo.scenes()[0].picture), "FOLDER": str(demo.FOLDER)}
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*(place.get(word, word) for word in command), "--hf", "a/b"]) == 1
+    assert shown.is_set()

@@ -20,7 +20,7 @@ from ...files.pair import check_adapter, check_pair
 from ...native import libraries
 from ...prompts.templates import VICUNA
 from .. import loading, options, which
-from ..console import Console
+from ..console import Console, run
 from .options import Arguments
 
 # A prompt is pruned between the layers where it fits one logical batch: this holds a picture of LLaVA-1.6.
