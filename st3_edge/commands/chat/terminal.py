@@ -95,14 +95,13 @@ def thumbnail(source: str) -> bytes:
     return out.getvalue()
 
 
-def kept_map(n: int, left: list[list[int]], stages: list[range], first: int) -> list[str]:
+def kept_map(n: int, left: list[list[int]], stages: list[range], first: int, shades: str = " ░▒▓█") -> list[str]:
     """Lines that show which of a picture's `n` visual tokens the layers still held when an answer ended: the brighter a
     patch, the more layers held it. left: a trace's; stages: the layers of each; first: the index of the picture's first
-    token. [] where the patches are no square."""
+    token; shades: characters, the brightest last. [] where the patches are no square."""
     side = round(n**0.5)
     if side * side != n or not left:
         return []
-    shades = " ░▒▓█"
     lines = []
     for y in range(side):
         row = ""

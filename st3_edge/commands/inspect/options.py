@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "no other file."
     )
     parser.epilog = "Example: st3-edge inspect photo.jpg 'What is on the table?' -o table"
-    parser.add_argument("inputs", nargs="+", metavar="IMAGE... QUESTION", help="as for st3-edge ask")
+    parser.add_argument("inputs", nargs="*", metavar="IMAGE... QUESTION", help="as for st3-edge ask")
     files = parser.add_argument_group("files to write")
     files.add_argument(
         "-o",

@@ -20,7 +20,7 @@ from ...files.pair import check_adapter, check_pair
 from ...native import libraries
 from ...prompts.templates import VICUNA
 from .. import loading, options, which
-from ..console import Console
+from ..console import Console, run
 from .options import Arguments
 
 # A prompt is pruned between the layers where it fits one logical batch: this holds a picture of LLaVA-1.6.
@@ -32,9 +32,10 @@ def main(console: Console, arguments: Arguments) -> NoReturn:
     program = find("llama-server")
     ours = arguments.ours
     config = options.config(ours)
+    arguments.check_files()
     found = header = None
     if not arguments.routes:
-        found = which.find(console, ours)
+        found = run(console, lambda: which.find(console, ours))  # shows how far a download is
         header = check_pair(found.model, found.mmproj)
     elif ours.model or ours.hf:
         raise ConfigError("name one model, or several for llama-server to route to, not both")

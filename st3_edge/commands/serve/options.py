@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...errors import ConfigError
 from .. import options, settings
 
 DESCRIPTION = "Serves a vision model with ST3 on: llama-server of this package, with its web page and its APIs."
@@ -18,6 +20,20 @@ EPILOG = (
 
 # llama-server's options that say which models it serves: there is none for us to choose then.
 _ROUTER = ("--models-dir", "--models-preset", "--model-url", "-mu", "--docker-repo", "-dr")
+# Those that name other files than the pair that we choose: llama-server would download over that pair, or not use them.
+_MODEL, _HALF = "-m or --hf names the model", "--mmproj names the file"
+_ELSEWHERE = {
+    "-mmu": _HALF,
+    "--mmproj-url": _HALF,
+    "-hff": "--hf OWNER/REPO:QUANT chooses the file",
+    "--hf-file": "--hf OWNER/REPO:QUANT chooses the file",
+    "-hfr": "--hf names the repository",
+    "LLAMA_ARG_MMPROJ_URL": _HALF,
+    "LLAMA_ARG_MODEL_URL": _MODEL,
+    "LLAMA_ARG_DOCKER_REPO": _MODEL,
+    "LLAMA_ARG_HF_REPO": _MODEL,
+    "LLAMA_ARG_HF_FILE": _MODEL,
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,12 @@ class Arguments:
     def routes(self) -> bool:
         """Whether llama-server's own options say which models there are."""
         return self.has(*_ROUTER)
+
+    def check_files(self) -> None:
+        """Raises ConfigError where llama-server would take other files than the pair that we choose."""
+        for name, instead in _ELSEWHERE.items():
+            if not self.routes and (self.has(name) or name in os.environ):
+                raise ConfigError(f"{name} names other files than those that are served: {instead}")
 
 
 def parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ...config import Override, ST3Config
 from ...errors import ConfigError, ModelError, St3Error
 from ...files import gguf, gguf_copy
-from ...files.output import cache_folder
+from ...files.output import cache_folder, check_output
 from ...files.pair import check_pair
 from ...native import libraries
 from ...prompts import images
@@ -148,12 +148,14 @@ def _task(console: Console, arguments: argparse.Namespace) -> Task:
     if not (math.isfinite(arguments.max_kl) and arguments.max_kl > 0):
         raise ConfigError(f"--max-kl must be above 0, not {arguments.max_kl:g}")
     config, output = options.config(arguments), arguments.output
-    found = which.find(console, arguments)
+    prompts = _prompts(arguments)  # before a download
+    if output:
+        check_output(Path(output), [], force=arguments.force)
+    found = run(console, lambda: which.find(console, arguments))  # shows how far a download is
     model, mmproj = found.model, found.mmproj
     space = _space(config, check_pair(model, mmproj), model)
     if output:
         gguf_copy.check(model, output, force=arguments.force)
-    prompts = _prompts(arguments)
     libraries.check_present()
     found.say(console)
     return Task(model, mmproj, found.words, space, prompts, arguments.max_kl, output)
