@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import random
 import struct
 import time
@@ -133,12 +134,12 @@ def _check(made: tuple[Any, str, bytes | None]) -> str:
     return "read"
 
 
-def run(rng: random.Random, seconds: float) -> Counter[str]:
-    """Tries pictures for so long; returns how many of what."""
+def run(rng: random.Random, seconds: float, most: float = math.inf) -> Counter[str]:
+    """Tries pictures for so long, and about `most` of them; returns how many of what."""
     tried: Counter[str] = Counter()
     end = time.perf_counter() + seconds
     load(b"P5 2 2 255\n" + bytes(4))  # imports what children need
-    while isolated.until(end):
+    while isolated.until(end) and tried["inputs"] < most:
         batch = [_make(rng) for _ in range(_BATCH)]
         tried["inputs"] += len(batch)
         tried.update(isolated.each(_check, batch, 60))

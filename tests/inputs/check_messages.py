@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import random
 import time
 from collections import Counter
@@ -126,7 +127,7 @@ def _keys(messages: list[dict[str, Any]]) -> None:
 def _argument(rng: random.Random) -> None:
     name = rng.choice(_ARGUMENTS)
     value = rng.choice((None, 1, 0, True, False, [], "none", "auto", {}, {"a": "b"}, 5.0, "x"))
-    known = {*openai._NEUTRAL, *openai._FOR_SERVERS}
+    known = {*openai._NEUTRAL, *openai._IDLE}
     try:
         openai.check_others({name: value})
     except TypeError as e:
@@ -139,11 +140,11 @@ def _argument(rng: random.Random) -> None:
         assert name in known, name
 
 
-def run(rng: random.Random, seconds: float) -> Counter[str]:
-    """Tries messages for so long; returns how many of what."""
+def run(rng: random.Random, seconds: float, most: float = math.inf) -> Counter[str]:
+    """Tries messages for so long, and `most` of them; returns how many of what."""
     tried: Counter[str] = Counter()
     end = time.perf_counter() + seconds
-    while isolated.until(end):
+    while isolated.until(end) and tried["inputs"] < most:
         made = _Made(rng)
         tried["inputs"] += 1
         started = time.process_time()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import random
 import time
 import warnings
@@ -85,8 +86,9 @@ def _sample(grammar: str) -> int:
     return 12
 
 
-def run(rng: random.Random, seconds: float, *, native: bool) -> Counter[str]:
-    """Tries schemas for so long; returns how many of what. `native`: also by llama.cpp, with the built libraries."""
+def run(rng: random.Random, seconds: float, most: float = math.inf, *, native: bool) -> Counter[str]:
+    """Tries schemas for so long, and `most` of them; returns how many of what. `native`: also by llama.cpp, with the
+    built libraries."""
     tried: Counter[str] = Counter()
     end = time.perf_counter() + seconds
     grammars: list[str] = []
@@ -94,7 +96,7 @@ def run(rng: random.Random, seconds: float, *, native: bool) -> Counter[str]:
         _vocabulary()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        while isolated.until(end):
+        while isolated.until(end) and tried["inputs"] < most:
             grammar = one(rng, tried)
             if native and grammar:
                 grammars.append(grammar)

@@ -2,22 +2,20 @@
 
 import time
 
-import pytest
-
 from st3_edge import ST3Config
 
 
-@pytest.mark.parametrize(("config", "share"), [(ST3Config(preset="off"), 0.9), (ST3Config(), 0.8)], ids=["off", "st3"])
-def test_questions_about_the_shipped_pictures_are_answered_right(load, scenes, config, share):
-    # broken if the vision encoder, the prompt's layout or the tokenizer differed from what the model was trained with
-    answers = []
-    with load(config) as llava:
-        for scene in scenes:
-            for question, expected in scene.questions:
-                got = llava.ask(scene.picture, question, temperature=0, max_tokens=8)
-                answers.append((question, expected, got))
-    wrong = [a for a in answers if a[1] != a[2]]
-    assert len(wrong) <= (1 - share) * len(answers), wrong
+def test_questions_about_the_shipped_pictures_are_answered_right(load, scenes):
+    # broken if the vision encoder, the prompt's layout or the tokenizer differed from what the model was trained with,
+    # or if pruning cost more than an answer
+    wrong: dict[str, list] = {}
+    for name, config in (("off", ST3Config(preset="off")), ("st3", ST3Config())):
+        with load(config) as llava:
+            asked = [(scene.picture, *asked) for scene in scenes for asked in scene.questions]
+            answers = [(q, a, llava.ask(p, q, temperature=0, max_tokens=8)) for p, q, a in asked]
+        wrong[name] = [answer for answer in answers if answer[1] != answer[2]]
+    assert len(wrong["off"]) <= 0.1 * len(asked), wrong
+    assert len(wrong["st3"]) <= len(wrong["off"]) + 1, wrong
 
 
 def test_a_shipped_picture_is_described_right(load, scenes):

@@ -328,7 +328,8 @@ def test_a_seed_makes_an_answer_repeatable(ask, picture):
 
 def test_a_prompt_longer_than_n_ubatch_is_read_unpruned(ask, picture):
     # broken if the option did not reach the context
-    assert answered(ask(picture, QUESTION, "--json", "--n-ubatch", "128"))["mode"] == "evict-only"
+    short = answered(ask(picture, QUESTION, "--json", "--n-ubatch", "128"))
+    assert short["mode"] == "evict-only" and short["reason"]
     long = ask(*[picture] * 8, QUESTION, "--json", "--n-ctx", "8192", "--n-ubatch", "8192")
     assert answered(long)["mode"] == "pruned-prefill"
 

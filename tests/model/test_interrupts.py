@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
 QUESTION = "What color is the star?"
 SEED = 20241127
+LONGEST = 120.0  # seconds until a test that hangs has failed
 
 
 def asked(*pictures, text=QUESTION) -> list:
@@ -40,9 +41,12 @@ def test_interrupts_at_random_moments(tmp_path, ignored):
 
     print(f"seed {SEED}")
     soak = Soak(SEED, tmp_path, ST3Config(anneal="linear", anneal_tokens=8))
-    while sum(soak.counts.values()) < 24:
+    for _ in range(1000):
+        if sum(soak.counts.values()) >= 24:
+            break
         soak.interrupt()
     soak.close()
+    assert sum(soak.counts.values()) >= 24
     assert (soak.lost, soak.wrong, ignored) == ([], [], [])
     assert set(soak.counts) == {"load", "prefill", "decode", "save"}
 
@@ -73,15 +77,15 @@ def test_the_work_ends_and_does_not_only_end_its_caller(load, scenes, monkeypatc
             llava.pieces(asked(*pictures))
 
         def kill():
-            begun.wait()
-            time.sleep(0.005)
-            os.kill(os.getpid(), signal.SIGINT)
+            if begun.wait(LONGEST):
+                time.sleep(0.005)
+                os.kill(os.getpid(), signal.SIGINT)
 
-        killer = threading.Thread(target=kill)
+        killer = threading.Thread(target=kill, daemon=True)
         killer.start()
         with pytest.raises(KeyboardInterrupt):
             llava.create_chat_completion(asked(*pictures), max_tokens=1)
-        killer.join()
+        killer.join(LONGEST)
         assert codes == ([2] if stage == "prefill" else ["the encoding of a picture was interrupted"])
 
 
@@ -104,7 +108,7 @@ def test_what_a_handler_raises_reaches_the_caller(load, picture):
             expected = llava.ask(picture, QUESTION, temperature=0)
             signal.setitimer(signal.ITIMER_REAL, 0.02, 0.05)
             with pytest.raises(Late):
-                while True:
+                for _ in range(10_000):
                     if len(calls) == 2:  # Python lets nothing out of a destructor that was at work: once more
                         del calls[1]
                         signal.setitimer(signal.ITIMER_REAL, 0.02)
@@ -137,14 +141,15 @@ def test_with_a_llava_in_another_thread_ctrl_c_is_the_main_ones(load, picture):
     results = []
     with load() as llava:
         other = threading.Thread(
-            target=lambda: results.append(llava.ask(picture, "Describe the image.", temperature=0, max_tokens=48))
+            target=lambda: results.append(llava.ask(picture, "Describe the image.", temperature=0, max_tokens=48)),
+            daemon=True,
         )
         other.start()
         threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
-            while True:
+            for _ in range(6000):
                 time.sleep(0.01)
-        other.join(60)
+        other.join(LONGEST)
         assert len(results) == 1
         assert results[0] == llava.ask(picture, "Describe the image.", temperature=0, max_tokens=48)
 
@@ -158,7 +163,7 @@ def test_two_interrupts_in_a_long_prefill_leave_the_chat(environment, scenes):
          "--temperature", "0", "--max-tokens", "4", "--model", str(model), "--mmproj", str(mmproj), pictures[0]],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
-    watchdog = threading.Timer(120, process.kill)
+    watchdog = threading.Timer(LONGEST, process.kill)
     watchdog.start()
     try:
         assert process.stdin is not None and process.stdout is not None
@@ -180,7 +185,7 @@ def test_two_interrupts_in_a_long_prefill_leave_the_chat(environment, scenes):
         say(f"/image {pictures[0]}")
         say(QUESTION)
         say("/quit")
-        rest, err = process.communicate()
+        rest, err = process.communicate(timeout=LONGEST)
         assert process.returncode == 0, err
         assert rest.splitlines()[-1] == first.strip() and "Traceback" not in err
     finally:

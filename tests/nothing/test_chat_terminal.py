@@ -174,14 +174,15 @@ def test_pictures_are_drawn_where_a_terminal_can(monkeypatch, picture, environme
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    png = terminal.thumbnail(picture)
-    drawn = terminal.picture(png)
+    drawn = terminal.picture(terminal.thumbnail(picture))
     assert (drawn is None) == (begins is None)
     if drawn and begins:
         assert drawn.startswith(begins)
         body = [part.partition(";")[2].partition("\x1b")[0] for part in drawn.split("\x1b_G")[1:]]
         data = "".join(body) or drawn.partition(":")[2].rstrip("\a\n")
-        assert base64.b64decode(data) == png
+        shown = Image.open(io.BytesIO(base64.b64decode(data)))
+        assert shown.format == "PNG" and shown.size == (40, 20)
+        assert shown.convert("RGB").getcolors() == [(800, (255, 0, 0))]
 
 
 def test_a_large_picture_is_made_small(tmp_path):

@@ -10,6 +10,8 @@ import pytest
 from st3_edge import St3Error
 from st3_edge.native.worker import Worker
 
+LONGEST = 60.0  # seconds until a test that hangs has failed
+
 
 class Owner:
     pass
@@ -23,6 +25,15 @@ def worker():
     made.close()
 
 
+def until_stopped(worker: Worker) -> None:
+    """Works until it is to end."""
+    for _ in range(60_000):
+        if worker.stop.value:
+            return
+        time.sleep(0.001)
+    raise AssertionError("nobody ended it")
+
+
 def interrupt(times: int = 1) -> threading.Event:
     """Sends SIGINT to this process so many times, beginning soon; the event says that all were sent."""
     sent = threading.Event()
@@ -34,7 +45,7 @@ def interrupt(times: int = 1) -> threading.Event:
         time.sleep(0.05)
         sent.set()
 
-    threading.Thread(target=send).start()
+    threading.Thread(target=send, daemon=True).start()
     return sent
 
 
@@ -52,9 +63,8 @@ def test_an_interrupt_ends_the_work_and_waits_for_its_end(worker):
 
     def work():
         sent.append(interrupt(3))
-        while not worker.stop.value:
-            time.sleep(0.001)
-        sent[0].wait()
+        until_stopped(worker)
+        assert sent[0].wait(LONGEST)
         steps.append("ended")
 
     with pytest.raises(KeyboardInterrupt):
@@ -69,18 +79,18 @@ def test_an_interrupt_drops_work_that_waits_for_another_threads(worker):
 
     def slow():
         begun.set()
-        done.wait()
+        assert done.wait(LONGEST)
         return worker.stop.value
 
     stopped = []
-    other = threading.Thread(target=lambda: stopped.append(worker.run(slow)))
+    other = threading.Thread(target=lambda: stopped.append(worker.run(slow)), daemon=True)
     other.start()
-    begun.wait()
+    assert begun.wait(LONGEST)
     interrupt()
     with pytest.raises(KeyboardInterrupt):
         worker.run(lambda: dropped.append(1))
     done.set()
-    other.join()
+    other.join(LONGEST)
     worker.run(lambda: None)
     assert stopped == [False] and dropped == []
 
@@ -101,8 +111,7 @@ def test_a_call_back_comes_in_the_thread_that_waits(worker):
 
     def waits():
         worker.call_back(refuses)
-        while not worker.stop.value:
-            time.sleep(0.001)
+        until_stopped(worker)
 
     with pytest.raises(ValueError, match="no more"):
         worker.run(waits)
@@ -122,8 +131,7 @@ def test_close_ends_the_work_of_another_thread_and_frees(worker):
 
     def work():
         begun.set()
-        while not worker.stop.value:
-            time.sleep(0.001)
+        until_stopped(worker)
         seen.append("ended")
         raise RuntimeError("what broke")
 
@@ -132,11 +140,12 @@ def test_close_ends_the_work_of_another_thread_and_frees(worker):
             worker.run(work)
         seen.append("told")
 
-    thread = threading.Thread(target=other)
+    thread = threading.Thread(target=other, daemon=True)
     thread.start()
-    begun.wait()
+    assert begun.wait(LONGEST)
     worker.close()
-    thread.join()
+    thread.join(LONGEST)
+    assert not thread.is_alive()
     assert seen[:2] == ["ended", "freed"] or seen == ["ended", "told", "freed"]
     with pytest.raises(St3Error, match="this Llava is closed"):
         worker.run(lambda: None)
