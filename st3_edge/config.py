@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -84,6 +85,8 @@ class ST3Config:
     vision_type: str | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         if self.preset is not None and self.preset not in PRESETS:
             raise ConfigError(f"unknown preset {self.preset!r}; there are: {', '.join(PRESETS)}")
         idle = [f.name for f in fields(self) if f.name != "preset" and getattr(self, f.name) is not None]
@@ -156,6 +159,11 @@ def is_number(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # a whole number of hundreds of digits
         return False
+
+
+def plain(value: Any) -> Any:
+    """A NumPy scalar as Python's own number; anything else as it is."""
+    return value.item() if isinstance(value, numbers.Number) and hasattr(value, "item") else value
 
 
 def check_whole(name: str, value: Any, low: int, high: int, *, optional: bool = False) -> None:

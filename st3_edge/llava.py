@@ -83,7 +83,7 @@ class Llava:
         n_ubatch: int | None = None,
         n_threads: int | None = None,
         n_gpu_layers: int = 0,
-        lora: Path | Iterable[Path] | Mapping[Path, float] = (),
+        lora: Path | Iterable[Path] | Mapping[Path, float] | None = (),
         type_k: str = "f16",
         type_v: str = "f16",
         seed: int | None = None,
@@ -94,20 +94,7 @@ class Llava:
         verbose: bool = False,
         on_stage: Callable[[str], None] | None = None,
     ) -> None:
-        if not isinstance(config, ST3Config | None):
-            raise ConfigError(f"config is an ST3Config or None, not of the type {type(config).__name__}")
-        check_whole("n_ctx", n_ctx, 0, MAX_CTX)
-        check_whole("n_ubatch", n_ubatch, 1, MAX_CTX, optional=True)
-        check_whole("n_threads", n_threads, 1, 1024, optional=True)
-        check_whole("n_gpu_layers", n_gpu_layers, -1, 2**31 - 1)
-        check_whole("image_cache_bytes", image_cache_bytes, 0, 2**62)
-        sampling.check_seed(seed)
-        _check_revisit(revisit)
-        if not isinstance(chat_template, str | None):
-            raise ConfigError(f"chat_template is a string or None, not of the type {type(chat_template).__name__}")
-        for name, kv_type in (("type_k", type_k), ("type_v", type_v)):
-            if kv_type not in KV_TYPES:
-                raise ConfigError(f"{name} is one of {', '.join(KV_TYPES)}, not {kv_type!r}")
+        _check_options(**locals())
         model_name = os.fspath(model_path)
         mmproj_name = choose.beside(model_name) if mmproj_path is None else os.fspath(mmproj_path)
         adapters = _adapters(lora)
@@ -198,7 +185,9 @@ class Llava:
         several parts, all are downloaded. `options`: as for the class. Raises ModelError where the repository or a file
         is not there, or there is no network and they are not in the cache.
         """
-        inspect.signature(cls).bind("", "", config, **options)  # a mistyped option before the download
+        # A mistyped option, or one out of its range, before the download.
+        inspect.signature(cls).bind("", "", config, **options)
+        _check_options(config, **options)
         from .files import hub  # takes long to import
 
         if (filename is None) != (mmproj_filename is None):
@@ -314,18 +303,21 @@ class Llava:
         return openai.completion(name, answer.n_prompt, report)
 
     def visual_tokens(self, image: ImageSource) -> npt.NDArray[np.float32]:
-        """What the vision encoder gives the decoder for a picture: float32 [tokens][n_embd], row by row of patches."""
+        """What the vision encoder gives the decoder for a picture: float32 [tokens][n_embd], row by row of patches.
+        Raises ImageError, and St3Error after `close`."""
         pieces = self._worker.run(self._session.pieces, [load(image)], bos=False)
         return np.concatenate([piece.embd for piece in pieces if isinstance(piece, Visual)])
 
     def tiles(self, image: ImageSource) -> list[Tile]:
         """What the vision encoder sees of a picture: itself at another size, or tiles of it, in the order of their
-        visual tokens. Raises ImageError where it puts them together in a way of its own."""
+        visual tokens. Raises ImageError, also where it puts them together in a way of its own, and St3Error after
+        `close`."""
         return self._worker.run(self._session.tiles, load(image))
 
     def pieces(self, messages: Sequence[Message]) -> list[st3.Piece]:
         """What the decoder reads for messages (as `create_chat_completion` takes them): text tokens, and the visual
-        tokens of pictures, in order. Nothing is decoded."""
+        tokens of pictures, in order. Nothing is decoded. Raises PromptError and ImageError as that does, and St3Error
+        after `close`."""
         prompt = self._template.render(read_messages(messages))
         return self._worker.run(self._session.pieces, prompt.parts, prompt.bos)
 
@@ -337,7 +329,8 @@ class Llava:
         """Writes the conversation to a file: what the KV cache holds, and the embeddings of its pictures.
 
         `messages`: kept beside it, for `load_state` to return; anything that JSON can hold. The file is whole or not
-        there, and what it replaces stays until it is. Raises StateError where that cannot be.
+        there, and what it replaces stays until it is. Raises StateError where that cannot be, and St3Error after
+        `close`.
         """
         self._worker.run(self._session.save, path, messages)
 
@@ -393,13 +386,58 @@ def _check_revisit(value: Any) -> None:
         raise ConfigError(f"revisit is one of {', '.join(REVISIT)}, not {value!r}")
 
 
-def _adapters(lora: Path | Iterable[Path] | Mapping[Path, float]) -> dict[str, float]:
-    """Paths of adapters and their strengths. Raises ConfigError for a strength that is no number."""
+def _check_options(
+    config: Any,
+    *,
+    n_ctx: Any = 0,
+    n_ubatch: Any = None,
+    n_threads: Any = None,
+    n_gpu_layers: Any = 0,
+    lora: Any = (),
+    type_k: Any = "f16",
+    type_v: Any = "f16",
+    seed: Any = None,
+    revisit: Any = REVISIT[0],
+    image_cache_bytes: Any = 0,
+    image_cache_dir: Any = None,
+    chat_template: Any = None,
+    on_stage: Any = None,
+    **_: Any,
+) -> None:
+    """Raises ConfigError for an argument of Llava's that is wrong whatever the files hold."""
+    if not isinstance(config, ST3Config | None):
+        raise ConfigError(f"config is an ST3Config or None, not of the type {type(config).__name__}")
+    check_whole("n_ctx", n_ctx, 0, MAX_CTX)
+    check_whole("n_ubatch", n_ubatch, 1, MAX_CTX, optional=True)
+    check_whole("n_threads", n_threads, 1, 1024, optional=True)
+    check_whole("n_gpu_layers", n_gpu_layers, -1, 2**31 - 1)
+    check_whole("image_cache_bytes", image_cache_bytes, 0, 2**62)
+    sampling.check_seed(seed)
+    _check_revisit(revisit)
+    _adapters(lora)
+    if not isinstance(image_cache_dir, str | os.PathLike | None):
+        raise ConfigError(f"image_cache_dir is a path or None, not of the type {type(image_cache_dir).__name__}")
+    if not isinstance(chat_template, str | None):
+        raise ConfigError(f"chat_template is a string or None, not of the type {type(chat_template).__name__}")
+    if not (on_stage is None or callable(on_stage)):
+        raise ConfigError(f"on_stage is a function or None, not of the type {type(on_stage).__name__}")
+    for name, kv_type in (("type_k", type_k), ("type_v", type_v)):
+        if not isinstance(kv_type, str) or kv_type not in KV_TYPES:
+            raise ConfigError(f"{name} is one of {', '.join(KV_TYPES)}, not {kv_type!r}")
+
+
+def _adapters(lora: Any) -> dict[str, float]:
+    """Paths of adapters and their strengths. Raises ConfigError for what is no path, or a strength that is no number
+    that float32 holds."""
     if isinstance(lora, str | os.PathLike):
         lora = (lora,)
+    if not isinstance(lora, Iterable | None):
+        raise ConfigError(f"lora is a path, several, or a strength for each, not of the type {type(lora).__name__}")
     result = {}
-    for path, strength in lora.items() if isinstance(lora, Mapping) else ((path, 1.0) for path in lora):
-        if not is_number(strength):
+    for path, strength in lora.items() if isinstance(lora, Mapping) else ((path, 1.0) for path in lora or ()):
+        if not isinstance(path, str | os.PathLike):
+            raise ConfigError(f"an adapter is the path of a file, not of the type {type(path).__name__}")
+        if not is_number(strength) or abs(strength) > 1e30:
             raise ConfigError(f"the strength of an adapter is a number, not {strength!r}")
         result[os.fspath(path)] = float(strength)
     return result

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..config import check_whole
+from ..config import check_whole, plain
 from ..errors import ConfigError
 from ..report import Report
 
@@ -17,9 +17,9 @@ Response = dict[str, Any]
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "tools": ([],),
-    "tool_choice": ("none",),
+    "tool_choice": ("none", "auto"),  # of the tools that there are not
     "functions": ([],),
-    "function_call": ("none",),
+    "function_call": ("none", "auto"),
     "logprobs": (False,),
     "top_logprobs": (0,),
     "modalities": (["text"],),
@@ -28,15 +28,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
     "mirostat_mode": (0,),
-    "mirostat_tau": (5.0,),
-    "mirostat_eta": (0.1,),
     "tfs_z": (1.0,),
     "logits_processor": (),
 }
-# For whoever runs a server, or a hint to it: no answer depends on them.
-_FOR_SERVERS = frozenset(
+# For whoever runs a server, a hint to it, or of a sampler that is off: no answer depends on them.
+_IDLE = frozenset(
     {
         "metadata",
+        "mirostat_eta",
+        "mirostat_tau",
         "parallel_tool_calls",
         "prediction",
         "prompt_cache_key",
@@ -53,18 +53,27 @@ def check_others(others: Mapping[str, Any], function: str = "create_chat_complet
     """Raises ConfigError for an argument of OpenAI's that asks for something that is not done here, and TypeError, as
     Python does, for one that is nobody's."""
     for name, value in others.items():
-        if name in _FOR_SERVERS:
+        if name in _IDLE:
             continue
         if name not in _NEUTRAL:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
-        if value is not None and not any(type(value) is type(v) and value == v for v in _NEUTRAL[name]):
+        if value is not None and not any(_same(plain(value), neutral) for neutral in _NEUTRAL[name]):
             only = "".join(f" other than {v!r}" for v in _NEUTRAL[name])
             raise ConfigError(f"{function} does not support {name}{only}")
 
 
+def _same(value: Any, neutral: Any) -> bool:
+    """Whether two values are equal, where True is no 1, and a tuple is as good as a list."""
+    if isinstance(neutral, list):
+        return isinstance(value, (list, tuple)) and list(value) == neutral
+    if isinstance(value, bool) != isinstance(neutral, bool):
+        return False
+    return isinstance(value, (int, float, str)) and value == neutral
+
+
 def limit_of(max_tokens: Any, max_completion_tokens: Any) -> int | None:
     """How long an answer may be; None: as long as there is room. Raises ConfigError."""
-    given = {"max_tokens": max_tokens, "max_completion_tokens": max_completion_tokens}
+    given = {"max_tokens": plain(max_tokens), "max_completion_tokens": plain(max_completion_tokens)}
     for name, value in given.items():
         check_whole(name, value, -(2**31), 2**31 - 1, optional=True)
     limits = {value for value in given.values() if value is not None}
@@ -86,9 +95,10 @@ def includes_usage(stream: Any, options: Any) -> bool:
     """Whether a stream ends with a chunk that counts its tokens. Raises ConfigError."""
     if options is None:
         return False
-    if not stream or not isinstance(options, Mapping) or options.keys() - {"include_usage"}:
+    asks = isinstance(options, Mapping) and bool(options.get("include_usage"))
+    if not isinstance(options, Mapping) or options.keys() - {"include_usage"} or (asks and not stream):
         raise ConfigError('stream_options is {"include_usage": True}, and goes with stream=True')
-    return bool(options.get("include_usage"))
+    return asks
 
 
 def _head(kind: str, model: str) -> Response:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..config import check_whole, is_number
+from ..config import check_whole, is_number, plain
 from ..errors import ConfigError, St3Error
 from ..native import libraries, log, st3
 from ..prompts.grammar import gbnf, schema
@@ -68,6 +68,8 @@ class Sampling:
     logit_bias: Mapping[Any, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            object.__setattr__(self, option.name, plain(getattr(self, option.name)))
         for name in ("temperature", "top_p", "min_p", "typical_p"):
             self._number(name, 0.0)
         self._number("repeat_penalty", 1 / _MOST)

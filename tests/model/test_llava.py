@@ -1,5 +1,6 @@
 """`Llava` in Python, on the embedded model."""
 
+import functools
 import json
 
 import numpy as np
@@ -336,12 +337,30 @@ def test_an_own_chat_template_is_used(load, picture):
         {"config": {"budget": 0.3}},
         {"chat_template": 5},
         {"lora": {"a.gguf": 10**400}},
+        {"lora": {"a.gguf": 1e39}},
+        {"lora": 3},
+        {"lora": [3]},
+        {"type_v": ["f16"]},
+        {"revisit": "always"},
+        {"image_cache_dir": 3},
+        {"on_stage": "prefill"},
     ],
+    ids=str,
 )
-def test_loading_options_out_of_range_are_refused(load, options):
-    # broken if one reached native code
-    with pytest.raises(ConfigError):
-        load(**options)
+def test_loading_options_out_of_range_are_refused(load, options, monkeypatch):
+    # broken if one reached native code, or were found only when gigabytes had come
+    from st3_edge.files import hub
+
+    monkeypatch.setattr(hub, "pair", lambda *_, **__: pytest.fail("it was downloaded"))
+    for make in (load, functools.partial(Llava.from_pretrained, "a/b")):
+        with pytest.raises(ConfigError):
+            make(**options)
+
+
+def test_no_adapters_may_be_none(load):
+    # broken if llama-cpp-python's default for none were refused
+    with load(lora=None) as llava:
+        assert llava.n_ctx == 4096
 
 
 def test_a_prompt_longer_than_the_context_is_refused(llava):

@@ -98,6 +98,12 @@ def test_temperature_divides_logits(temperature: float) -> None:
     )
 
 
+def test_numpys_numbers_are_numbers() -> None:
+    # broken if they were refused, or were none for ctypes
+    given = {"temperature": np.float32(0.5), "top_k": np.int64(3), "seed": np.int32(7), "top_p": np.float64(0.75)}
+    assert sample(LOGITS, **given) == sample(LOGITS, temperature=0.5, top_k=3, seed=7, top_p=0.75)
+
+
 @pytest.mark.parametrize(
     "options",
     [

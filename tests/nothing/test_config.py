@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -132,3 +133,13 @@ def test_nothing_goes_with_preset_off(values):
     # broken if a value that no layer reads were taken without a word, as the command line does not
     with pytest.raises(ConfigError, match=f"preset off drops nothing, so there is nothing for {', '.join(values)} to"):
         ST3Config(preset="off", **values)
+
+
+def test_numpys_numbers_are_numbers():
+    # broken if they were refused, or reached native code as another type than Python's own
+    given = ST3Config(budget=np.float32(0.5), start=np.int64(4))
+    assert given == ST3Config(budget=0.5, start=4)
+    assert [type(value) for value in given.overrides().values()] == [str, float, int]
+    for value in (np.True_, np.array([4]), np.float64(4)):
+        with pytest.raises(ConfigError):
+            ST3Config(start=value)

@@ -1,5 +1,6 @@
 """What a call's arguments mean, in OpenAI's shape."""
 
+import numpy as np
 import pytest
 
 from st3_edge import ConfigError
@@ -11,7 +12,11 @@ from st3_edge.prompts import openai
     [
         ({"n": 2}, "n other than 1"),
         ({"tools": [{}]}, "tools"),
-        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "auto", "tools": [{}]}, "tools"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"mirostat_mode": 2, "mirostat_tau": 5.0}, "mirostat_mode"),
+        ({"n": np.array([1])}, "n other than 1"),
         ({"functions": [{}]}, "functions"),
         ({"logprobs": True}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
@@ -38,16 +43,27 @@ def test_what_asks_for_nothing_is_accepted():
     # broken if OpenAI's own client could not be used as it is
     openai.check_others(dict.fromkeys(("n", "tools", "tool_choice", "logprobs", "top_logprobs", "audio")))
     openai.check_others({"n": 1, "tools": [], "tool_choice": "none", "functions": [], "logprobs": False})
+    openai.check_others({"n": 1.0, "tools": (), "tool_choice": "auto", "functions": (), "function_call": "auto"})
+    openai.check_others({"n": np.int64(1), "mirostat_mode": 0, "mirostat_tau": 5, "mirostat_eta": 0.3, "tfs_z": 1})
     openai.check_others({"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "flex"})
     openai.check_others({"parallel_tool_calls": False, "prompt_cache_key": "x", "modalities": ["text"]})
 
 
 @pytest.mark.parametrize(
     ("max_tokens", "max_completion_tokens", "limit"),
-    [(None, None, None), (5, None, 5), (None, 5, 5), (5, 5, 5), (0, None, None), (-1, None, None)],
+    [
+        (None, None, None),
+        (5, None, 5),
+        (None, 5, 5),
+        (5, 5, 5),
+        (0, None, None),
+        (-1, None, None),
+        (np.int64(5), None, 5),
+    ],
 )
 def test_the_limit_has_two_names(max_tokens, max_completion_tokens, limit):
     # broken if one of them were ignored
+    assert type(openai.limit_of(max_tokens, max_completion_tokens)) is type(limit)
     assert openai.limit_of(max_tokens, max_completion_tokens) == limit
 
 
@@ -72,3 +88,17 @@ def test_stream_options_that_do_nothing_are_refused(stream, options):
     # broken if a client waited for a chunk that never comes
     with pytest.raises(ConfigError, match="stream_options"):
         openai.includes_usage(stream, options)
+
+
+@pytest.mark.parametrize(
+    ("stream", "options", "asks"),
+    [
+        (True, {"include_usage": True}, True),
+        (True, {"include_usage": False}, False),
+        (False, {"include_usage": False}, False),
+        (False, None, False),
+    ],
+)
+def test_stream_options_that_ask_for_nothing_are_accepted(stream, options, asks):
+    # broken if a client that sends its default were refused
+    assert openai.includes_usage(stream, options) is asks
