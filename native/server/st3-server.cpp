@@ -8,12 +8,14 @@
 
 // null where the model needs no memory, as an encoder.
 static common_json report(const llama_context * ctx, llama_seq_id seq_id) {
-    std::string text(st3_report(ctx, seq_id, nullptr, 0), '\0');
-    if (text.empty()) {
-        return nullptr;
+    std::string text(8192, '\0');  // most fit: to ask for the size makes all of it once more
+    size_t      n = st3_report(ctx, seq_id, text.data(), text.size());
+    if (n >= text.size()) {
+        text.resize(n + 1);
+        n = st3_report(ctx, seq_id, text.data(), text.size());
     }
-    st3_report(ctx, seq_id, text.data(), text.size() + 1);
-    return common_json::parse(text);
+    text.resize(n);
+    return text.empty() ? common_json(nullptr) : common_json::parse(text);
 }
 
 static std::vector<int32_t> kept(const llama_context * ctx, llama_seq_id seq_id, int32_t i_cut) {
@@ -55,8 +57,31 @@ static common_json layers_of(const llama_context * ctx, llama_seq_id seq_id, con
     return res;
 }
 
-common_json st3_of_slot(const llama_context * ctx, llama_seq_id seq_id) {
+static std::string line_of(const common_json & st3) {
+    if (st3.is_null()) {
+        return "off";
+    }
+    std::string reason;
+    if (!st3.at("reason").is_null()) {
+        const std::string text = st3.at("reason");
+        reason                 = " (" + text + ")";
+    }
+    const std::string preset = st3.at("preset");
+    if (preset == "off") {
+        return preset + reason;
+    }
+    const int given = st3.at("given").get<int>();
+    if (given == 0) {
+        return "no picture";
+    }
+    const std::string mode = st3.at("mode");
+    return mode + ": " + std::to_string(given) + " visual tokens, " +
+           std::to_string((int) (100 * st3.at("budget").get<double>() + 0.5)) + " % kept on average" + reason;
+}
+
+common_json st3_of_slot(const llama_context * ctx, llama_seq_id seq_id, std::string & line) {
     common_json res = report(ctx, seq_id);
+    line            = line_of(res);
     if (res.is_null() || res.at("given").get<int>() == 0) {
         return nullptr;
     }
@@ -92,23 +117,4 @@ json server_task_result_cmpl_final::to_json() {
     const bool chosen =
             response_fields.empty() || std::count(response_fields.begin(), response_fields.end(), "st3") > 0;
     return st3_beside_timings(to_json_plain(), chosen ? st3 : common_json(nullptr));
-}
-
-std::string st3_line(const llama_context * ctx, llama_seq_id seq_id) {
-    const common_json st3 = report(ctx, seq_id);
-    if (st3.is_null()) {
-        return "off";
-    }
-    const std::string mode  = st3.at("mode");
-    const int         given = st3.at("given").get<int>();
-    if (given == 0) {
-        return "no picture";
-    }
-    std::string res = mode + ": " + std::to_string(given) + " visual tokens, " +
-                      std::to_string((int) (100 * st3.at("budget").get<double>() + 0.5)) + " % kept on average";
-    if (!st3.at("reason").is_null()) {
-        const std::string reason = st3.at("reason");
-        res += " (" + reason + ")";
-    }
-    return res;
 }

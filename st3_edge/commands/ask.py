@@ -59,6 +59,8 @@ def _ask(console: Console, arguments: argparse.Namespace) -> int:
     found = which.find(console, arguments)
     with loading.load(console, arguments, config, found) as llava:
         found.say(console)
+        if note := options.idle(arguments):
+            console.note(note)
         chunks: Any = llava.create_chat_completion(
             messages,
             stream=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING
 
 from ..config import REVISIT, ST3Config
@@ -39,8 +40,11 @@ def load(console: Console, arguments: argparse.Namespace, config: ST3Config, fou
 
 
 def adapters(arguments: argparse.Namespace) -> dict[str, float]:
-    """The LoRA adapters of a command line, and their strengths."""
-    return dict(map(_adapter, arguments.lora))
+    """The LoRA adapters of a command line, else of the config file, and their strengths."""
+    words = arguments.lora
+    if not words:  # Path.expanduser fails where there is no such person
+        words = [os.path.expanduser(word) for word in getattr(arguments, "settings", {}).get("lora", [])]  # noqa: PTH111
+    return dict(map(_adapter, words))
 
 
 def _adapter(text: str) -> tuple[str, float]:

@@ -76,7 +76,7 @@ def add_model(parser: argparse.ArgumentParser, n_gpu_layers: int = -1) -> argpar
         default=n_gpu_layers,
         metavar="N",
         help="layers on a GPU, where the libraries were built for one; -1: all, 0: the CPU alone "
-        f"(default {n_gpu_layers})",
+        f"(default {n_gpu_layers}{'' if n_gpu_layers == -1 else '; of other commands -1'})",
     )
     return group
 
@@ -213,14 +213,22 @@ def add_answer(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         help="0: always the likeliest word (default); 1: much chance",
     )
     group.add_argument(
-        "--top-p", type=_sampling("top_p"), metavar="P", help="choose among the likeliest words that add up to P"
+        "--top-p",
+        type=_sampling("top_p"),
+        metavar="P",
+        help="with a temperature above 0: choose among the likeliest words that add up to P",
     )
-    group.add_argument("--top-k", type=_sampling("top_k", int), metavar="K", help="choose among the K likeliest words")
+    group.add_argument(
+        "--top-k",
+        type=_sampling("top_k", int),
+        metavar="K",
+        help="with a temperature above 0: choose among the K likeliest words",
+    )
     group.add_argument(
         "--min-p",
         type=_sampling("min_p"),
         metavar="P",
-        help="choose among words that are P times as likely as the best",
+        help="with a temperature above 0: choose among words that are P times as likely as the best",
     )
     group.add_argument(
         "--repeat-penalty",
@@ -251,6 +259,15 @@ def answer(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def idle(arguments: argparse.Namespace) -> str:
+    """What to tell of sampling options that change nothing; "" where there are none."""
+    names = {"--top-p": "top_p", "--top-k": "top_k", "--min-p": "min_p", "--seed": "sampling_seed"}
+    given = [name for name, dest in names.items() if getattr(arguments, dest) is not None]
+    if arguments.temperature or not given:
+        return ""
+    return f"(temperature 0 takes the likeliest word, whatever {', '.join(given)} says: --temperature allows chance)"
+
+
 def system(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The message of --system, where there is one."""
     return [{"role": "system", "content": arguments.system}] if arguments.system else []
@@ -279,7 +296,9 @@ def config(arguments: argparse.Namespace) -> ST3Config:
         typed = {name for name, value in given.items() if value is not None}
         own = typed | (exclusive if typed & exclusive else set())
         offered = set(given) | (exclusive if "budget" in given else set())  # st3-edge tune looks for the budget itself
-        settings = getattr(arguments, "settings", {})
+        settings = dict(getattr(arguments, "settings", {}))
+        if typed and settings.get("preset") == "off":  # what is typed asks for pruning
+            del settings["preset"]
         given |= {f.name: settings[f.name] for f in fields(ST3Config) if f.name in settings.keys() & offered - own}
     idle = [f"--{name.replace('_', '-')}" for name, value in given.items() if name != "preset" and value is not None]
     if given.get("preset") == "off" and idle:

@@ -17,7 +17,7 @@ from ..errors import ConfigError, one_line
 from . import options
 from .parser import suggestion
 
-_MODEL = ("hf", "model", "mmproj")
+_KEPT = ("hf", "model", "mmproj", "lora")  # what is typed stands in their place, and so they are no defaults
 
 
 def path() -> Path:
@@ -30,12 +30,14 @@ def path() -> Path:
 
 
 def use(parser: argparse.ArgumentParser) -> bool:
-    """Makes the file's values the defaults of a command's options, and its model and pruning the default of
+    """Makes the file's values the defaults of a command's options, and its model and pruning those of
     `settings`, which `which.find` and `options.config` read. False: there is no file. Raises ConfigError."""
     where = path()
     try:
         text = where.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except FileNotFoundError as e:
+        if os.environ.get("ST3_CONFIG"):
+            raise ConfigError(f"config file {str(where)!r} is not there: ST3_CONFIG names it") from e
         return False
     except (OSError, ValueError) as e:
         raise ConfigError(f"config file {str(where)!r} cannot be read: {one_line(getattr(e, 'strerror', e))}") from e
@@ -49,7 +51,7 @@ def use(parser: argparse.ArgumentParser) -> bool:
         if action is None:
             raise ConfigError(f"config file {str(where)!r}: there is no option {key!r}{suggestion(key, known)}")
         value = _converted(where, key, value, action)
-        if key in _MODEL or action.dest in ST3Config.__dataclass_fields__:
+        if action.dest in _KEPT or action.dest in ST3Config.__dataclass_fields__:
             settings[action.dest] = value
         elif key in own:
             parser.set_defaults(**{own[key].dest: value})

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from .. import demo
 from ..errors import ModelError
-from ..files import choose
+from ..files import choose, gguf
+from . import loading
 from .console import Console, amount
 
 _DEMO = "(no model chosen, so the small demo model answers: it knows drawn shapes only; -m or --hf chooses one)"
@@ -37,6 +38,11 @@ class Model(NamedTuple):
 
 def find(console: Console, arguments: argparse.Namespace) -> Model:
     """The model that is meant, downloaded where --hf names it and it is not there. Raises ModelError."""
+    for name in ("hf", "model", "mmproj"):
+        if getattr(arguments, name) == "":
+            raise ModelError(f"--{name} names nothing")
+    for path in loading.adapters(arguments) if hasattr(arguments, "lora") else ():
+        gguf.read_header(path, "adapter")  # before a download
     if arguments.hf and arguments.model:
         raise ModelError("--hf and --model exclude each other: both name the model")
     settings: Mapping[str, str] = getattr(arguments, "settings", {})
@@ -82,6 +88,8 @@ def _from(console: Console, repository: str | None, model: str | None, mmproj: s
         model, found, name = download(console, repository)
         return Model(model, half or found, name, ["--hf", repository, *more])
     assert model
+    if os.path.isdir(model):  # noqa: PTH112 which raises nothing
+        raise ModelError(f"model {model!r} is a folder: name the language model's file in it")
     if is_repository(model):
         raise ModelError(f"there is no file {model!r} (--hf {model} takes it from Hugging Face)")
     return Model(model, mmproj or choose.beside(model), Path(model).stem, ["--model", model, *more])

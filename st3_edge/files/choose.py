@@ -34,6 +34,12 @@ def parts(name: str) -> list[str]:
     return [f"{found['stem']}-{i:05}-of-{found['count']}.gguf" for i in range(1, count + 1)]
 
 
+def files(model: str) -> list[str]:
+    """The paths of all files of the model that a file is of, in order. Raises ModelError as `parts` does."""
+    path = Path(model)
+    return [str(path.parent / part) for part in parts(path.name)]
+
+
 def halves(names: Iterable[str]) -> tuple[list[str], list[str]]:
     """The text models and the vision halves (mmproj) among files, by name; of a model in parts, the first one."""
     files = sorted({parts(name)[0] for name in names if name.lower().endswith(".gguf") and not _NO_MODEL.search(name)})
@@ -77,6 +83,7 @@ def _words(name: str) -> set[str]:
 
 def beside(model: str) -> str:
     """The path of the mmproj that lies in the folder of a model's file and fits it. Raises ModelError."""
+    from .gguf import read_header
     from .pair import check_pair
 
     path = Path(model)
@@ -87,6 +94,8 @@ def beside(model: str) -> str:
         raise ModelError(f"model {model!r} cannot be read: {getattr(e, 'strerror', None) or e}") from e
     found = [str(path.parent / name) for name in half(path.name, halves(names)[1]) if name != path.name]
     if not found:
+        if read_header(model).architecture == "clip":
+            check_pair(model, model)  # says that it is a vision half
         raise ModelError(f"there is no mmproj (the vision half) beside model {model!r}: --mmproj names one")
     for other in found if len(found) > 1 else []:
         try:

@@ -6,6 +6,7 @@ import fnmatch
 import importlib
 import inspect
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +19,11 @@ from ..errors import ModelError, St3Error, one_line
 from . import choose
 
 _WILD = "*?["
+# owner/repo or owner/repo:QUANT, also as the address of its page
+_REPOSITORY = re.compile(
+    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)?(?P<repository>[\w.-]+/[\w.-]+)"
+    r"(?:/tree/main)?/?(?::(?P<quant>[\w.-]+))?"
+)
 _TIMEOUT = 10.0  # seconds
 _SPARE = 2**26  # bytes that a disk should have left after a download
 
@@ -74,7 +80,10 @@ def pair(
     a download that breaks off the files stay that are complete. Raises ModelError where there is nothing to choose
     from, or it cannot be downloaded.
     """
-    repo_id, _, quant = name.partition(":")
+    found = _REPOSITORY.fullmatch(name)
+    if not found:
+        raise ModelError(f"a repository is named as OWNER/REPO or OWNER/REPO:QUANT, not {name!r}")
+    repo_id, quant = found["repository"], found["quant"] or ""
     where: dict[str, Any] = {"revision": revision, "cache_dir": None if cache_dir is None else os.fspath(cache_dir)}
     cached = _cached(repo_id, where)
     chosen = _choose(cached, quant)
@@ -131,9 +140,12 @@ def _why(e: Exception) -> str:
 
 def _check_room(repo_id: str, missing: dict[str, int | None], where: dict[str, Any]) -> None:
     folder = Path(where["cache_dir"] or constants.HF_HUB_CACHE)
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    need, free = sum(size or 0 for size in missing.values()), shutil.disk_usage(folder).free
+    try:
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        need, free = sum(size or 0 for size in missing.values()), shutil.disk_usage(folder).free
+    except OSError as e:
+        raise ModelError(f"the cache folder {str(folder)!r} cannot be read: {one_line(e.strerror or e)}") from e
     if need + _SPARE > free:
         raise ModelError(f"{repo_id} needs {need / 1e9:.1f} GB, and the disk of {folder} has {free / 1e9:.1f} GB left")
 
@@ -231,6 +243,8 @@ def snapshots() -> list[tuple[str, Path]]:
         found = hub.scan_cache_dir()
     except hub.CacheNotFound:
         return []
+    except (OSError, ValueError) as e:
+        raise ModelError(f"the cache of Hugging Face cannot be read: {one_line(e)}") from e
     newest = []
     for repo in found.repos:
         revisions = sorted(repo.revisions, key=lambda revision: ("main" in revision.refs, revision.last_modified))

@@ -6,6 +6,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -155,6 +156,34 @@ def test_ctrl_c_stops_an_answer_and_then_says_how_to_leave(chat, picture):
     at = terminal.type("\x03")
     terminal.expect(r"Ctrl-D or /quit leaves", at)
     terminal.expect(PROMPT, at)
+    terminal.type("/quit\r")
+    assert terminal.leave() == 0
+
+
+def test_two_interrupts_in_a_long_prefill_leave_the_chat(chat, scenes):
+    # broken if the second one ended the process, and with it the conversation
+    pictures = [str(scene.picture) for scene in scenes]
+    terminal = chat(pictures[0], "--n-ctx", "8192", "--n-ubatch", "8192", "--temperature", "0", "--max-tokens", "4")
+    at = terminal.type("What color is the star?\r")
+    answer = r"\n(the star is \w+|\w+)\n"
+    first = terminal.expect(answer, at) and re.compile(answer).search(terminal.text, at)
+    at = terminal.expect(PROMPT, at)
+    for name in [*pictures, *pictures]:
+        at = terminal.type(f"/image {name}\r")
+        at = terminal.expect(PROMPT, at)
+    at = terminal.type("Describe the image.\r")
+    time.sleep(0.3)
+    for _ in range(2):
+        terminal.process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    at = terminal.expect(PROMPT, at)
+    for line in ("/reset", f"/image {pictures[0]}"):
+        at = terminal.type(f"{line}\r")
+        at = terminal.expect(PROMPT, at)
+    at = terminal.type("What color is the star?\r")
+    terminal.expect(re.escape(first[0]), at)
+    terminal.expect(PROMPT, at)
+    assert "Traceback" not in terminal.text
     terminal.type("/quit\r")
     assert terminal.leave() == 0
 

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from st3_edge import St3Error, demo
+from st3_edge import St3Error
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -152,42 +151,3 @@ def test_with_a_llava_in_another_thread_ctrl_c_is_the_main_ones(load, picture):
         other.join(LONGEST)
         assert len(results) == 1
         assert results[0] == llava.ask(picture, "Describe the image.", temperature=0, max_tokens=48)
-
-
-def test_two_interrupts_in_a_long_prefill_leave_the_chat(environment, scenes):
-    # broken if the second one ended the process, and with it the conversation
-    pictures = [str(scene.picture) for scene in scenes]
-    model, mmproj = demo.model_paths()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "st3_edge", "chat", "--threads", "1", "--n-ctx", "8192", "--n-ubatch", "8192",
-         "--temperature", "0", "--max-tokens", "4", "--model", str(model), "--mmproj", str(mmproj), pictures[0]],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
-    watchdog = threading.Timer(LONGEST, process.kill)
-    watchdog.start()
-    try:
-        assert process.stdin is not None and process.stdout is not None
-
-        def say(line):
-            process.stdin.write(line + "\n")
-            process.stdin.flush()
-
-        say(QUESTION)
-        first = process.stdout.readline()
-        for name in [*pictures, *pictures]:
-            say(f"/image {name}")
-        say("Describe the image.")
-        time.sleep(0.3)
-        for _ in range(2):
-            process.send_signal(signal.SIGINT)
-            time.sleep(0.02)
-        say("/reset")
-        say(f"/image {pictures[0]}")
-        say(QUESTION)
-        say("/quit")
-        rest, err = process.communicate(timeout=LONGEST)
-        assert process.returncode == 0, err
-        assert rest.splitlines()[-1] == first.strip() and "Traceback" not in err
-    finally:
-        watchdog.cancel()
-        process.kill()

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -223,7 +224,7 @@ def libraries(tmp_path) -> str:
         (["--visual", "100"], "--visual is for random weights", 1),
         (["--text", "100"], "--text is for random weights", 1),
         (["--type", "Q4_0"], "--type is for random weights", 1),
-        (["--cache", "/tmp"], "--cache is for random weights", 1),
+        (["--cache-dir", "/tmp"], "--cache-dir is for random weights", 1),
         (["--question", " "], "the question is empty", 1),
         (["--shape", "tinyllama-1.1b", "--question", ""], "--shape is in place of", 1),
         (["--shape", "tinyllama-1.1b", "--image", "a.png"], "--shape is in place of", 1),
@@ -231,7 +232,7 @@ def libraries(tmp_path) -> str:
         (["--image", "none.png"], "No such file", 1),
         (["--model", "none.gguf", "--mmproj", "none.gguf"], "No such file", 1),
         (["--against", "stock", "--stock", "/nowhere"], "ST3_STOCK=ON", 1),
-        (["--shape", "tinyllama-1.1b", "--cache", "/proc/nowhere"], "cannot be written", 1),
+        (["--shape", "tinyllama-1.1b", "--cache-dir", "/proc/nowhere"], "cannot be written", 1),
         ([], "cannot be loaded", 1),
     ],
 )
@@ -270,10 +271,25 @@ def test_without_gguf_the_extra_is_named(libraries, tmp_path):
     # broken by an ImportError: the package does not need gguf for anything else
     (tmp_path / "gguf.py").write_text("raise ImportError('not here')")
     environment = {"ST3_LIB_DIR": libraries, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    done = command("--against", "off", "--shape", "tinyllama-1.1b", "--cache", str(tmp_path / "cache"), **environment)
+    done = command(
+        "--against", "off", "--shape", "tinyllama-1.1b", "--cache-dir", str(tmp_path / "cache"), **environment
+    )
     assert done.returncode == 1 and "pip install gguf" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_the_shape_of_the_object_is_kept(job):
     # broken if the worker's job could not travel as JSON
     assert Job(**json.loads(json.dumps(job.__dict__))) == job
+
+
+def test_all_parts_of_a_model_count(tmp_path):
+    # broken if bytes were those of the first part, which may hold no weights
+    gguf = pytest.importorskip("gguf")
+    for number in (1, 2, 3):
+        writer = gguf.GGUFWriter(tmp_path / f"m-{number:05}-of-00003.gguf", "llama")
+        writer.add_tensor(f"t{number}", np.zeros(32 * number, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    assert prepare.bytes_per_token(str(tmp_path / "m-00001-of-00003.gguf")) == 4 * 32 * (1 + 2 + 3)

@@ -1,6 +1,5 @@
 """`st3-edge chat`: what its lines do, with a stand-in for the model."""
 
-import contextlib
 import io
 import itertools
 import os
@@ -8,96 +7,13 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+from chatting import Console, Model
 from PIL import Image
 
-from st3_edge import ContextError, PromptError, ST3Config, StateError
-from st3_edge.commands.chat import command as chat_command
-from st3_edge.commands.chat import lines
+from st3_edge import ContextError, PromptError, ST3Config
 from st3_edge.commands.chat.command import Chat
 from st3_edge.prompts import images
 from st3_edge.runtime.state import MAGIC
-
-
-class Console:
-    """Takes down what goes where."""
-
-    def __init__(self) -> None:
-        self.out, self.err = "", ""
-
-    def say(self, text="", end="\n") -> None:
-        self.out += text + end
-
-    def note(self, text, end="\n") -> None:
-        self.err += text + end
-
-    def error(self, text) -> None:
-        self.err += f"st3-edge: error: {text}\n"
-
-    def ticking(self):
-        return contextlib.nullcontext()
-
-    def stage(self, name) -> None: ...
-
-    shades = " .-+#"
-
-
-class Model:
-    """Says `words`, piece by piece; takes down what it was asked and told."""
-
-    last_report, n_ctx = None, 100
-
-    def __init__(self, words=("one", " two")) -> None:
-        self.words, self.asked, self.calls, self.closed = words, [], [], False
-
-    def create_chat_completion(self, messages, **options):
-        assert options["stream"]
-        self.asked.append(messages)
-        return self._chunks()
-
-    def _chunks(self):
-        try:
-            yield {"choices": [{"delta": {"role": "assistant"}}]}
-            for word in self.words() if callable(self.words) else self.words:
-                yield {"choices": [{"delta": {"content": word}}]}
-        finally:
-            self.closed = True
-
-    def reset(self) -> None:
-        self.calls.append("reset")
-
-    def save_state(self, path, messages) -> None:
-        self.calls.append(("save", str(path)))
-        self.kept = messages
-
-    def load_state(self, path, check):
-        if "bad" in str(path):
-            raise StateError("it is bad")
-        check(self.kept)
-        self.calls.append(("load", str(path)))
-        return self.kept
-
-
-class Typed:
-    """Lines of a terminal."""
-
-    read = lines.Plain.read
-
-
-@pytest.fixture
-def talk(monkeypatch):
-    """talk(model, *lines, pictures=[], terminal=False): the console after these lines, the last of which ends the
-    input."""
-
-    def run(model, *words, pictures=(), terminal=False) -> Console:
-        console = Console()
-        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in words)))
-        if terminal:
-            monkeypatch.setattr(lines, "source", lambda *_: Typed())
-        code = Chat(console, model, list(pictures), {"max_tokens": 9}).loop()
-        assert code == (not terminal and "st3-edge: error: " in console.err)
-        return console
-
-    return run
 
 
 def test_questions_and_answers_follow_each_other(talk):
@@ -502,92 +418,3 @@ def test_a_picture_of_the_network_is_an_error_and_no_question(talk):
     for line in ("https://example.org/a.png what is it?", "/image HTTP://example.org/a.png"):
         model = Model()
         assert "error: pictures are not fetched" in talk(model, line).err and model.asked == []
-
-
-def test_ctrl_c_ends_a_script(talk):
-    # broken if the lines behind it were asked all the same: nobody is there to stop each of them
-    model = Model(lambda: os.kill(os.getpid(), signal.SIGINT) or ("x",))
-    with pytest.raises(KeyboardInterrupt):
-        talk(model, "a?", "b?")
-    assert len(model.asked) == 1
-
-
-def test_a_script_whose_lines_failed_says_so_and_a_terminal_does_not(talk):
-    # broken if a program took an error for an answer; talk compares the exit code
-    for terminal in (False, True):
-        assert "error: " in talk(Model(), "/image none.png", "a?", terminal=terminal).err
-
-
-def test_an_open_block_at_the_end_of_a_script_is_a_question(talk):
-    # broken if it were dropped in silence
-    model = Model()
-    talk(model, '"""one', "two")
-    assert model.asked[0][0]["content"][-1]["text"] == "one\ntwo"
-
-
-def test_ctrl_c_while_a_budget_is_loaded_keeps_the_conversation():
-    # broken if the chat ended, or went on without a model
-    console, model = Console(), Model()
-    model.close = lambda: None
-
-    def load(config):
-        if config.budget == 0.3:
-            raise KeyboardInterrupt
-        return model
-
-    chat = Chat(console, model, [], {"max_tokens": 9}, ST3Config(budget=0.2), load)
-    for line in ("a?", "/budget 0.3", "/budget", "b?"):
-        chat.do(line)
-    assert "the budget stays" in console.err and "the budget is 0.2)" in console.err
-    assert [len(messages) for messages in model.asked] == [1, 3]
-
-
-@pytest.mark.parametrize("typed", ["0,3", "abc", "0.3 please"])
-def test_a_budget_that_is_no_number_is_an_error(talk, typed):
-    # broken if it were answered as if nothing had been asked for
-    assert f"error: /budget takes a number above 0 to 1, as 0.3, not {typed!r}" in talk(Model(), f"/budget {typed}").err
-
-
-def test_the_budget_in_use_is_told_where_nobody_chose_one(talk):
-    # broken if a person had to look for the number elsewhere
-    model = Model()
-    model.last_report = SimpleNamespace(mode="pruned-prefill", schedule=SimpleNamespace(budget=0.502))
-    assert "(the budget is 0.5, by the last answer)" in talk(model, "/budget").err
-    assert "after an answer" in talk(Model(), "/budget").err
-
-
-@pytest.mark.parametrize("written", ["'my file'", '"my file"', "my\\ file", "my file"])
-def test_names_behind_save_and_load_are_as_behind_image(talk, written):
-    # broken if quotes became a part of the name
-    model = Model()
-    talk(model, f"/save {written}", f"/load {written}")
-    assert model.calls == [("save", "my file"), ("load", "my file")]
-
-
-@pytest.mark.parametrize("word", ["/q", "/qui", "/quit", "/exi", "/bye"])
-def test_the_beginning_of_the_word_that_leaves_is_enough(talk, word):
-    # broken if it alone had to be typed to its end
-    model = Model()
-    if word == "/exi":  # the beginning of another name of it
-        assert "error" in talk(model, word).err
-    else:
-        assert talk(model, word, "a?").err == "" and model.asked == []
-
-
-def test_every_command_is_in_the_help():
-    # broken if one could not be found, or /help showed one that there is not
-    does = Chat(Console(), Model(), [], {})._does()
-    assert {*chat_command._COMMANDS, "/help"} == {*does, "/quit"}
-    assert set(chat_command._ALIASES.values()) <= {*does, "/quit"}
-
-
-def test_a_history_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
-    # broken by prompt_toolkit's traceback for every line, where the disk is full
-    history_module = pytest.importorskip("prompt_toolkit.history")
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    monkeypatch.delenv("ST3_NO_HISTORY", raising=False)
-    history = lines._history()
-    assert isinstance(history, history_module.FileHistory)
-    history.filename = str(tmp_path)  # a folder: neither read nor written
-    history.store_string("a?")
-    assert list(history.load_history_strings()) == []

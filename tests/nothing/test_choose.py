@@ -78,3 +78,10 @@ def test_an_mmproj_beside_the_model_is_found_by_what_it_fits(tmp_path):
     assert choose.beside(str(tmp_path / "m-Q8_0.gguf")).endswith("other-mmproj.gguf")
     with pytest.raises(ModelError, match="No such file"):
         choose.beside(str(tmp_path / "none.gguf"))
+
+
+def test_an_mmproj_in_the_place_of_the_model_is_called_so(tmp_path):
+    # broken if a person were told to name the very file that is there
+    (tmp_path / "mmproj-x.gguf").symlink_to(demo.model_paths()[1])
+    with pytest.raises(ModelError, match="is a vision half"):
+        choose.beside(str(tmp_path / "mmproj-x.gguf"))

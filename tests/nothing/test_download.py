@@ -145,7 +145,11 @@ def test_a_download_that_breaks_goes_on_where_it_was(pair):
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("a/b:Q2_K", "a/b has no Q2_K: there are Q4_K_M, Q8_0"), ("c/d", "no such repository"), ("a", "cannot be read")],
+    [
+        ("a/b:Q2_K", "a/b has no Q2_K: there are Q4_K_M, Q8_0"),
+        ("c/d", "no such repository"),
+        ("a", "is named as OWNER/REPO"),
+    ],
 )
 def test_what_is_not_there_is_one_line(pair, name, says):
     # broken by a traceback, or by a message that leaves a person without the next step

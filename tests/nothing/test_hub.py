@@ -1,5 +1,6 @@
 """Files of a repository: which one is meant, what is asked of a network, and that all parts come."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -130,3 +131,37 @@ def test_a_mistyped_option_is_seen_before_the_download(repository):
     with pytest.raises(TypeError, match="n_contex"):
         Llava.from_pretrained("a/b", "m.gguf", "p.gguf", n_contex=5)
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    "address", ["https://huggingface.co/a/b", "hf.co/a/b/", "https://huggingface.co/a/b/tree/main"]
+)
+@pytest.mark.parametrize("quant", ["", ":q8_0"])
+def test_the_address_of_a_repository_is_its_name(repository, monkeypatch, tmp_path, address, quant):
+    # broken if what is copied from a browser were no name
+    monkeypatch.setattr(hub, "_check_room", lambda *_: None)
+    repository(["m-q8_0.gguf", "mmproj.gguf"])
+    assert hub.pair(address + quant, cache_dir=tmp_path).name == "a/b:q8_0"
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a", "a/b/c", "https://example.org/a/b", "a/b:", "a/b c", "hf.co/a/b/blob/main/m.gguf", "../a/b"]
+)
+def test_what_names_no_repository_is_asked_of_nobody(repository, tmp_path, name):
+    # broken if the network's words came for a slip
+    asked = repository(["m.gguf", "mmproj.gguf"])
+    with pytest.raises(ModelError, match="a repository is named as OWNER/REPO or OWNER/REPO:QUANT"):
+        hub.pair(name, cache_dir=tmp_path)
+    assert asked == []
+
+
+def test_a_cache_that_is_no_folder_is_told_in_one_line(monkeypatch, tmp_path):
+    # broken by a traceback
+    path = tmp_path / "file"
+    path.write_text("x")
+    monkeypatch.setattr(hub.hub, "scan_cache_dir", functools.partial(hub.hub.scan_cache_dir, path))
+    with pytest.raises(ModelError, match="the cache of Hugging Face cannot be read"):
+        hub.snapshots()
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: (tmp_path / "none").stat())
+    with pytest.raises(ModelError, match=r"the cache folder .* cannot be read: No such file"):
+        hub._check_room("a/b", {}, {"cache_dir": str(path)})

@@ -6,6 +6,7 @@ import pytest
 
 from st3_edge import demo
 from st3_edge.commands import options as shared_options
+from st3_edge.commands.console import Console
 from st3_edge.commands.serve import command, options
 from st3_edge.config import ST3Config
 from st3_edge.errors import ConfigError, ModelError
@@ -147,3 +148,53 @@ def test_no_other_file_takes_the_place_of_one_that_is_served(words, variable, in
     with pytest.raises(ConfigError, match=instead):
         parse(*words).check_files()
     parse("-mu", "http://x/m.gguf", *words).check_files()  # llama-server chooses both then
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("--buget", "did you mean --budget"),
+        ("--n-gpu-layer=1", "did you mean --n-gpu-layers"),
+        ("--threads-batch", ""),
+        ("--model-draft", ""),
+        ("--slots", ""),
+    ],
+)
+def test_a_slip_in_one_of_our_options_is_told(word, says):
+    # broken if llama-server told it after a download, or one of its own options were taken for a slip
+    help_of_theirs = "-tb, --threads-batch N\n-md, --model-draft FNAME\n"
+    arguments = parse(word, "1")
+    if not says:
+        return arguments.check_names(lambda: help_of_theirs)
+    with pytest.raises(ConfigError, match=says):
+        arguments.check_names(lambda: help_of_theirs)
+    return arguments.check_names(str)  # llama-server said nothing
+
+
+@pytest.mark.parametrize("words", [["--port", "70000"], ["--host", "a..b"], ["--buget", "1"]])
+def test_a_slip_is_told_before_a_download(words, monkeypatch, tmp_path):
+    # broken if it came to light gigabytes later, or by a traceback of UnicodeError
+    monkeypatch.setattr(command, "find", lambda name: tmp_path / name)
+    monkeypatch.setattr(command, "_help", lambda _: "llama-server's")
+    monkeypatch.setattr(hub, "pair", lambda *_, **__: pytest.fail("it was downloaded"))
+    with pytest.raises(ConfigError):
+        command.main(Console(), parse("--hf", "a/b", *words))
+
+
+@pytest.mark.parametrize(("text", "layers"), [("all", "all"), ("auto", "auto"), ("3", 3), ("-1", -1)])
+def test_layers_on_the_gpu_are_what_llama_server_takes(text, layers):
+    # broken if -ngl took a word that --n-gpu-layers does not
+    arguments = parse("--n-gpu-layers", text)
+    made = command.flags(arguments, ST3Config(), None, None, None)
+    assert arguments.ours.n_gpu_layers == layers and made[made.index("--n-gpu-layers") + 1] == text
+
+
+def test_the_hints_are_of_the_command_that_was_typed(monkeypatch):
+    # broken if a client's line lost an option, had another port, or showed the key
+    monkeypatch.delenv("LLAMA_API_KEY", raising=False)
+    typed = parse("-m", "a b.gguf", "--budget", "0.3", "--port", "80", "-c", "8192", "--api-key", "secret")
+    said = command.hints(typed, ["--model", "a b.gguf"], 80)
+    again = "st3-edge serve -m 'a b.gguf' --budget 0.3 -c 8192 --api-key YOUR_KEY --port ${PORT}\n"
+    assert again in said and "secret" not in said and said.count("api_key='YOUR_KEY'") == 1
+    said = command.hints(parse("--port=80"), ["--hf", "a/b"], 80)
+    assert "st3-edge serve --hf a/b --port ${PORT}" in said and "api_key='none'" in said

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from st3_edge import ConfigError, ModelError, demo
-from st3_edge.commands import options, settings, which
+from st3_edge.commands import loading, options, settings, which
+from st3_edge.commands.bench import options as bench_options
 from st3_edge.commands.parser import Parser
 from st3_edge.commands.serve import options as serve_options
 from st3_edge.commands.tune import options as tune_options
@@ -35,6 +36,7 @@ def parse(*words):
 def config(tmp_path, monkeypatch):
     """config(text): the config file."""
     path = tmp_path / "config.toml"
+    path.write_text("")
     monkeypatch.setenv("ST3_CONFIG", str(path))
 
     def write(text: str):
@@ -108,10 +110,10 @@ def test_half_a_model_is_refused_wherever_it_is_named(config, monkeypatch):
 
 @pytest.mark.parametrize(("text", "adapters"), [('"a.gguf"', ["a.gguf"]), ('["a.gguf", "b=0.5"]', ["a.gguf", "b=0.5"])])
 def test_adapters_of_the_file_are_those_that_it_names(config, text, adapters):
-    # broken if a name were taken letter by letter, or one more on the command line ended in a traceback
+    # broken if a name were taken letter by letter, or one on the command line were added to them
     config(f"lora = {text}")
-    assert parse().lora == adapters
-    assert parse("--lora", "c").lora[-1] == "c"
+    assert loading.adapters(parse()) == {name.partition("=")[0]: 0.5 if "=" in name else 1 for name in adapters}
+    assert loading.adapters(parse("--lora", "c")) == {"c": 1}
     config("lora = [1]")
     with pytest.raises(ConfigError, match="lora cannot be"):
         parse()
@@ -131,8 +133,9 @@ def test_pruning_of_the_file_gives_way_to_what_is_said(config):
         assert (made.budget, made.merge, made.preset) == (None, None, preset)
     assert parse("--n-ctx", "100").n_ctx == 100
     config('preset = "off"')
-    with pytest.raises(ConfigError, match="nothing for --budget to say"):
-        options.config(parse("--budget", "0.4"))
+    assert options.config(parse()).preset == "off"
+    made = options.config(parse("--budget", "0.4"))
+    assert (made.budget, made.preset) == (0.4, None)  # what is typed puts it aside
     config("keep = 0.5\nmin-share = 0.1")
     tune = Parser()
     tune_options.add_arguments(tune)
@@ -200,3 +203,71 @@ def test_models_lists_what_was_downloaded(tmp_path):
     assert "a/b:Q8_0" in models() and "default schedule" in models()
     environment["HF_HUB_CACHE"] = str(tmp_path / "none")
     assert models() == ""
+
+
+def test_a_config_file_that_is_named_and_not_there_is_an_error(monkeypatch, tmp_path):
+    # broken if its settings were left out in silence
+    monkeypatch.setenv("ST3_CONFIG", str(tmp_path / "none.toml"))
+    with pytest.raises(ConfigError, match=r"none\.toml' is not there: ST3_CONFIG names it"):
+        parse()
+
+
+def test_the_other_name_of_hf_is_the_same_key(config, asked):
+    # broken if it counted as typed, and excluded --model
+    config('hf-repo = "o/file"')
+    assert found().words == ["--hf", "o/file"]
+    model, _ = map(str, demo.model_paths())
+    assert found("-m", model).model == model
+
+
+def test_adapters_of_the_file_may_be_in_the_persons_home(config, monkeypatch, tmp_path):
+    # broken if ~ were a folder's name
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config('lora = "~/a.gguf=0.5"')
+    assert loading.adapters(parse()) == {f"{tmp_path}/a.gguf": 0.5}
+
+
+def test_a_key_means_the_same_to_every_command(config):
+    # broken if `cache = true`, which keeps encoded pictures, were a folder to bench
+    config("cache = true\n")
+    shared, bench = Parser(), Parser()
+    options.add_shared(shared)
+    bench_options.add_arguments(bench)
+    assert settings.use(bench) and not hasattr(bench.parse_args([]), "cache")
+    ours, theirs = settings._actions(shared), settings._actions(bench)
+    assert {key for key in ours.keys() & theirs.keys() if type(ours[key]) is not type(theirs[key])} == set()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--top-p", "0.9", "--seed", "1"], "whatever --top-p, --seed says"),
+        (["--top-k", "5"], "--top-k"),
+        (["--min-p", "0.1", "--temperature", "0.5"], ""),
+        (["--repeat-penalty", "1.1"], ""),
+    ],
+)
+def test_sampling_that_changes_nothing_is_told(words, told):
+    # broken if a person took the likeliest words for chosen ones
+    said = options.idle(parse(*words))
+    assert told in said and bool(said) == bool(told)
+
+
+@pytest.mark.parametrize("word", ["--model", "--hf", "--mmproj"])
+def test_a_model_of_no_name_is_refused(config, word):
+    # broken if the demo model answered in its place, as where a shell's variable is empty
+    with pytest.raises(ModelError, match=f"{word} names nothing"):
+        found(word, "")
+
+
+def test_a_folder_in_the_place_of_a_model_is_called_so(config, tmp_path):
+    # broken if it were called a model without an mmproj
+    with pytest.raises(ModelError, match="is a folder: name"):
+        found("-m", str(tmp_path))
+
+
+def test_adapters_are_looked_at_before_a_download(config, asked, tmp_path):
+    # broken if a slip came to light gigabytes later
+    with pytest.raises(ModelError, match=r"adapter .* No such file"):
+        found("--hf", "a/b", "--lora", str(tmp_path / "none.gguf"))
+    assert asked == []

@@ -107,7 +107,7 @@ class Decoder:
         self, i: int, x: Array, pos: Array, past: Layer, visual: Array, weight: Array, kv: str
     ) -> tuple[Array, Array, Layer]:
         """Run a layer; returns its output, its (unrounded) queries and its cache."""
-        quantized = kv not in ("F32", "F16")
+        quantized = kv not in ("F32", "F16", "BF16")
         turn_k = rounding.rotation_size(self.head, True) if quantized else 0
         turn_v = rounding.rotation_size(self.head, False) if quantized else 0
         if self.noise is not None:
@@ -118,7 +118,7 @@ class Decoder:
         v = rounding.stored(rounding.rotate(self._heads(y, f"blk.{i}.attn_v.weight", None), turn_v), kv)
         k, v = np.concatenate([past.k, k], 1), np.concatenate([past.v, v], 1)
         now = Layer(k, v, np.append(past.pos, pos), np.append(past.visual, visual), np.append(past.weight, weight))
-        asked = rounding.stored(q, kv) if quantized or len(x) < TILE_ROWS else q
+        asked = rounding.multiplied(q, kv) if quantized or len(x) < TILE_ROWS else q
         p, of_head = self._attention(asked, now), np.repeat(now.v, self.n_head // self.n_head_kv, 0)
         if self.noise is not None and kv == "F16" and len(x) < TILE_ROWS:
             out = rounding.sum_in_f16(p, of_head, self.noise.permutation(of_head.shape[1]))

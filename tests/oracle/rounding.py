@@ -19,6 +19,11 @@ def stored(x: Array, kind: str) -> Array:
     return gguf.quants.dequantize(packed, t).reshape(x.shape).astype(np.float64)
 
 
+def multiplied(x: Array, kind: str) -> Array:
+    """x as a CPU rounds what it multiplies rows of that type by: to bytes, where these have fewer bits."""
+    return stored(x, "Q8_0" if kind.startswith(("Q4", "Q5")) else kind)
+
+
 def hadamard(n: int) -> Array:
     """The normalized Walsh-Hadamard matrix of a power of two; it is its own inverse."""
     out = np.ones((1, 1))

@@ -53,11 +53,11 @@ class Server:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def wait(self) -> Server:
+    def wait(self, health: str = "/health") -> Server:
         end = time.monotonic() + START_S
         while time.monotonic() < end and self.process.poll() is None:
             with contextlib.suppress(OSError, http.client.HTTPException):
-                if self.request("GET", "/health", timeout=5)[0] == 200:
+                if self.request("GET", health, timeout=5)[0] == 200:
                     return self
             time.sleep(0.05)
         raise AssertionError(f"the server did not start:\n{self.log.read_text(errors='replace')[-3000:]}")
@@ -94,8 +94,11 @@ class Server:
     def ask(self, question: str, *pictures: str | Path | bytes, **options: Any) -> str:
         return text(self.chat(message(question, *pictures), **options))
 
-    def resident(self) -> int:
-        """Bytes."""
+    def resident(self, peak: bool = False) -> int:
+        """Bytes: now, or the most there ever were."""
+        if peak:
+            status = Path(f"/proc/{self.process.pid}/status").read_text()
+            return 1024 * int(status.split("VmHWM:")[1].split()[0])
         words = Path(f"/proc/{self.process.pid}/statm").read_text().split()
         return int(words[1]) * os.sysconf("SC_PAGE_SIZE")
 

@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from serving import LONG, Server, Start, data_url, growth, message, text
 
+from st3_edge import demo
+
 SEED = 20241220
 TIE = 0.25  # nats
 FLAT = 0.03  # growth of resident memory
@@ -60,6 +62,32 @@ def test_a_picture_larger_than_memory_is_refused(server: Server, scenes):
     refused(server, data_url(png(20_000, 20_000)))
     assert server.resident() - before < 200e6
     alive(server, scenes)
+
+
+def test_pictures_that_are_large_together_are_refused(start_server: Start, scenes):
+    # broken if each picture of a request could be as large as one alone may be: 150 MB of pixels for 50 kB
+    server = start_server("-np", "1")
+    body = {"messages": [message("What is it?", *[png(7_000, 7_000)] * 40)], "max_tokens": 4}
+    status, answer = server.request("POST", "/v1/chat/completions", body)
+    assert status == 400, answer
+    assert "200 million" in answer["error"]["message"]
+    assert server.resident(peak=True) < 1.5e9  # all 40: 6 GB
+    alive(server, scenes)
+
+
+def test_what_the_model_does_not_take_is_the_clients_fault(start_server: Start, server: Server, scenes):
+    # broken by HTTP 500
+    model, _ = demo.model_paths()
+    blind = start_server("--model", str(model), "-np", "1", program="llama-server")
+    sound = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+    picture = message("What is it?", scenes[0].picture)
+    for asked, turn in ((blind, picture), (server, {"role": "user", "content": [sound]})):
+        status, answer = asked.request("POST", "/v1/chat/completions", {"messages": [turn]})
+        assert (status, "is not supported" in answer["error"]["message"]) == (400, True), answer
+    prompt = {"prompt_string": "no place for it", "multimodal_data": ["AAAA"]}
+    assert blind.request("POST", "/completion", {"prompt": prompt})[0] == 400
+    prompt["multimodal_data"] = [data_url(scenes[0].picture).split(",")[1]]
+    assert server.request("POST", "/completion", {"prompt": prompt})[0] == 400
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
-"""Our page in a headless browser: a picture dropped in, the answer read, the kept patches seen.
+"""Our page in a headless browser: a picture dropped in, the answer read, the kept patches seen; and its script in Node.
 
-Needs playwright (the package alone: it drives a Chromium that is installed, as `chromium` or in $ST3_CHROMIUM).
+The former needs playwright (the package alone: it drives a Chromium that is installed, as `chromium` or in
+$ST3_CHROMIUM).
 """
 
 import os
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
-from serving import Server, Start, data_url
+from serving import ROOT, Server, Start, data_url
 
 CHROMIUM = os.environ.get("ST3_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 DROP = """
@@ -21,7 +24,7 @@ DROP = """
 # Of each patch, 24 × 24: whether its middle is far darker than the picture is there, as of one that is not read.
 DARK = """
 () => {
-  const view = document.getElementById("view"), context = view.getContext("2d"), n = 24, dark = [];
+  const view = document.querySelector("#view canvas"), context = view.getContext("2d"), n = 24, dark = [];
   const plain = document.createElement("canvas");
   plain.width = view.width; plain.height = view.height;
   plain.getContext("2d").drawImage(document.getElementById("picture"), 0, 0, view.width, view.height);
@@ -33,6 +36,18 @@ DARK = """
   return dark;
 }
 """
+
+
+def test_the_pages_script_in_node():
+    # broken if a second question could be asked during an answer, the picture of another were drawn, tiles were drawn
+    # as one or over the picture, or a reason for which nothing is pruned were not said
+    node = shutil.which("node")
+    if not node:
+        pytest.skip("no Node.js")
+    script = ROOT / "native" / "server" / "page" / "st3.js"
+    words = [node, Path(__file__).with_name("page.js"), script]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")

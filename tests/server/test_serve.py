@@ -146,6 +146,26 @@ def test_props_and_log_name_the_schedule(server: Server, scenes):
     assert "ST3 = pruned-prefill: 576 visual tokens" in server.log.read_text()
 
 
+def test_the_log_says_that_st3_is_off(start_server: Start, scenes):
+    # broken by "no picture" where there was one
+    model, mmproj = demo.model_paths()
+    files = ("--model", str(model), "--mmproj", str(mmproj))
+    for more, said in (((), "off"), (("--override-kv", "st3.preset=str:st3"), "pruned-prefill")):
+        stock = start_server(*files, *more, "-np", "1", "-b", "4096", program="llama-server")
+        stock.ask("What is this?", scenes[1].picture)
+        assert f"ST3 = {said}" in stock.log.read_text()
+
+
+def test_pages_below_a_prefix_need_no_key(start_server: Start):
+    # broken if the paths that are free of it were looked for without the prefix
+    server = start_server("--api-key", "sesame", "--api-prefix", "/p", "-np", "1", wait=False).wait("/p/health")
+    assert {path: server.raw("GET", path)[0] for path in ("/p/st3", "/p/st3.js", "/p/props")} == {
+        "/p/st3": 200,
+        "/p/st3.js": 200,
+        "/p/props": 401,
+    }
+
+
 def test_pictures_come_first_with_a_new_line(server: Server, scenes):
     # broken if the layout that LLaVA was trained with were lost on the way: Open WebUI sends the text first
     question, answer = scenes[0].questions[0]

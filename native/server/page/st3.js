@@ -5,7 +5,8 @@ const MAX_SIDE = 2048; // of the picture that is sent; LLaVA looks at a few hund
 const GROUND = "rgb(122, 116, 104)"; // what LLaVA's encoder pads a picture with
 const $ = (id) => document.getElementById(id);
 let st3 = null; // of the last answer
-let stop = null;
+let asked = null; // the picture that it is about: another may have been taken since
+let stop = null; // while an answer is on its way
 
 function show(text) {
   $("note").textContent = text;
@@ -27,9 +28,16 @@ async function take(file) {
   canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   canvas.hidden = false;
   $("hint").hidden = true;
-  $("kept").hidden = true;
-  $("ask").disabled = false;
+  $("ask").disabled = Boolean(stop);
   show("");
+}
+
+function copy(canvas) {
+  const made = document.createElement("canvas");
+  made.width = canvas.width;
+  made.height = canvas.height;
+  made.getContext("2d").drawImage(canvas, 0, 0);
+  return made;
 }
 
 function headers() {
@@ -53,7 +61,9 @@ async function* events(response) {
 }
 
 async function ask() {
+  if (stop) return;
   stop = new AbortController();
+  asked = copy($("picture"));
   $("answer").textContent = "";
   $("kept").hidden = true;
   $("ask").disabled = true;
@@ -72,7 +82,7 @@ async function ask() {
         messages: [{
           role: "user",
           content: [
-            { type: "image_url", image_url: { url: $("picture").toDataURL("image/png") } },
+            { type: "image_url", image_url: { url: asked.toDataURL("image/png") } },
             { type: "text", text: $("question").value },
           ],
         }],
@@ -90,18 +100,29 @@ async function ask() {
       $("answer").textContent += event.choices?.[0]?.delta?.content ?? "";
       st3 = event.st3 ?? st3;
     }
-    report();
+    await report();
   } catch (error) {
     show(error.name === "AbortError" ? "Stopped." : String(error.message || error));
   } finally {
+    stop = null;
     $("ask").disabled = false;
     $("stop").hidden = true;
   }
 }
 
-function report() {
+async function whyOff() {
+  let reason;
+  try {
+    const url = $("model").value ? `props?model=${encodeURIComponent($("model").value)}` : "props";
+    reason = (await (await fetch(url, { headers: headers(), signal: stop.signal })).json()).st3?.reason;
+  } catch { /* it does not say */ }
+  return reason ? `ST3 is off: ${reason}.` :
+    "This server has ST3 off: start it with st3-edge serve, or with --override-kv st3.preset=str:st3.";
+}
+
+async function report() {
   if (!st3) {
-    show("This server has ST3 off: start it with st3-edge serve, or with --override-kv st3.preset=str:st3.");
+    show(await whyOff());
     return;
   }
   if (!st3.layers) {
@@ -111,19 +132,17 @@ function report() {
   const given = st3.given, n = st3.per_layer.length;
   $("summary").textContent = `${given} visual tokens; ${Math.round(100 * st3.budget)} % of them kept, over the layers ` +
     `on average. KV cache in use: ${(st3.kv_bytes.live / 1e6).toFixed(2)} MB, ` +
-    `${(st3.kv_bytes.full / 1e6).toFixed(2)} MB without ST3.`;
+    `${(st3.kv_bytes.full / 1e6).toFixed(2)} MB without ST3.` +
+    (whole() ? "" : " The encoder took the picture in tiles, or in another shape: below are their patches alone.");
   $("layer").max = n - 1;
   $("layer").value = n - 1;
   $("kept").hidden = false;
   const starts = [0, ...st3.cuts.map((cut) => cut + 1)];
   $("steps").replaceChildren(...starts.map((layer) => {
     const figure = document.createElement("figure");
-    const canvas = document.createElement("canvas");
-    canvas.width = canvas.height = 192;
-    draw(canvas, layer);
     const caption = document.createElement("figcaption");
     caption.textContent = `from layer ${layer}: ${st3.per_layer[layer]}`;
-    figure.append(canvas, caption);
+    figure.append(...drawn(192, layer), caption);
     return figure;
   }));
   drawLayer();
@@ -132,19 +151,37 @@ function report() {
 function drawLayer() {
   const layer = Number($("layer").value);
   $("at").textContent = `${layer} of 0 to ${st3.per_layer.length - 1}: reads ${st3.per_layer[layer]} of ${st3.given}`;
-  draw($("view"), layer);
+  $("view").replaceChildren(...drawn(576, layer));
 }
 
-// The picture as the encoder sees it, patches that the layer does not read darkened.
-function draw(canvas, layer) {
-  const { nx, ny } = st3.images[0], layers = st3.layers[0];
-  const context = canvas.getContext("2d"), picture = $("picture"), w = canvas.width, h = canvas.height;
+// A canvas for each image of the answer, of that many pixels at its longer side, in the shape of its grid.
+function drawn(side, layer) {
+  return st3.images.map(({ nx, ny }, k) => {
+    const canvas = document.createElement("canvas");
+    canvas.width = Math.max(8, Math.round(side * Math.min(1, nx / ny)));
+    canvas.height = Math.max(8, Math.round(side * Math.min(1, ny / nx))); // a family without a grid has one row
+    draw(canvas, nx, ny, st3.layers[k] ?? [], layer);
+    return canvas;
+  });
+}
+
+// Whether one image is all of the picture: in the middle of a square, or in the picture's own shape, but for the rounding
+// to whole patches.
+function whole() {
+  const { nx, ny } = st3.images[0], aspect = asked.width / asked.height;
+  return st3.images.length === 1 && (nx === ny || Math.abs(aspect * ny - nx) <= aspect + 1);
+}
+
+// The picture as the encoder sees it, patches that the layer does not read darkened. Of tiles, whose place is not known,
+// the patches alone.
+function draw(canvas, nx, ny, layers, layer) {
+  const context = canvas.getContext("2d"), w = canvas.width, h = canvas.height;
   context.fillStyle = GROUND;
   context.fillRect(0, 0, w, h);
-  if (nx === ny) { // a square: the picture lies in its middle
-    const scale = Math.min(w / picture.width, h / picture.height);
-    const pw = picture.width * scale, ph = picture.height * scale;
-    context.drawImage(picture, (w - pw) / 2, (h - ph) / 2, pw, ph);
+  if (whole()) {
+    const scale = Math.min(w / asked.width, h / asked.height);
+    const [pw, ph] = nx === ny ? [asked.width * scale, asked.height * scale] : [w, h];
+    context.drawImage(asked, (w - pw) / 2, (h - ph) / 2, pw, ph);
   }
   context.fillStyle = "rgba(0, 0, 0, 0.78)";
   for (let i = 0; i < layers.length; i++) {

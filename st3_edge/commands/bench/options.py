@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     random.add_argument(
         "--text", type=options.whole(2, 2**16), metavar="N", help=f"text tokens around them (default {TEXT})"
     )
-    random.add_argument("--cache", type=Path, metavar="DIR", help="where they are kept (default: your cache folder)")
+    random.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="where they are kept (default: your cache folder)"
+    )
     options.add_schedule(parser)
     how = parser.add_argument_group("measurement")
     how.add_argument(

@@ -10,7 +10,7 @@ from pathlib import Path
 from ... import demo
 from ...config import Override
 from ...errors import ConfigError, LibraryError, ModelError, PromptError
-from ...files import gguf
+from ...files import choose, gguf
 from ...files.output import cache_folder
 from ...files.pair import check_pair
 from ...native import libraries, machine
@@ -63,7 +63,7 @@ def make_jobs(console: Console, arguments: argparse.Namespace, tell: Tell) -> tu
                 + " or ".join(shape.types)
             )
         visual, text, question = arguments.visual or shape.n_visual, arguments.text or TEXT, None
-        folder = arguments.cache or cache_folder()
+        folder = arguments.cache_dir or cache_folder()
         model, mmproj, pictures = str(random_text(arguments.shape, arguments.type or TYPES[0], folder, tell)), None, []
         columns = shape.grid_of(visual)[0]
         if visual % CLIP_L_336.n_visual == 0 and shape.arch == "llama":  # others are of no vision encoder that we write
@@ -71,9 +71,11 @@ def make_jobs(console: Console, arguments: argparse.Namespace, tell: Tell) -> tu
             shipped = itertools.cycle(str(scene.picture) for scene in demo.scenes())
             pictures = list(itertools.islice(shipped, visual // CLIP_L_336.n_visual))
     else:
-        for name in ("visual", "text", "type", "cache"):
+        for name in ("visual", "text", "type", "cache_dir"):
             if getattr(arguments, name):
-                raise ConfigError(f"--{name} is for random weights (--shape): of a model, file and picture decide")
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is for random weights (--shape): of a model, file and picture decide"
+                )
         if arguments.question is not None and not arguments.question.strip():
             raise PromptError("the question is empty")
         found = which.find(console, arguments)
@@ -81,6 +83,8 @@ def make_jobs(console: Console, arguments: argparse.Namespace, tell: Tell) -> tu
         pictures = arguments.image or [str(demo.scenes()[0].picture)]
         visual, columns, text, question = 0, 0, 0, arguments.question or QUESTION
         check_pair(model, mmproj)
+        for part in choose.files(model)[1:]:
+            gguf.read_header(part)
     for picture in pictures:
         images.load(picture)  # check before the slow model load
     if not arguments.shape:
@@ -123,7 +127,7 @@ def fit_together(job: Job) -> bool:
     available = machine.available_memory()
     if available is None or job.n_gpu_layers:
         return True
-    weights = Path(job.model).stat().st_size
+    weights = sum(Path(part).stat().st_size for part in choose.files(job.model))
     n_ctx = job.n_ctx or job.visual + job.text + CLIP_L_336.n_visual * len(job.pictures) + job.generate
     side = _GRAPHS + _kv_bytes(gguf.read_header(job.model), n_ctx) + (weights if job.repack else 0)
     side += Path(job.mmproj).stat().st_size if job.mmproj else 0
@@ -138,7 +142,7 @@ def fit_together(job: Job) -> bool:
 
 def bytes_per_token(model: str) -> int:
     """Bytes of weights that a decoded token reads: all but the table of embeddings, unless it is the output as well."""
-    tensors = gguf.read_header(model).tensors
+    tensors = {name: n for part in choose.files(model) for name, n in gguf.read_header(part).tensors.items()}
     table = tensors.get("token_embd.weight", 0) if "output.weight" in tensors else 0
     return sum(tensors.values()) - table
 

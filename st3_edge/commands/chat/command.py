@@ -63,6 +63,8 @@ def main(console: Console, arguments: argparse.Namespace) -> int:
         chat.system = arguments.system or chat.system
         chat.pictures += pictures
         found.say(console)
+        if note := options.idle(arguments):
+            console.note(note)
         console.note(f"{found.name}: ask, or drop a picture here. /help shows what else there is.")
         if pictures:
             console.note(f"({len(pictures)} to look at, shown with the next question)")

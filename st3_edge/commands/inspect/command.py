@@ -26,16 +26,18 @@ def _inspect(console: Console, arguments: argparse.Namespace) -> int:
     *sources, question = arguments.inputs
     # Check what is written and read before the slow model load.
     targets = output.targets(arguments.output, sources)
+    pictures = [images.load_argument(source) for source in sources]
     found = which.find(console, arguments)
     files = [file for source in sources if (file := images.file_of(source))]
     inputs: list[str | os.PathLike[str]] = [*files, found.model, found.mmproj, *loading.adapters(arguments)]
     for target in targets:
         check_output(target, inputs, force=arguments.force)
-    pictures = [images.load_argument(source) for source in sources]
 
     content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
     with loading.load(console, arguments, config, found) as llava:
         found.say(console)
+        if note := options.idle(arguments):
+            console.note(note)
         chunks: Any = llava.create_chat_completion(
             [*options.system(arguments), {"role": "user", "content": content}],
             stream=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import signal
@@ -14,14 +13,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from ...config import Override, ST3Config
-from ...errors import ConfigError, LibraryError
+from ...errors import ConfigError, LibraryError, one_line
 from ...files import gguf
 from ...files.pair import check_adapter, check_pair
 from ...native import libraries
 from ...prompts.templates import VICUNA
 from .. import loading, options, which
 from ..console import Console, run
-from .options import Arguments
+from .options import Arguments, place
 
 # A prompt is pruned between the layers where it fits one logical batch: this holds a picture of LLaVA-1.6.
 _BATCH = 4096
@@ -33,19 +32,20 @@ def main(console: Console, arguments: Arguments) -> NoReturn:
     ours = arguments.ours
     config = options.config(ours)
     arguments.check_files()
+    arguments.check_names(lambda: _help(program))
+    port = _port(ours.host, ours.port)
     found = header = None
     if not arguments.routes:
         found = run(console, lambda: which.find(console, ours))  # shows how far a download is
         header = check_pair(found.model, found.mmproj)
     elif ours.model or ours.hf:
         raise ConfigError("name one model, or several for llama-server to route to, not both")
-    port = _port(ours.host, ours.port)
     files = (found.model, found.mmproj) if found else (None, None)
     command = [str(program), *flags(arguments, config, header, *files), "--port", str(port), *arguments.theirs]
     if found:
         found.say(console)
     if not ours.host.endswith(".sock"):
-        console.note(hints(ours, found.words if found else [], port))
+        console.note(hints(arguments, found.words if found else [], port))
     become(command)
 
 
@@ -60,10 +60,7 @@ def become(command: list[str]) -> NoReturn:
 
 def find(program: str) -> Path:
     """The path of one of llama.cpp's programs. Raises LibraryError where this installation has none."""
-    # Windows finds a program's libraries in its own folder alone
-    path = libraries.folder().parent / "bin" / program
-    if sys.platform == "win32":
-        path = libraries.folder() / f"{program}.exe"
+    path = place(program)
     if not path.is_file() or not path.stat().st_mode & stat.S_IXUSR:
         raise LibraryError(f"{path} is missing: build the package without ST3_TOOLS=OFF")
     libraries.check_present()
@@ -112,18 +109,42 @@ def override(values: dict[str, Override]) -> str:
     return ",".join(f"{key}={typed(value)}" for key, value in values.items())
 
 
-def hints(ours: argparse.Namespace, words: list[str], port: int) -> str:
+def hints(arguments: Arguments, words: list[str], port: int) -> str:
     """Where the server will be, and how clients find it. words: the options that choose its model."""
+    ours = arguments.ours
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(ours.host, f"[{ours.host}]" if ":" in ours.host else ours.host)
     url = f"http://{host}:{port}"
-    again = ["st3-edge", "serve", *words]
+    secret = arguments.has("--api-key", "--api-key-file") or "LLAMA_API_KEY" in os.environ
+    again = ["st3-edge", "serve", *([] if ours.model or ours.hf else words), *_again(arguments.words)]
     return (
         f"{url}/      the web page, once the model is loaded\n"
         f"{url}/st3   which patches of a picture ST3 keeps\n"
-        f"  openai      OpenAI(base_url='{url}/v1', api_key='none')\n"
-        f"  Open WebUI  OPENAI_API_BASE_URL={url}/v1\n"
+        f"  openai      OpenAI(base_url='{url}/v1', api_key='{'YOUR_KEY' if secret else 'none'}')\n"
+        f"  Open WebUI  OPENAI_API_BASE_URL={url}/v1{' OPENAI_API_KEY=YOUR_KEY' if secret else ''}\n"
         f"  llama-swap  cmd: {shlex.join(again)} --port ${{PORT}}\n"
     )
+
+
+def _again(words: list[str]) -> list[str]:
+    """The words of a command line, less the port and the key."""
+    said, rest = list[str](), iter(words)
+    for word in rest:
+        name, equals, _ = word.partition("=")
+        if name not in ("--port", "--api-key"):
+            said.append(word)
+            continue
+        if not equals:
+            next(rest, None)
+        said += [name, "YOUR_KEY"] if name == "--api-key" else []
+    return said
+
+
+def _help(program: Path) -> str:
+    """llama-server's; "" where it does not say it."""
+    try:
+        return subprocess.run([program, "--help"], capture_output=True, text=True, errors="replace", timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def _port(host: str, port: int) -> int:
@@ -138,5 +159,6 @@ def _port(host: str, port: int) -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
             return int(probe.getsockname()[1])
-    except OSError as e:
-        raise ConfigError(f"nobody can listen on {host} port {port}: {e.strerror or e} (--port chooses another)") from e
+    except (OSError, UnicodeError) as e:  # the latter of a name that is no host's
+        why = one_line(getattr(e, "strerror", None) or e)
+        raise ConfigError(f"nobody can listen on {host} port {port}: {why} (--port chooses another)") from e

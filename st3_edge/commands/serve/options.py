@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ...errors import ConfigError
+from ...native import libraries
 from .. import options, settings
 
 DESCRIPTION = "Serves a vision model with ST3 on: llama-server of this package, with its web page and its APIs."
 EPILOG = (
-    "Every other option goes to llama-server as it is (-c, -np, -ngl, --api-key, ...; `llama-server --help` in the "
-    "package's bin folder lists them). "
+    "Every other option goes to llama-server as it is (-c, -np, -ngl, --api-key, ...; `{} --help` lists them). "
     "Example: st3-edge serve -m llava.gguf --budget 0.3 -c 8192"
 )
+
+_CLOSE = 0.8  # of difflib's ratio
 
 # llama-server's options that say which models it serves: there is none for us to choose then.
 _ROUTER = ("--models-dir", "--models-preset", "--model-url", "-mu", "--docker-repo", "-dr")
@@ -38,10 +43,11 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Arguments:
-    """ours: the options of `parser`; theirs: llama-server's, in order."""
+    """ours: the options of `parser`; theirs: llama-server's, in order; words: all as they were typed."""
 
     ours: argparse.Namespace
     theirs: list[str]
+    words: list[str]
 
     def has(self, *names: str) -> bool:
         """Whether llama-server gets one of these options."""
@@ -58,6 +64,30 @@ class Arguments:
             if not self.routes and (self.has(name) or name in os.environ):
                 raise ConfigError(f"{name} names other files than those that are served: {instead}")
 
+    def check_names(self, their_help: Callable[[], str]) -> None:
+        """Raises ConfigError for an option that is close to one of ours, and not in llama-server's help."""
+        ours = [name for action in parser(argparse.ArgumentParser)._actions for name in action.option_strings]
+        for word in self.theirs:
+            name = word.partition("=")[0]
+            close = name.startswith("--") and difflib.get_close_matches(name, ours, 1, _CLOSE)
+            if close and (known := their_help()) and not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", known):
+                raise ConfigError(f"there is no option {name}, did you mean {close[0]}?")
+
+
+def place(program: str) -> Path:
+    """Where one of llama.cpp's programs is looked for."""
+    # Windows finds a program's libraries in its own folder alone
+    folder = libraries.folder()
+    return folder / f"{program}.exe" if sys.platform == "win32" else folder.parent / "bin" / program
+
+
+def _layers(text: str) -> int | str:
+    """What llama-server takes for -ngl."""
+    try:
+        return text if text in ("auto", "all") else int(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"a whole number, auto or all, not {text!r}") from e
+
 
 def parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     """The parser of our options."""
@@ -65,14 +95,14 @@ def parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
         prog="st3-edge serve",
         usage="st3-edge serve [-m M.gguf | --hf OWNER/REPO[:QUANT]] [options]",
         description=DESCRIPTION,
-        epilog=EPILOG,
+        epilog=EPILOG.format(place("llama-server")),
         allow_abbrev=False,
     )
     model = options.add_files(made)
     options.add_lora(model)
     model.add_argument("--n-ctx", type=int, metavar="N", help="positions of all slots' contexts (llama-server's -c)")
     model.add_argument("--threads", type=int, metavar="N", help="CPU threads (llama-server's -t)")
-    model.add_argument("--n-gpu-layers", type=int, metavar="N", help="layers on the GPU (llama-server's -ngl)")
+    model.add_argument("--n-gpu-layers", type=_layers, metavar="N", help="layers on the GPU (llama-server's -ngl)")
     where = made.add_argument_group("address")
     where.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on (default 127.0.0.1)")
     where.add_argument("--port", type=int, default=8080, metavar="N", help="port; 0: a free one (default 8080)")
@@ -100,4 +130,4 @@ def parse(kind: type[argparse.ArgumentParser], words: Sequence[str]) -> Argument
     if re.search(r"(?<!\S)--keep[ =]\S*\.", " ".join(theirs)):
         known.error("--keep is llama-server's own, a whole number of tokens; --budget says how much ST3 keeps")
     found = known.parse_args(ours)
-    return Arguments(known.parse_args(ours) if settings.use(known) else found, theirs)
+    return Arguments(known.parse_args(ours) if settings.use(known) else found, theirs, list(words))
