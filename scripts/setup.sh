@@ -25,6 +25,7 @@ if ! "$python" -c 'import pip' 2>/dev/null; then
     "$found" -m venv --clear .venv || die "$found cannot make a virtual environment (Debian, Ubuntu: apt install python3-venv)"
 fi
 
+mkdir -p build # where logs go before CMake makes it
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 # Builds run without isolation: what they leave behind then fits the next build, which compiles only what changed.

@@ -10,6 +10,7 @@ set -eu
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
 
+case $PWD in *[[:space:]]*) die "compiler flags cannot name a folder with a space in its path: move $PWD" ;; esac
 command -v npm >/dev/null || die "no npm found, which makes llama-server's page (Debian: apt install npm)"
 machine=${1:-x86_64}
 glibc=${GLIBC:-2.28}

@@ -16,7 +16,6 @@ build() {
     { cmake -S . -B "$folder" -G Ninja "$@" $instructions -DPython_EXECUTABLE="$PWD/$python" && cmake --build "$folder"; } \
         >"$folder.log" 2>&1 || die "the build failed: see $folder.log"
 }
-mkdir -p build
 build build/windows --toolchain cmake/mingw-w64.cmake
 build build/windows-beside
 # programs bring GCC's own libraries with them

@@ -60,6 +60,8 @@ def fetch(folder: Path) -> Path:
     archive = folder / archive_name()
     if archive.is_file():
         return check(archive)
+    if not importlib.util.find_spec("pip"):
+        fail(f"this Python has no pip to fetch {REQUIREMENT} with: install pip, or name an archive with ST3_SDIST")
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--no-binary", PIN["package"]]
@@ -175,4 +177,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:
+        fail(f"{error} (where build/ cannot be written, name an archive on disk with ST3_SDIST)")

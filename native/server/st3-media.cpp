@@ -99,6 +99,16 @@ static std::string public_address_of(const std::string & host) {
     return first;
 }
 
+// Upstream looks for '@' and '/' in all of a URL, a path with '@' and a query behind the host alone among it.
+static common_http_url parse_url(const std::string & url) {
+    const size_t scheme = url.find("://");
+    const size_t end    = scheme == std::string::npos ? scheme : url.find_first_of("/?#", scheme + 3);
+    auto         parts  = common_http_parse_url(url.substr(0, end));
+    const auto   rest   = end == std::string::npos ? "" : url.substr(end, url.find('#', end) - end);
+    parts.path          = (rest.empty() || rest[0] != '/' ? "/" : "") + rest;
+    return parts;
+}
+
 std::vector<uint8_t> st3_fetch(const std::string & url, bool allowed) {
     if (!allowed) {
         throw std::invalid_argument(
@@ -106,7 +116,7 @@ std::vector<uint8_t> st3_fetch(const std::string & url, bool allowed) {
     }
     common_http_url parts;
     try {
-        parts = common_http_parse_url(url);
+        parts = parse_url(url);
     } catch (const std::exception & e) {
         throw std::invalid_argument(std::string("this URL cannot be used: ") + e.what());
     }

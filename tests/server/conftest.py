@@ -22,14 +22,19 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     running: list[Server] = []
 
     def start(*options: str, program: str = "", wait: bool = True, env: dict[str, str] | None = None) -> Server:
-        port = free_port()
         found = Path(program) if "/" in program else serve.find(program) if program else None
         words = [str(found)] if found else [sys.executable, "-m", "st3_edge", "serve"]
-        words += ["--port", str(port), *options, "--threads", "1"]
         paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        server = Server(words, port, tmp_path_factory.mktemp("server") / "log", {**paths, **(env or {})})
-        running.append(server)
-        return server.wait() if wait else server
+        while True:
+            port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
+            more = ["--port", str(port), *options, "--threads", "1"]
+            server = Server([*words, *more], port, log, {**paths, **(env or {})})
+            running.append(server)
+            try:
+                return server.wait() if wait else server
+            except AssertionError:
+                if "couldn't bind HTTP server socket" not in log.read_text(errors="replace"):
+                    raise  # else another program took the port before the server did
 
     yield start
     for server in running:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import socket
 import struct
@@ -408,22 +409,34 @@ def hostile(scenes, n: int):
         yield chance.choice(["POST", "POST", "POST", "POST", "GET", "PUT", "OPTIONS"]), chance.choice(paths), body
 
 
+# What llama.cpp's server takes for a fault of its own and not of the client: JSON that is none or of other types, and
+# tools.
+UPSTREAMS = rb'"message":"(\[json\.exception\.|Failed to parse |Unknown reasoning format: )'
+
+
 def test_hostile_requests_are_errors_and_nothing_more(start_server: Start, scenes, tmp_path):
-    # broken by a crash or a hang, or if the next request suffered
+    # broken by a crash or a hang, if the next request suffered, or by an HTTP 500 that is not one of upstream's
     server = start_server("-np", "2", "-c", "2048", "--slot-save-path", str(tmp_path))
     requests = list(hostile(scenes, 10_000 if LONG else 300))
 
     def send(item):
         method, path, body = item
         try:
-            return server.raw(method, path, body, timeout=60)[0]
+            status, _, said = server.raw(method, path, body, timeout=60)
         except ConnectionError:
-            return 0  # the body was refused before it was read
+            return 0, b""  # the body was refused before it was read
+        return status, said
 
     with ThreadPoolExecutor(6) as pool:
-        codes = list(pool.map(send, requests))
+        codes, bodies = zip(*pool.map(send, requests), strict=True)
     assert server.process.poll() is None, server.log.read_text(errors="replace")[-3000:]
     assert set(codes) - {0} >= {200, 400, 404}
+    faults = [
+        (path, code, said)
+        for (_, path, _), code, said in zip(requests, codes, bodies, strict=True)
+        if code >= 500 and code != 501 and not re.search(UPSTREAMS, said)
+    ]
+    assert not faults
     alive(server, scenes)
 
 
@@ -458,6 +471,22 @@ def test_a_slot_of_another_schedule_is_refused(start_server: Start, scenes, tmp_
     alive(other, scenes)
 
 
+def test_a_slot_file_is_replaced_and_not_written_over(start_server: Start, scenes, tmp_path):
+    # broken if a save that ended in its middle left half of the new state in the place of the old
+    file = tmp_path / "one"
+    server = start_server("-np", "1", "--slot-save-path", str(tmp_path))
+    server.ask(scenes[0].questions[0][0], scenes[0].picture)
+    assert slots(server, "save", "one")[0] == 200
+    with file.open("rb") as old:
+        whole, inode = file.read_bytes(), file.stat().st_ino
+        server.ask(scenes[1].questions[0][0], scenes[1].picture, cache_prompt=False)
+        assert slots(server, "save", "one")[0] == 200
+        assert old.read() == whole != file.read_bytes()
+        assert file.stat().st_ino != inode
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+@pytest.mark.skipif(not LONG, reason="hits the moment by luck: ST3_TEST_LONG=1")
 def test_killed_while_a_slot_is_saved(start_server: Start, scenes, tmp_path):
     # broken if the file were half of the new one: what is there must be restored whole, or refused
     file = tmp_path / "one"
@@ -466,7 +495,7 @@ def test_killed_while_a_slot_is_saved(start_server: Start, scenes, tmp_path):
     assert slots(server, "save", "one")[0] == 200
     whole = file.read_bytes()
     chance = random.Random(SEED)
-    for _ in range(6 if LONG else 2):
+    for _ in range(6):
         saving = threading.Thread(target=lambda s=server: quietly(lambda: slots(s, "save", "one")))
         saving.start()
         time.sleep(chance.uniform(0, 0.01))
