@@ -61,6 +61,7 @@ void st3_memory::drop(llama_seq_id seq_id, uint32_t stage, const held_t & there,
 }
 
 std::vector<float> st3_memory::values(llama_seq_id seq_id, uint32_t stage, const std::vector<uint32_t> & cells) const {
+    synchronize();
     return stages[stage]->values(stages[stage]->get_stream(seq_id), cells);
 }
 
@@ -73,7 +74,6 @@ bool st3_memory::hand_over(
     held_t                                     stay;
     held_t                                     strays;  // that leave with all that are much like them
 
-    synchronize();
     try {
         if (alike && !*alike) {
             const auto rows = values(seq_id, stage, there.cells);

@@ -11,7 +11,7 @@
 
 // A table of all pairs would be the square of a picture's tokens. As few of them leave at a time, one of the most alike is there
 // as a rule.
-static constexpr size_t MOST_NEAR = 32;
+static constexpr size_t MOST_NEAR = 128;
 
 std::vector<float>
 st3_cosines(const std::vector<float> & a, size_t n_a, const std::vector<float> & b, size_t n_b, int n_threads) {
