@@ -201,7 +201,8 @@ class st3_memory : public llama_memory_i {
 
     // Of an image's tokens that a stage holds, `kept`, ascending and not empty, stay: each other gives its weight to the one most
     // like it. The rows of the residual stream are gone; the values that the stage's first layer made of them, which carry no
-    // position, are compared instead. alike: of the stage, made where it is null, for later calls; null: there are none. False, with nothing done but a line in the log, where there is no memory for it.
+    // position, are compared instead. alike: of the stage, made where it is null, for later calls; null: there are none. False, with
+    // nothing done but a line in the log, where there is no memory for it.
     bool hand_over(
             llama_seq_id seq_id, uint32_t stage, const held_t & there, const std::vector<uint32_t> & kept,
             std::vector<float> & weights, std::shared_ptr<const st3_likeness> * alike) const;
