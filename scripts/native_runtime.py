@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -69,18 +70,27 @@ class Image:
     non_causal: bool = False
 
 
+_callbacks: list[object] = []
+
+
+def lasting(callback: Any) -> Any:
+    """A log callback for as long as the process lives: whoever sets theirs after it may pass lines on to it."""
+    _callbacks.append(callback)
+    return callback
+
+
 class Runtime:
     """The libraries of one folder. `st3` is False for stock llama.cpp, which has no st3_* functions."""
 
     def __init__(self, folder: Path, st3: bool = True) -> None:
         self.llama = L = load(folder, st3)
         self.log: list[str] = []
-        self._on_log = L.llama_log_callback(self._take_log)
+        on_log = lasting(L.llama_log_callback(self._take_log))
         self._old_log = C.c_void_p(), C.c_void_p()
         self.lib = C.CDLL(L._lib._name)  # the same library; argtypes of our own, the package sets others
         get_log = C.CFUNCTYPE(None, C.c_void_p, C.c_void_p)(("llama_log_get", self.lib))
         get_log(*(C.addressof(p) for p in self._old_log))
-        L.llama_log_set(self._on_log, C.c_void_p(0))
+        L.llama_log_set(on_log, C.c_void_p(0))
         L.llama_backend_init()
         libraries.load_backends(self.lib)
         if st3:

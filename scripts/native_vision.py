@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from native_runtime import Context, Image, Model, NativeError
+from native_runtime import Context, Image, Model, NativeError, lasting
 
 
 class Vision:
@@ -22,9 +22,9 @@ class Vision:
         params = mtmd.mtmd_context_params_default()
         params.use_gpu, params.print_timings, params.warmup, params.n_threads = False, False, False, threads
         if "st3_edge.native.log" not in sys.modules:
-            self._quiet = model.rt.llama.llama_log_callback(lambda level, text, data: None)
-            mtmd.mtmd_log_set(self._quiet, None)
-            mtmd.mtmd_helper_log_set(self._quiet, None)
+            quiet = lasting(model.rt.llama.llama_log_callback(lambda level, text, data: None))
+            mtmd.mtmd_log_set(quiet, None)
+            mtmd.mtmd_helper_log_set(quiet, None)
         self.ctx = mtmd.mtmd_init_from_file(str(mmproj).encode(), model.ptr, params)
         if not self.ctx:
             raise NativeError(f"cannot load {mmproj.name}")

@@ -223,6 +223,29 @@ void st3_memory::add_work(
     }
 }
 
+// Which rows are the announced image's: of every sequence as many as are still to come.
+void st3_memory::find_images(std::vector<st3_work> & works, const std::vector<llama_ubatch> & ubatches) const {
+    const auto & announced = waits.announced;
+
+    std::map<llama_seq_id, uint32_t> came;
+    uint32_t                         most = 0;
+    for (size_t u = 0; u < ubatches.size(); ++u) {
+        for (uint32_t i = 0; i < ubatches[u].n_tokens; ++i) {
+            for (int32_t j = 0; j < ubatches[u].n_seq_id[i]; ++j) {
+                const llama_seq_id seq_id = ubatches[u].seq_id[i][j];
+                auto &             n      = came[seq_id];
+                if (n < announced.left) {
+                    auto & part = works[u].image[seq_id];
+                    part.begins |= n == 0 && announced.begins();
+                    part.rows.push_back(i);
+                    most = std::max(most, ++n);
+                }
+            }
+        }
+        works[u].image_left = announced.left - most;
+    }
+}
+
 llama_memory_context_ptr st3_memory::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
     GGML_UNUSED(embd_all);
 
@@ -252,6 +275,8 @@ llama_memory_context_ptr st3_memory::init_batch(llama_batch_allocr & balloc, uin
     std::vector<st3_work> works(ubatches.size());
     if (plan) {
         works[0].records.push_back(make_record(*plan, slots));
+    } else if (ubatches[0].embd) {
+        find_images(works, ubatches);
     }
     for (const auto & [seq_id, share] : shares) {
         add_work(works[share.last], ubatches[share.last], seq_id, share);
@@ -286,7 +311,7 @@ void st3_memory::finish(
     if (plan) {
         commit(*plan, slots, work);
     } else if (ubatch.embd) {
-        add_images(ubatch);
+        add_images(ubatch, work);
     }
     take_account(ubatch, work, plan);
     if (out) {
@@ -310,27 +335,19 @@ static std::vector<st3_place> places_of(const llama_ubatch & ubatch, uint32_t ro
     return res;
 }
 
-// Embeddings that are announced as an image, as many as are still to come.
-void st3_memory::add_images(const llama_ubatch & ubatch) {
-    auto & announced = waits.announced;
-
-    const uint32_t n = std::min(ubatch.n_tokens / ubatch.n_seqs_unq, announced.left);
-    if (n == 0) {
-        return;
-    }
-    for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
-        const llama_seq_id seq_id = ubatch.seq_id_unq[s];
-        const auto *       first  = std::find_if(
-                       ubatch.seq_id, ubatch.seq_id + ubatch.n_tokens, [=](const auto * ids) { return *ids == seq_id; });
-        if (first == ubatch.seq_id + ubatch.n_tokens) {
-            continue;  // it shares another's rows
+// Embeddings that are announced as an image.
+void st3_memory::add_images(const llama_ubatch & ubatch, const st3_work & work) {
+    for (const auto & [seq_id, part] : work.image) {
+        std::vector<st3_place> places;
+        for (const uint32_t row : part.rows) {
+            places.push_back(st3_place::of(ubatch, row));
         }
-        const auto & list  = images.of(seq_id);
-        const bool   more  = !announced.begins() && !list.empty() && !list.back().pruned;
-        auto &       image = images.add(seq_id, places_of(ubatch, (uint32_t) (first - ubatch.seq_id), n), more);
-        std::tie(image.nx, image.ny) = announced.grid(image.places);
+        const auto & list            = images.of(seq_id);
+        const bool   more            = !part.begins && !list.empty() && !list.back().pruned;
+        auto &       image           = images.add(seq_id, places, more);
+        std::tie(image.nx, image.ny) = waits.announced.grid(image.places);
     }
-    announced.left -= n;
+    waits.announced.left = work.image_left;
 }
 
 // Writes the places of the tokens that survived into the cells that hold them, and remembers the images.

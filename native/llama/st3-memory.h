@@ -26,6 +26,15 @@ struct st3_work {
     std::vector<st3_record>   records;
     std::vector<llama_seq_id> steps;      // sequences that grow by one generated token
     std::vector<llama_seq_id> questions;  // sequences whose waiting images are cut down now
+
+    // Tokens of the announced image.
+    struct part_t {
+        bool                  begins = false;
+        std::vector<uint32_t> rows;  // of the ubatch
+    };
+
+    std::map<llama_seq_id, part_t> image;
+    uint32_t                       image_left = 0;  // of st3_announced, after it
 };
 
 class st3_memory : public llama_memory_i {
@@ -184,7 +193,8 @@ class st3_memory : public llama_memory_i {
 
     bool fit(const std::vector<llama_ubatch> & ubatches, const st3_plan * plan);
 
-    void add_images(const llama_ubatch & ubatch);
+    void find_images(std::vector<st3_work> & works, const std::vector<llama_ubatch> & ubatches) const;
+    void add_images(const llama_ubatch & ubatch, const st3_work & work);
     void take_account(const llama_ubatch & ubatch, const st3_work & work, const st3_plan * plan);
     void commit(const st3_plan & plan, const std::vector<llama_kv_cache::slot_info> & slots, st3_work & work);
     void collect(std::vector<st3_record> records, ggml_tensor * out, ggml_backend_sched_t sched);

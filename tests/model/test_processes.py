@@ -13,6 +13,7 @@ import pytest
 from st3_edge import ModelError, St3Error
 from st3_edge.native import libraries
 
+FOR_GOOD: list[object] = []  # the package's callback passes lines on to the one before it, after the test as well
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 HEAD = """
 import os, sys, threading
@@ -174,6 +175,7 @@ def test_what_another_part_of_the_program_logs_goes_where_it_went(load, files):
     lib = libraries.load().lib
     heard = []
     callback = lib.llama_log_callback(lambda level, text, _: heard.append((threading.current_thread().name, text)))
+    FOR_GOOD.append(callback)
     before = lib.llama_log_callback(), ctypes.c_void_p()
     lib.llama_log_get(ctypes.byref(before[0]), ctypes.byref(before[1]))
     lib.llama_log_set(callback, ctypes.c_void_p(0))

@@ -158,16 +158,12 @@ def decode_embeddings(ctx: Context, embd: np.ndarray, seqs: list[list[int]], pla
         L.llama_batch_free(batch)
 
 
-half = pytest.mark.xfail(
-    strict=True, reason="rows that two sequences share: half of the image is noted, of one of them"
-)
-
-
-@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=half)], ids=["rows of their own", "shared rows"])
-def test_an_image_of_several_sequences(rt, random_gguf, tally, shared: bool) -> None:
-    """Breaks if such an image is pruned in the graph, or belongs to one of them, or its half to each."""
+@pytest.mark.parametrize("n_ubatch", [128, 40])
+@pytest.mark.parametrize("shared", [False, True], ids=["rows of their own", "shared rows"])
+def test_an_image_of_several_sequences(rt, random_gguf, tally, shared: bool, n_ubatch: int) -> None:
+    """Breaks if such an image is pruned in the graph, or belongs to one of them, or a part of it to each."""
     path = random_gguf(SHAPE)
-    with Model(rt, path, KEYS) as model, Context(model, n_ctx=512, n_seq=2, unified=True) as ctx:
+    with Model(rt, path, KEYS) as model, Context(model, n_ctx=512, n_seq=2, unified=True, n_ubatch=n_ubatch) as ctx:
         image = picture()
         ctx.announce(64, 8, 8)
         if shared:
