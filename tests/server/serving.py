@@ -124,3 +124,9 @@ def growth(sizes: list[int]) -> float:
 
 
 Start = Callable[..., Server]
+
+
+def alive(server: Server, scenes: list[Any]) -> None:
+    """Breaks if it no longer answers a question about a picture."""
+    question, answer = scenes[0].questions[0]
+    assert server.ask(question, scenes[0].picture) == answer
