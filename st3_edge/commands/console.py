@@ -134,7 +134,7 @@ class Console:
             remains = f", {waited * (1 - self._share) / done:.0f} s left" if done > 0 else ""
         words += [self._detail] if self._detail else []
         text = f"{' '.join(words)} ... {waited:.0f} s{remains}"
-        return text[: self._width()]  # a longer one would stay on the screen
+        return text[: self.width()]  # a longer one would stay on the screen
 
     @contextlib.contextmanager
     def ticking(self) -> Iterator[None]:
@@ -156,11 +156,11 @@ class Console:
         """Broken between words at a terminal's edge."""
         if not self.err.isatty():
             return text
-        width = self._width()
+        width = self.width()
         fill = textwrap.TextWrapper(width, break_on_hyphens=False, break_long_words=False).fill
         return "\n".join(fill(line) if len(line) > width else line for line in text.split("\n"))
 
-    def _width(self) -> int:
+    def width(self) -> int:
         """Columns that a line on `err` may take."""
         try:
             columns = os.get_terminal_size(self.err.fileno()).columns

@@ -3,6 +3,7 @@
 import base64
 import io
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -141,13 +142,14 @@ def test_wrapping_changes_spaces_alone(text, width, step):
     assert all(terminal.cells(line.rstrip(" ")) < width for line in got.split("\n"))
 
 
-def test_the_map_of_what_was_kept():
-    # broken if rows and columns were swapped, what had left were shown as held, or a stage of one layer as one of many
-    left = [[-1] * 4, [-1, 0, -1, 0], [-1, 3, -1, 0]]
-    stages = [range(1), range(1, 3), range(3, 8)]
-    assert terminal.kept_map(4, left, stages, 0) == ["██  ", "██  "]
-    assert terminal.kept_map(4, left[::-1], stages, 0) == ["██▒▒", "██▒▒"]
-    assert terminal.kept_map(3, left, stages, 0) == []
+def test_the_brightness_of_patches():
+    # broken if rows and columns were swapped, a long row were broken, or what is in no whole square were lost
+    def drawn(shares, width=80):
+        return terminal.shaded(np.array(shares, float), " .:#", width)
+
+    assert drawn([[1, 0, 0], [0.3, 0.7, 1]]) == ["##    ", "..::##"]
+    assert drawn([[1, 1, 0, 0, 1]] * 3, 6) == ["##  ##", "##  ##"]
+    assert drawn([[0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], 6) == ["::::::"]
 
 
 def test_several_lines_between_fences(monkeypatch):

@@ -12,6 +12,8 @@ from typing import Any
 
 from ...config import ST3Config
 from ...errors import ConfigError, ContextError, ImageError, OutputError, St3Error, one_line
+from ...files import gguf
+from ...files.pair import projector
 from ...llava import Llava
 from ...prompts import images
 from ...prompts.messages import parts_of
@@ -19,6 +21,7 @@ from ...report import layers
 from ...runtime import state
 from .. import loading, options, which
 from ..console import Console, run
+from ..inspect.seen import see
 from ..parser import suggestion
 from . import lines, paths, saved, terminal
 
@@ -258,15 +261,22 @@ class Chat:
         if not report or not trace or not trace.images:
             self._console.note("(no answer about a picture yet)")
             return
-        first = 0
-        for number, n in enumerate(trace.images, 1):
-            for line in terminal.kept_map(n, trace.left, report.stages, first, self._console.shades):
-                self._console.note(line)
-            held = [sum(of[i] < 0 for i in range(first, first + n)) for of in trace.left]
-            seen = ", ".join(f"{m} in {layers(stage)}" for stage, m in zip(report.stages, held, strict=True))
-            self._console.note(f"picture {number}: of {n} visual tokens, still seen at the end: {seen}")
-            first += n
-        self._console.note("(the brighter a patch, the more of the model's layers still saw it)")
+        shown = [part["image"] for message in self._messages for part in _pictures_of(message)]
+        kind = projector(gguf.read_header(self._llava.mmproj_path, "mmproj"))
+        llava = self._llava
+        seen = see("", shown, [images.load(image) for image in shown], llava.tiles, report, llava.model_path, kind)
+        held, shares = seen.held(seen.n_steps - 1), seen.shares(seen.n_steps - 1)
+        for number, picture in enumerate(seen.pictures, 1):
+            for view in picture.views:
+                for line in terminal.shaded(shares[view.tokens], self._console.shades, self._console.width()):
+                    self._console.note(line)
+            of_picture = held[:, picture.first : picture.first + picture.n].sum(axis=1)
+            still = ", ".join(f"{n} in {layers(stage)}" for stage, n in zip(seen.stages, of_picture, strict=True))
+            self._console.note(f"picture {number}: of {picture.n} visual tokens, still seen at the end: {still}")
+        if seen.unknown:
+            self._console.note(f"(patches are not shown: {seen.unknown})")
+        else:
+            self._console.note("(the brighter a patch, the more of the model's layers still saw it)")
 
     def _report(self, _: str) -> None:
         report = self._llava.last_report

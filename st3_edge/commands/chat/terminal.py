@@ -9,6 +9,9 @@ import shutil
 import unicodedata
 from collections.abc import Callable
 
+import numpy as np
+import numpy.typing as npt
+
 _PICTURE_CELLS = 24  # wide
 _CHUNK = 4096  # bytes of kitty's protocol in one piece
 
@@ -95,19 +98,12 @@ def thumbnail(source: str) -> bytes:
     return out.getvalue()
 
 
-def kept_map(n: int, left: list[list[int]], stages: list[range], first: int, shades: str = " ░▒▓█") -> list[str]:
-    """Lines that show which of a picture's `n` visual tokens the layers still held when an answer ended: the brighter a
-    patch, the more layers held it. left: a trace's; stages: the layers of each; first: the index of the picture's first
-    token; shades: characters, the brightest last. [] where the patches are no square."""
-    side = round(n**0.5)
-    if side * side != n or not left:
-        return []
-    lines = []
-    for y in range(side):
-        row = ""
-        for x in range(side):
-            index = first + y * side + x
-            share = sum(len(stage) for stage, of in zip(stages, left, strict=True) if of[index] < 0) / stages[-1].stop
-            row += shades[round(share * (len(shades) - 1))] * 2  # a character is twice as high as wide
-        lines.append(row)
-    return lines
+def shaded(shares: npt.NDArray[np.float64], shades: str, width: int) -> list[str]:
+    """Lines of at most `width` columns that show numbers of 0 to 1, float64 [rows][columns]: the larger, the brighter.
+    Two characters are a patch, or a square of several where the lines would be too long. shades: characters, the
+    brightest last."""
+    side = max(1, -(-2 * shares.shape[1] // width))
+    wide = np.pad(shares, [(0, -n % side) for n in shares.shape], constant_values=np.nan)
+    squares = wide.reshape(len(wide) // side, side, -1, side)
+    levels = np.rint(np.nanmean(squares, axis=(1, 3)) * (len(shades) - 1)).astype(int)
+    return ["".join(shades[level] * 2 for level in row) for row in levels]  # a character is twice as high as wide

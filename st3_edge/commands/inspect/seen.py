@@ -21,11 +21,14 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of the question: its name and size in pixels, and its views; their `tokens` count over all pictures."""
+    """A picture of the question: its name and size in pixels, its visual tokens, and its views; the `tokens` of these
+    count over all pictures, from `first` on."""
 
     name: str
     width: int
     height: int
+    first: int
+    n: int
     views: list[View]
 
 
@@ -92,10 +95,13 @@ class Seen:
         mask: Mask = self.left > step
         return mask
 
+    def shares(self, step: int) -> npt.NDArray[np.float64]:
+        """The share of the layers that held each visual token then, float64 [given]."""
+        return np.average(self.held(step), axis=0, weights=[len(stage) for stage in self.stages])
+
     def share(self, step: int) -> float:
         """Mean over layers of visual tokens held then / given; 1 where none was given."""
-        layers = [len(stage) for stage in self.stages]
-        return float(np.average(self.held(step).mean(axis=1), weights=layers)) if self.given else 1.0
+        return float(self.shares(step).mean()) if self.given else 1.0
 
     @property
     def notice(self) -> str | None:
@@ -145,16 +151,18 @@ def see(
 ) -> Seen:
     """Puts together what was asked and what came of it. `sources`: the pictures as they were named; `tiles`: says
     what the vision encoder sees of one; `model`: the text model's path; `projector`: the vision half's."""
-    shown, n, unknown = [], 0, None
+    shown, n, unknown = list[Picture](), 0, None
     for source, picture in zip(sources, pictures, strict=True):
+        of_picture: Sequence[Tile] = []
         placed: list[View] = []
         try:
             of_picture = tiles(picture)
             placed = [replace(v, tokens=v.tokens + n) for v in views(picture, of_picture, projector)]
-            n += sum(tile.n for tile in of_picture)
         except (ModelError, ImageError) as e:
             unknown = str(e)
-        shown.append(Picture(_name(source), picture.width, picture.height, placed))
+        n_picture = sum(tile.n for tile in of_picture)
+        shown.append(Picture(_name(source), picture.width, picture.height, n, n_picture, placed))
+        n += n_picture
     seen = Seen(question, shown, report, Path(model).name)
     if n != seen.given and not unknown:
         unknown = f"the pictures have {n} visual tokens, and the conversation {seen.given}"
