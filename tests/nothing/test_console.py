@@ -12,6 +12,7 @@ from st3_edge.commands import which
 from st3_edge.commands.console import Console, amount
 from st3_edge.commands.serve import command as serve
 from st3_edge.files import hub
+from st3_edge.native import libraries
 
 
 class Screen(io.StringIO):
@@ -142,3 +143,24 @@ def test_a_map_is_drawn_in_letters_that_there_are(console):
     made = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     console.err = made
     assert len(console.shades.encode(made.encoding)) == 5
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["ask", "none.png", "?"], "none.png"),
+        (["chat", "none.png"], "none.png"),
+        (["inspect", "none.png", "?"], "none.png"),
+        (["tune", "none"], "folder 'none'"),
+        (["tune", "FOLDER", "--questions", "none.txt"], "none.txt"),
+        (["tune", "FOLDER", "--output", "none/new.gguf"], "there is no folder 'none'"),
+        (["bench", "--against", "off", "--image", "none.png"], "none.png"),
+    ],
+)
+def test_a_mistake_is_told_before_a_download(command, says, monkeypatch, tmp_path, capfd):
+    # broken if it came to light gigabytes later
+    monkeypatch.setattr(hub, "pair", lambda *_, **__: pytest.fail("it was downloaded"))
+    monkeypatch.setattr(libraries, "check_present", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*(word.replace("FOLDER", str(demo.FOLDER)) for word in command), "--hf", "a/b"]) == 1
+    assert says in capfd.readouterr().err

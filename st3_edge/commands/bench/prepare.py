@@ -78,6 +78,8 @@ def make_jobs(console: Console, arguments: argparse.Namespace, tell: Tell) -> tu
                 )
         if arguments.question is not None and not arguments.question.strip():
             raise PromptError("the question is empty")
+        for picture in arguments.image or ():
+            images.load(picture)  # before a download
         found = which.find(console, arguments)
         model, mmproj = found.model, found.mmproj
         pictures = arguments.image or [str(demo.scenes()[0].picture)]
@@ -85,8 +87,6 @@ def make_jobs(console: Console, arguments: argparse.Namespace, tell: Tell) -> tu
         check_pair(model, mmproj)
         for part in choose.files(model)[1:]:
             gguf.read_header(part)
-    for picture in pictures:
-        images.load(picture)  # check before the slow model load
     if not arguments.shape:
         found.say(console)
     if remark:
