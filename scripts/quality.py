@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import native_runtime
@@ -149,8 +150,8 @@ def main() -> None:
     left = list(tasks(configs, done, styles, numbers, grid))
     print(f"{len(configs)} configurations, {len(left)} chunks of {CHUNK} scenes to run", file=sys.stderr)
     begin = time.monotonic()
-    with mp.get_context("spawn").Pool(args.jobs, quality_answers.start_worker, (job,)) as pool:
-        for k, (task, rows) in enumerate(pool.imap_unordered(quality_answers.run, left), 1):
+    with ProcessPoolExecutor(args.jobs, mp.get_context("spawn"), quality_answers.start_worker, (job,)) as pool:
+        for k, (task, rows) in enumerate(pool.map(quality_answers.run, left), 1):
             with path[task.style, task.name].open("a") as f:
                 f.writelines(json.dumps(row) + "\n" for row in rows)
             for row in rows:
