@@ -59,9 +59,9 @@ def alternately(
     call: Callable[[native_runtime.Context, int], int],
     before: Callable[[native_runtime.Context], None] = lambda _: None,
 ) -> np.ndarray:
-    """Milliseconds until what call(context, i) computes is there, logits included: float64 [2, n], taken in the order
-    A B, B A, ... after a turn (i = -1) that warms up. `before` is not timed."""
-    ms = np.zeros((2, n))
+    """Milliseconds until what call(context, i) computes is there, logits included: float64 [2, 1 + n], taken in the
+    order A B, B A, ...; i = -1, the first, warms up. `before` is not timed."""
+    ms = np.zeros((2, 1 + n))
     for i in range(-1, n):
         for which in ((0, 1), (1, 0))[i % 2]:
             ctx = contexts[which]
@@ -71,16 +71,15 @@ def alternately(
             ctx.rt.llama.llama_get_logits_ith(ctx.ptr, -1)  # waits for them
             if code:
                 raise SystemExit(f"it failed ({code}): {ctx.rt.last_error()}")
-            if i >= 0:
-                ms[which, i] = 1e3 * (time.perf_counter() - start)
+            ms[which, 1 + i] = 1e3 * (time.perf_counter() - start)
     return ms
 
 
 def measure(
     rt: native_runtime.Runtime, path: Path, keys: list[Keys], args: argparse.Namespace
 ) -> dict[str, np.ndarray]:
-    """Milliseconds of prefills, float64 [2, prefills], and of decode steps, [2, steps], of two models in the order of
-    keys."""
+    """Milliseconds of prefills, float64 [2, 1 + prefills], and of decode steps, [2, 1 + steps], of two models in the
+    order of keys."""
     models = [native_runtime.Model(rt, path, k, repack=False) for k in keys]
     visual = SHAPES[args.shape].n_visual
     at = visual + args.text
@@ -99,10 +98,30 @@ def measure(
 
 
 def summary(ms: np.ndarray) -> dict:
-    """Medians of milliseconds float64 [2, n] (A, B), and B / A: of the medians, and of the sums."""
-    a, b = (float(np.median(row)) for row in ms)
-    whole = float(ms[1].sum() / ms[0].sum())
-    return {"n": ms.shape[1], "ms": [round(a, 3), round(b, 3)], "ratio": round(b / a, 4), "of_sums": round(whole, 4)}
+    """Medians of milliseconds float64 [2, 1 + n] (A, B), and B / A: of the medians, and of the sums; all without the
+    first, which stands by itself."""
+    first, rest = ms[:, 0], ms[:, 1:]
+    a, b = (float(np.median(row)) for row in rest)
+    whole = float(rest[1].sum() / rest[0].sum())
+    return {
+        "n": rest.shape[1],
+        "first_ms": [round(float(x), 3) for x in first],
+        "ms": [round(a, 3), round(b, 3)],
+        "ratio": round(b / a, 4),
+        "of_sums": round(whole, 4),
+    }
+
+
+def together(rounds: list[dict]) -> dict:
+    """The mean over rounds of what `summary` gives, ratios geometric: each round has the other model loaded first."""
+    return {
+        **{
+            key: [round(float(np.mean(x)), 3) for x in zip(*(r[key] for r in rounds), strict=True)]
+            for key in ("first_ms", "ms")
+        },
+        **{key: round(float(np.exp(np.mean([np.log(r[key]) for r in rounds]))), 4) for key in ("ratio", "of_sums")},
+        "rounds": rounds,
+    }
 
 
 def main() -> None:
@@ -137,8 +156,7 @@ def main() -> None:
             rounds.append({what: rows[list(order)] for what, rows in ms.items()})  # A first
         out[name] = {"keys": keys}
         for what in ("prefill", "decode"):
-            each = [ms[what] for ms in rounds]
-            out[name][what] = {**summary(np.concatenate(each, 1)), "rounds": [summary(ms) for ms in each]}
+            out[name][what] = together([summary(ms[what]) for ms in rounds])
             row = name, what, *out[name][what]["ms"], out[name][what]["ratio"]
             print("{:<10}{:<10}{:>10.2f} ms{:>10.2f} ms{:>8.3f}".format(*row), flush=True)
     told = {

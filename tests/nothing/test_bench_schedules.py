@@ -24,6 +24,9 @@ def test_scoring_is_all_that_its_pair_differs_in():
 
 
 def test_a_pairs_summary():
-    # broken by a mean for a median, or A / B
-    told = bench_schedules.summary(np.array([[1.0, 2, 9], [2, 4, 6]]))
-    assert told == {"n": 3, "ms": [2, 4], "ratio": 2, "of_sums": 1}
+    # broken by a mean for a median, A / B, or a turn that warms up among the others
+    told = bench_schedules.summary(np.array([[50.0, 1, 2, 9], [70, 2, 4, 6]]))
+    assert told == {"n": 3, "first_ms": [50, 70], "ms": [2, 4], "ratio": 2, "of_sums": 1}
+    other = {**told, "first_ms": [30, 50], "ms": [4, 2], "ratio": 0.5, "of_sums": 4}
+    both = bench_schedules.together([told, other])
+    assert both == {"first_ms": [40, 60], "ms": [3, 3], "ratio": 1, "of_sums": 2, "rounds": [told, other]}
