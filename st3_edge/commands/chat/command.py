@@ -95,6 +95,7 @@ class Chat:
         self._chosen = self._config = config or ST3Config()  # as the chat began, and in use
         self._load = load
         self._messages: list[dict[str, Any]] = []
+        self._seen: list[Any] = []  # the pictures that the last answer is about
         self.system = ""
         self._is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self._script = False  # lines come from no terminal
@@ -261,10 +262,9 @@ class Chat:
         if not report or not trace or not trace.images:
             self._console.note("(no answer about a picture yet)")
             return
-        shown = [part["image"] for message in self._messages for part in _pictures_of(message)]
-        kind = projector(gguf.read_header(self._llava.mmproj_path, "mmproj"))
-        llava = self._llava
-        seen = see("", shown, [images.load(image) for image in shown], llava.tiles, report, llava.model_path, kind)
+        llava, pictures = self._llava, [images.load(picture) for picture in self._seen]
+        kind = projector(gguf.read_header(llava.mmproj_path, "mmproj"))
+        seen = see("", self._seen, pictures, llava.tiles, report, llava.model_path, kind)
         held, shares = seen.held(seen.n_steps - 1), seen.shares(seen.n_steps - 1)
         for number, picture in enumerate(seen.pictures, 1):
             for view in picture.views:
@@ -350,7 +350,9 @@ class Chat:
 
     def _pieces(self, question: dict[str, Any], how: dict[str, Any]) -> Any:
         messages = [*self._system(), *self._messages, question]
+        pictures = [part["image"] for message in messages for part in _pictures_of(message)]
         for chunk in self._llava.create_chat_completion(messages, stream=True, trace=True, **how):
+            self._seen = pictures
             yield chunk["choices"][0]["delta"].get("content", "")
 
     def _system(self) -> list[dict[str, Any]]:
