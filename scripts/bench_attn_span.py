@@ -1,16 +1,16 @@
 """Time the span-attention op on a GPU beside the time that reading K once takes at the device's own copy bandwidth.
 
-python scripts/bench_attn_span.py [--libraries DIR] [--cpu] [--json OUT]
+python scripts/bench_attn_span.py [--cpu] [--json OUT]
 
 Each graph holds as many ops, each on keys of its own, as it takes to leave the caches behind; it runs several times and
 the fastest counts. So a time includes the launch, as a decode step does, and nothing is found in a cache that a decode
 step would not find there. The bandwidth is that of a large copy in the same library, bytes read and written.
+The libraries are $ST3_LIB_DIR's, else the package's.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 for folder in (ROOT, ROOT / "tests" / "native", ROOT / "scripts"):
     sys.path.insert(0, str(folder))
 
+import measuring  # noqa: E402
 import native_runtime  # noqa: E402
 import numpy as np  # noqa: E402
 from ggml_graph import Backend, InitParams  # noqa: E402
@@ -111,12 +112,14 @@ def measure(b: Backend, kind: Kind, rows: int, heads: int, heads_kv: int, cells:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--libraries", type=Path, help="their folder (else $ST3_LIB_DIR, else the package's)")
     parser.add_argument("--cpu", action="store_true", help="the CPU instead: to try this script out")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=measuring.result_file, help="write the figures here as well")
     args = parser.parse_args()
-    folder = args.libraries or native_runtime.built()
-    b = Backend(folder, CPU if args.cpu else GPU)
+    folder = native_runtime.built()
+    try:
+        b = Backend(folder, CPU if args.cpu else GPU)
+    except LookupError:
+        raise SystemExit(f"no GPU for the libraries in {folder}") from None
     bandwidth = copy_bandwidth(b)
     print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
     print(f"{'shape':<30}{'K':>6}{'microseconds':>14}{'floor':>8}{'share':>7}")
@@ -128,9 +131,8 @@ def main() -> None:
             print(f"{name:<30}{kind:>6}{took * 1e6:>14.1f}{floor * 1e6:>8.1f}{floor / took:>7.0%}", flush=True)
             results.append({"shape": name, "k": kind, "seconds": took, "floor": floor, "k_bytes": n_bytes})
     if args.json:
-        told = {"copy_bytes_per_second": bandwidth, "results": results, **provenance()}
-        args.json.write_text(json.dumps(told, indent=1) + "\n")
+        measuring.write_json(args.json, {"copy_bytes_per_second": bandwidth, "results": results, **provenance()})
 
 
 if __name__ == "__main__":
-    main()
+    measuring.run(main)

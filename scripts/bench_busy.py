@@ -6,13 +6,14 @@ python scripts/bench_busy.py NAME=FOLDER[,VARIABLE=VALUE...] ... [--shape llava-
 FOLDER holds the libraries of a build, VARIABLE is set in its process. Each side prefills a prompt and decodes an
 answer, in turn; without --shape it is the embedded model and a picture. Before that --busy endless loops are started.
 They are of the same session as the sides, since Linux shares a CPU among sessions first. "By fair" is the time by what
-a fair share of the CPUs would take: the first side's with the fewest loops, times (threads + loops) / CPUs.
+a fair share of the CPUs would take: the first side's with the fewest loops, by how many more of its threads and loops
+there are to a CPU (none where each has one).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import statistics
 import subprocess
 import sys
@@ -20,14 +21,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import native_runtime  # noqa: F401 - puts the package on the path
+import measuring
 
 from st3_edge import demo
-from st3_edge.commands.bench.cache import random_text
-from st3_edge.commands.bench.shapes import SHAPES, TYPES
+from st3_edge.commands.bench.shapes import SHAPES
 from st3_edge.commands.bench.sides import Side
 from st3_edge.commands.bench.worker import Job
-from st3_edge.files.output import cache_folder
 from st3_edge.native import machine
 
 WHAT = {"prefill": "prefill, ms", "decode": "decode, ms a token"}
@@ -41,7 +40,7 @@ def job(args: argparse.Namespace) -> Job:
         st3=not args.off,
         stock=None,
         keys={"st3.preset": "off"} if args.off else {"st3.preset": "st3", "st3.budget": args.budget},
-        model=str(random_text(args.shape, args.type, args.cache)) if shape else model,
+        model=str(measuring.random_model(args)) if shape else model,
         mmproj=None if shape else mmproj,
         pictures=[] if shape else [str(demo.scenes()[0].picture)],
         question=None if shape else "Describe the image.",
@@ -71,12 +70,9 @@ def table(rows: list[dict[str, Any]], threads: int, cpus: int) -> list[str]:
         cells = []
         for what in WHAT:
             values = row["ms"][what]
-            fair = idle[what] * max(1, (threads + row["busy"]) / cpus)
-            middle = statistics.median(values)
-            low, middle_text, high = (
-                f"{v:.0f}" if v >= 100 else f"{v:.3g}" for v in (min(values), middle, max(values))
-            )
-            cells.append(f"{middle_text} ({low} to {high}) | {middle / fair:.2f}")
+            more = max(1, (threads + row["busy"]) / cpus) / max(1, (threads + rows[0]["busy"]) / cpus)
+            by_fair = statistics.median(values) / (idle[what] * more)
+            cells.append(f"{measuring.spread(values)} | {by_fair:.2f}")
         lines.append(f"| {row['busy']} | {row['build']} | " + " | ".join(cells) + " |")
     return lines
 
@@ -85,36 +81,35 @@ def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("builds", nargs="+", metavar="NAME=FOLDER[,VARIABLE=VALUE...]")
-    parser.add_argument("--shape", choices=sorted(SHAPES))
-    parser.add_argument("--type", default="Q4_0", choices=TYPES)
-    parser.add_argument("--cache", type=Path, default=cache_folder())
-    parser.add_argument("--budget", type=float, default=0.30)
+    measuring.add_shape(parser)
+    parser.add_argument("--budget", type=measuring.budget, default=0.30)
     parser.add_argument("--off", action="store_true", help="without pruning")
-    parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2, 4])
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--generate", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=machine.usable_cpus())
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--busy", type=measuring.whole(0, 1000), nargs="+", default=[0, 1, 2, 4])
+    parser.add_argument("--pairs", type=measuring.count, default=5)
+    parser.add_argument("--generate", type=measuring.count, default=32)
+    parser.add_argument("--threads", type=measuring.count, default=machine.usable_cpus())
+    parser.add_argument("--json", type=measuring.result_file, help="write the figures here as well")
     args = parser.parse_args()
-    sides = []
+    work, environments = job(args), {}
     for build in args.builds:
         name, _, rest = build.partition("=")
         folder, *variables = rest.split(",")
-        environment = {"ST3_LIB_DIR": folder, **dict(variable.split("=", 1) for variable in variables)}
-        sides.append(Side(name, job(args), environment, new_session=False))
+        if name in environments or not folder or not all("=" in variable for variable in variables):
+            parser.error(f"not NAME=FOLDER[,VARIABLE=VALUE...], each name once: {build!r}")
+        environments[name] = {"ST3_LIB_DIR": folder, **dict(variable.split("=", 1) for variable in variables)}
+    sides = [Side(name, work, environment, new_session=False) for name, environment in environments.items()]
     rows = []
     try:
         for side in sides:
             side.open()
-        for busy in args.busy:
-            loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
-            try:
+        for busy in sorted(set(args.busy)):
+            with contextlib.ExitStack() as loops:
+                for _ in range(busy):
+                    loop = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                    loops.callback(loop.wait)
+                    loops.callback(loop.kill)
                 time.sleep(0.5)
                 found = measure(sides, args.pairs, args.generate)
-            finally:
-                for loop in loops:
-                    loop.kill()
-                    loop.wait()
             rows += [{"busy": busy, "build": name, "ms": ms} for name, ms in found.items()]
             print(f"{busy} busy threads: measured", file=sys.stderr)
     finally:
@@ -123,9 +118,9 @@ def main() -> None:
     cpus = machine.usable_cpus()
     print("\n".join(table(rows, args.threads, cpus)))
     if args.json:
-        setup = {"threads": args.threads, "cpus": cpus, "model": Path(job(args).model).name, "rows": rows}
-        args.json.write_text(json.dumps({**setup, **machine.provenance()}, indent=1) + "\n")
+        setup = {"threads": args.threads, "cpus": cpus, "model": Path(work.model).name, "rows": rows}
+        measuring.write_json(args.json, {**setup, **machine.provenance()})
 
 
 if __name__ == "__main__":
-    main()
+    measuring.run(main)

@@ -1,24 +1,23 @@
 """Time the vision encoder beside stock llama.cpp's, in interleaved pairs, on random weights of CLIP ViT-L/14-336.
 
-python scripts/bench_encode.py [--stock build/stock/lib] [--types F16 Q8_0] [--pictures 1 5] [--pairs 5] [--threads N]
+python scripts/bench_encode.py [--types F16 Q8_0] [--pictures 1 5] [--pairs 5] [--threads N]
                                [--kernels avx512-bf16 | avx512 | avx2] [--json OUT]
 
 LLaVA-1.5 encodes one picture, 1.6 a picture as up to five tiles, each like one. The peak is the speed of products in
 BF16 by PyTorch (oneDNN) on the same threads, where it is installed. tests/native/test_vision.py compares what is
-computed with double precision.
+computed with double precision. Stock's libraries are $ST3_STOCK_LIB_DIR's, else those in build/stock/lib.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
 from pathlib import Path
 
-import native_runtime  # noqa: F401 - puts the package on the path
+import measuring
 from PIL import Image
 
 from st3_edge import demo
@@ -26,7 +25,7 @@ from st3_edge.commands.bench import random_model
 from st3_edge.commands.bench.shapes import CLIP_L_336, SEED, Shape
 from st3_edge.commands.bench.sides import Side
 from st3_edge.commands.bench.worker import Job
-from st3_edge.files.output import cache_folder
+from st3_edge.files.output import cache_folder, replacing
 from st3_edge.native import machine
 
 WIDTH = 4096  # of a 7B decoder
@@ -39,9 +38,11 @@ def files(folder: Path, file_type: str) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     text, mmproj = folder / "encode-text.gguf", folder / f"encode-clip-l-336-{file_type}.gguf"
     if not text.is_file():
-        random_model.write_text(text, TEXT, "Q8_0", SEED)
+        with replacing(text) as file:
+            random_model.write_text(Path(file.name), TEXT, "Q8_0", SEED)
     if not mmproj.is_file():
-        random_model.write_vision(mmproj, CLIP_L_336, WIDTH, SEED, file_type=file_type)
+        with replacing(mmproj) as file:
+            random_model.write_vision(Path(file.name), CLIP_L_336, WIDTH, SEED, file_type=file_type)
     return text, mmproj
 
 
@@ -83,7 +84,7 @@ def side(args: argparse.Namespace, ours: bool, file_type: str, n: int) -> Side:
     text, mmproj = files(args.cache, file_type)
     job = Job(
         st3=ours,
-        stock=None if ours else str(args.stock.resolve()),
+        stock=None if ours else str(measuring.stock_folder()),
         keys=KEYS if ours else {},
         model=str(text),
         mmproj=str(mmproj),
@@ -100,15 +101,15 @@ def side(args: argparse.Namespace, ours: bool, file_type: str, n: int) -> Side:
 def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stock", type=Path, default=Path(__file__).parents[1] / "build" / "stock" / "lib")
     parser.add_argument("--types", nargs="+", default=["F16", "Q8_0"], choices=["F32", "F16", "Q8_0"])
-    parser.add_argument("--pictures", type=int, nargs="+", default=[1, 5])
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=machine.usable_cpus())
+    parser.add_argument("--pictures", type=measuring.count, nargs="+", default=[1, 5])
+    parser.add_argument("--pairs", type=measuring.count, default=5)
+    parser.add_argument("--threads", type=measuring.count, default=machine.usable_cpus())
     parser.add_argument("--kernels", help="of ours (default: the fastest that this CPU has)")
     parser.add_argument("--cache", type=Path, default=cache_folder())
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--json", type=measuring.result_file, help="write the figures here as well")
     args = parser.parse_args()
+    measuring.stock_folder()
     best = peak(args.threads)
     rows = []
     for file_type, n in itertools.product(args.types, args.pictures):
@@ -125,7 +126,7 @@ def main() -> None:
                 one.close()
         print(f"{file_type}, {n}: measured", file=sys.stderr)
         rows.append({"type": file_type, "pictures": n, "ms": ms})
-    print("| mmproj | pictures | stock, s | ours, s | times as fast (pairs) | GFLOP/s | share of the peak |")
+    print("| mmproj | pictures | stock, s | ours, s | speedup (pairs) | GFLOP/s | share of the peak |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
         stock, ours = row["ms"]["stock"], row["ms"]["ours"]
@@ -133,17 +134,15 @@ def main() -> None:
         speed = row["pictures"] * flops() / statistics.median(ours) * 1e3
         row |= {"ratios": ratios, "flops_per_second": speed, "share": speed / best if best else None}
         share = f"{row['share']:.2f}" if best else "-"
-        times = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(
-            f"| {row['type']} | {row['pictures']} | {statistics.median(stock) / 1e3:.2f} | "
-            f"{statistics.median(ours) / 1e3:.2f} | {times} | {speed / 1e9:.0f} | {share} |"
-        )
+        seconds = " | ".join(f"{statistics.median(ms) / 1e3:.2f}" for ms in (stock, ours))
+        speedup = measuring.spread(ratios, measuring.ratio)
+        print(f"| {row['type']} | {row['pictures']} | {seconds} | {speedup} | {speed / 1e9:.0f} | {share} |")
     if best:
         print(f"peak: {best / 1e9:.0f} GFLOP/s in BF16 on {args.threads} threads")
     if args.json:
         setup = {"threads": args.threads, "kernels": args.kernels, "peak": best, "rows": rows, **machine.provenance()}
-        args.json.write_text(json.dumps(setup, indent=1) + "\n")
+        measuring.write_json(args.json, setup)
 
 
 if __name__ == "__main__":
-    main()
+    measuring.run(main)

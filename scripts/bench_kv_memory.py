@@ -3,7 +3,7 @@
 python scripts/bench_kv_memory.py [--shape llava-1.5-7b] [--text 512] [--answer 128] [--json OUT]
 
 Each side runs in a process of its own: ours on the libraries in use, with preset `st3` as it is; stock on those in
-$ST3_STOCK_LIB_DIR (built with -DST3_STOCK=ON), its n_ctx just what the work needs. Two measures:
+$ST3_STOCK_LIB_DIR (else build/stock/lib), its n_ctx just what the work needs. Two measures:
 
 told    what llama.cpp says that it allocated: the report's kv_bytes.allocated; stock's log line of its cache.
 anon    growth of the anonymous resident bytes (RssAnon: mapped weights do not count). Stock allocates its cache with
@@ -29,12 +29,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import measuring
 import native_runtime
 import numpy as np
 
-from st3_edge.commands.bench.cache import random_text
-from st3_edge.commands.bench.shapes import SHAPES, TYPES
-from st3_edge.files.output import cache_folder
+from st3_edge.commands.bench.shapes import SHAPES
 from st3_edge.native.machine import provenance
 
 MIB = 1 << 20
@@ -85,8 +84,7 @@ def prefill(ctx: native_runtime.Context, pieces: list, stock: bool) -> int:
 def work(args: argparse.Namespace) -> dict:
     """One side, in this process: bytes by both measures at the moments of the work."""
     stock = args.side == "stock"
-    folder = Path(os.environ["ST3_STOCK_LIB_DIR"]) if stock else native_runtime.lib_dir()
-    assert folder is not None
+    folder = measuring.stock_folder() if stock else native_runtime.built()
     rt = Listening(folder, st3=not stock)
     keys: dict[str, native_runtime.Value] = {} if stock else {"st3.preset": "st3"}
     out: dict = {}
@@ -95,7 +93,7 @@ def work(args: argparse.Namespace) -> dict:
         told = rt.told[0] if stock else ctx.report()["kv_bytes"]["allocated"]
         return {"told": told, "anon": anon() - loaded}
 
-    with native_runtime.Model(rt, random_text(args.shape, args.type, args.cache), keys) as model:
+    with native_runtime.Model(rt, measuring.random_model(args), keys) as model:
         pieces = prompt(model, args.visual, args.text)
         said = [int(t) for t in np.random.default_rng(2).integers(3, model.n_vocab, args.answer)]
         sizes = {"small": 256, "work": args.visual + args.text + args.answer, "fresh": args.fresh}
@@ -156,34 +154,32 @@ def compare(stock: dict, ours: dict, args: argparse.Namespace) -> dict:
 def main() -> None:
     """Parse the command line, run both sides, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="llava-1.5-7b", choices=sorted(SHAPES))
-    parser.add_argument("--type", default="Q4_0", choices=sorted(TYPES))
-    parser.add_argument("--cache", type=Path, default=cache_folder())
-    parser.add_argument("--visual", type=int, help="visual tokens (default: the shape's)")
-    parser.add_argument("--text", type=int, default=512)
-    parser.add_argument("--answer", type=int, default=128)
-    parser.add_argument("--fresh", type=int, default=32768, help="n_ctx of a new context, nothing in it; 0: none")
+    measuring.add_shape(parser, "llava-1.5-7b")
+    parser.add_argument("--visual", type=measuring.count, help="visual tokens (default: the shape's)")
+    parser.add_argument("--text", type=measuring.whole(2, 10**6), default=512)
+    parser.add_argument("--answer", type=measuring.count, default=128)
+    parser.add_argument(
+        "--fresh", type=measuring.whole(0, 10**6), default=32768, help="n_ctx of a new context, nothing in it; 0: none"
+    )
     parser.add_argument("--fresh-stock", action="store_true", help="that of stock too: 16 GiB at the 7B shape")
     parser.add_argument("--kv", default="F16", choices=sorted(native_runtime.KV_TYPES))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--threads", type=measuring.count, default=2)
+    parser.add_argument("--json", type=measuring.result_file, help="write the figures here as well")
     parser.add_argument("--side", choices=("stock", "st3"), help=argparse.SUPPRESS)  # a process of its own
     args = parser.parse_args()
     args.visual = args.visual or SHAPES[args.shape].n_visual
     if args.side:
         print(json.dumps(work(args)))
         return
-    if native_runtime.lib_dir() is None or "ST3_STOCK_LIB_DIR" not in os.environ:
-        raise SystemExit(
-            "build the package or set ST3_LIB_DIR; and set ST3_STOCK_LIB_DIR to a build with -DST3_STOCK=ON"
-        )
+    native_runtime.built()
+    measuring.stock_folder()
     sides = {}
     for side in ("stock", "st3"):
         command, env = [sys.executable, *sys.argv, "--side", side], {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
         sides[side] = json.loads(done.stdout)
     out = {
-        "model": random_text(args.shape, args.type, args.cache).name,
+        "model": measuring.random_model(args).name,
         "visual": args.visual,
         "text": args.text,
         "answer": args.answer,
@@ -206,8 +202,8 @@ def main() -> None:
             new = figures["fresh"]["created"]
             print(f"  n_ctx {args.fresh}: told {new['told'] / MIB:.1f} MiB, anon {new['anon'] / MIB:.1f} MiB")
     if args.json:
-        args.json.write_text(json.dumps(out, indent=1) + "\n")
+        measuring.write_json(args.json, out)
 
 
 if __name__ == "__main__":
-    main()
+    measuring.run(main)

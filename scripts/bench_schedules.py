@@ -21,19 +21,17 @@ the file, the same pages by both, and the pair is run in either order of loading
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import measuring
 import native_runtime
 import numpy as np
 from bench_kv_memory import prompt
 
-from st3_edge.commands.bench.cache import random_text
-from st3_edge.commands.bench.shapes import SHAPES, TYPES
-from st3_edge.files.output import cache_folder
+from st3_edge.commands.bench.shapes import SHAPES
 from st3_edge.native.machine import provenance
 
 Keys = dict[str, native_runtime.Value]
@@ -127,22 +125,22 @@ def together(rounds: list[dict]) -> dict:
 def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="llava-1.5-7b", choices=sorted(SHAPES))
-    parser.add_argument("--type", default="Q4_0", choices=TYPES)
-    parser.add_argument("--cache", type=Path, default=cache_folder())
-    parser.add_argument("--budget", type=float, default=0.30)
-    parser.add_argument("--text", type=int, default=64, help="text tokens, 1/16 of them before the image")
+    measuring.add_shape(parser, "llava-1.5-7b")
+    parser.add_argument("--budget", type=measuring.budget, default=0.30)
+    parser.add_argument(
+        "--text", type=measuring.whole(2, 10**6), default=64, help="text tokens, 1/16 of them before the image"
+    )
     parser.add_argument("--only", nargs="+", choices=sorted(pairs(1.0)), default=sorted(pairs(1.0)), help="these pairs")
-    parser.add_argument("--prefills", type=int, default=3, help="of each model in a round")
-    parser.add_argument("--steps", type=int, default=64, help="of each model in a round")
-    parser.add_argument("--rounds", type=int, default=2, help="each loads the models in the other order")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prefills", type=measuring.count, default=3, help="of each model in a round")
+    parser.add_argument("--steps", type=measuring.count, default=64, help="of each model in a round")
+    parser.add_argument("--rounds", type=measuring.count, default=2, help="each loads the models in the other order")
+    parser.add_argument("--threads", type=measuring.count, default=2)
     parser.add_argument("--n-gpu-layers", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--json", type=measuring.result_file, help="write the figures here as well")
     args = parser.parse_args()
     folder = native_runtime.built()
     os.environ["ST3_GPU_LAYERS"] = str(args.n_gpu_layers)
-    path = random_text(args.shape, args.type, args.cache)
+    path = measuring.random_model(args)
     rt = native_runtime.Runtime(folder)
     out: dict = {}
     print(f"{'pair':<20}{'A':>13}{'B':>13}{'B / A':>8}")
@@ -159,7 +157,7 @@ def main() -> None:
             out[name][what] = together([summary(ms[what]) for ms in rounds])
             row = name, what, *out[name][what]["ms"], out[name][what]["ratio"]
             print("{:<10}{:<10}{:>10.2f} ms{:>10.2f} ms{:>8.3f}".format(*row), flush=True)
-    told = {
+    figures = {
         "model": path.name,
         "visual": SHAPES[args.shape].n_visual,
         "text": args.text,
@@ -169,8 +167,8 @@ def main() -> None:
         **provenance(),
     }
     if args.json:
-        args.json.write_text(json.dumps(told, indent=2) + "\n")
+        measuring.write_json(args.json, figures)
 
 
 if __name__ == "__main__":
-    main()
+    measuring.run(main)

@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
 """Time llama-server and llama-mtmd-cli beside stock: prompts, and what is answered.
 
 python scripts/bench_server.py [--shape llava-1.5-7b] [--budget 0.2] [--rounds 3] [--cases cli one four] [--json OUT]
 
-Four sides, a process each: `stock` (llama.cpp of $ST3_STOCK_LIB_DIR, a build with -DST3_STOCK=ON), `off`, `evict` (a
+Four sides, a process each: `stock` (llama.cpp of $ST3_STOCK_LIB_DIR, else in build/stock/lib), `off`, `evict` (a
 batch that does not hold the prompt, so that cells go after the compute), `st3`. In each round every side starts,
 answers, and ends. Without --shape it is the embedded model and its pictures; with one, random weights and a picture of
 576 tokens.
@@ -22,7 +21,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -37,13 +35,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "server")]
 
+import measuring  # noqa: E402
 from serving import Server, free_port, message, text  # noqa: E402
 
 from st3_edge import demo  # noqa: E402
-from st3_edge.commands.bench.cache import random_text, random_vision  # noqa: E402
-from st3_edge.commands.bench.shapes import SHAPES, TYPES  # noqa: E402
+from st3_edge.commands.bench.cache import random_vision  # noqa: E402
+from st3_edge.commands.bench.shapes import SHAPES  # noqa: E402
 from st3_edge.commands.serve import command  # noqa: E402
-from st3_edge.files.output import cache_folder  # noqa: E402
 from st3_edge.native.machine import provenance  # noqa: E402
 
 SIDES = ("stock", "off", "evict", "st3")
@@ -62,8 +60,8 @@ class Bench:
         self.scenes = demo.scenes()
         self.pictures = [scene.picture for scene in self.scenes]
         if args.shape:
-            cache = cache_folder()
-            self.files = random_text(args.shape, args.type, cache), random_vision(SHAPES[args.shape].n_embd, cache)
+            mmproj = random_vision(SHAPES[args.shape].n_embd, args.cache)
+            self.files = measuring.random_model(args), mmproj
             self.n_predict, self.template = 4, ["--jinja", "--chat-template", PLAIN]
             # a token each, behind the BOS token, the new line, and the three bytes of SentencePiece's space
             self.words = "x" * (N_TEXT - 5)
@@ -75,7 +73,7 @@ class Bench:
     def program(self, side: str, name: str) -> str:
         """The path of a program of a side."""
         if side == "stock":
-            return str(Path(os.environ["ST3_STOCK_LIB_DIR"]).parent / "bin" / name)
+            return str(measuring.stock_folder().parent / "bin" / name)
         return str(command.find(name))
 
     def options(self, side: str) -> list[str]:
@@ -97,6 +95,8 @@ class Bench:
         try:
             self.ask(server.wait(), self.about(side, self.pictures[-1]))
             yield server
+        except AssertionError as e:  # it did not start
+            raise SystemExit(f"{side}: {e}") from None
         finally:
             server.stop()
 
@@ -144,25 +144,21 @@ class Bench:
         return ms, [text(answer) for answer in got]
 
 
-def spread(values: list[float], digits: int) -> str:
-    """Median, smallest and largest."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
 def main() -> None:
     """Rounds of all sides and cases; prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES)
-    parser.add_argument("--type", choices=TYPES, default="Q4_0")
-    parser.add_argument("--budget", type=float, default=0.2)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    measuring.add_shape(parser)
+    parser.add_argument("--budget", type=measuring.budget, default=0.2)
+    parser.add_argument("--threads", type=measuring.count, default=2)
+    parser.add_argument("--rounds", type=measuring.count, default=3)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=measuring.result_file)
     args = parser.parse_args()
-    if "ST3_STOCK_LIB_DIR" not in os.environ:
-        parser.error("ST3_STOCK_LIB_DIR names no libraries of stock llama.cpp (scripts/test.sh builds them)")
+    try:
+        kept = json.loads(args.json.read_text()) if args.json and args.json.is_file() else {}
+    except ValueError:
+        parser.error(f"{args.json} has no figures that could stay")
     found: dict[str, dict[str, dict[str, Any]]] = {
         case: {side: {"ms": [], "answers": []} for side in args.sides} for case in args.cases
     }
@@ -175,21 +171,21 @@ def main() -> None:
                     found[case][side]["ms"].append(ms)
                     found[case][side]["answers"].append(answers)
                     print(f"{case} {side}: {ms:.0f} ms", file=sys.stderr)
-    print("| | side | ms | stock / side (rounds) | same answers |")
-    print("|---|---|---|---|---|")
     first = args.sides[0]
+    print(f"| | side | ms | {first} / side (rounds) | same answers |")
+    print("|---|---|---|---|---|")
     for case, sides in found.items():
-        stock = sides[first]
+        base = sides[first]
         for side, got in sides.items():
-            ratios = [a / b for a, b in zip(stock["ms"], got["ms"], strict=True)]
-            rounds = zip(stock["answers"], got["answers"], strict=True)
+            ratios = [a / b for a, b in zip(base["ms"], got["ms"], strict=True)]
+            rounds = zip(base["answers"], got["answers"], strict=True)
             same = [a == b for one, other in rounds for a, b in zip(one, other, strict=True)]
-            print(f"| {case} | {side} | {spread(got['ms'], 0)} | {spread(ratios, 2)} | {sum(same)} of {len(same)} |")
+            ms, times = measuring.spread(got["ms"]), measuring.spread(ratios, measuring.ratio)
+            print(f"| {case} | {side} | {ms} | {times} | {sum(same)} of {len(same)} |")
     if args.json:
-        kept = json.loads(args.json.read_text()) if args.json.is_file() else {}
         new = {case: {**provenance(), "sides": sides} for case, sides in found.items()}
-        args.json.write_text(json.dumps(kept | new, indent=1) + "\n")
+        measuring.write_json(args.json, kept | new)
 
 
 if __name__ == "__main__":
-    main()
+    measuring.run(main)

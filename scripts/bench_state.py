@@ -1,12 +1,11 @@
-#!/usr/bin/env python3
 """Time and memory of asking for a state's size and of saving it, beside stock llama.cpp.
 
 python scripts/bench_state.py [--positions 2000] [--images 2] [--rounds 5] [--budget 0.2] [--json OUT]
 
 A conversation of `positions` with images of 576 tokens: stock saves all of its KV cells, ours what is left of them, and
 the images' embeddings. The model has random weights, and the KV cache of a 7B one (32 layers of 4096) with hardly
-anything else. Each side is a process of its own: stock on the libraries in $ST3_STOCK_LIB_DIR (built with
--DST3_STOCK=ON), ours with ST3 off and on. Rounds alternate. `peak`: what the process's resident memory grew by at most
+anything else. Each side is a process of its own: stock on the libraries in $ST3_STOCK_LIB_DIR (else
+build/stock/lib), ours with ST3 off and on. Rounds alternate. `peak`: what the process's resident memory grew by at most
 in a save; `memory` saves into a buffer that was touched before, `file` writes a file.
 """
 
@@ -15,8 +14,6 @@ from __future__ import annotations
 import argparse
 import ctypes as C
 import json
-import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,22 +22,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import measuring
 import native_runtime
 import numpy as np
 
 from st3_edge.commands.bench.random_model import write_text
 from st3_edge.commands.bench.shapes import Shape
-from st3_edge.native.machine import provenance
+from st3_edge.native import machine
 
 SHAPE = Shape(32, 4096, 32, 32, 256, n_vocab=1024)
 N_IMAGE, SIDE = 576, 24
 WHAT = ("size", "memory", "file")
-
-
-def status(key: str) -> int:
-    """Bytes that /proc says of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
 
 
 def talk(ctx: native_runtime.Context, positions: int, images: int, stock: bool) -> None:
@@ -62,8 +54,7 @@ def talk(ctx: native_runtime.Context, positions: int, images: int, stock: bool) 
 def side(model_path: str, keys: str, positions: int, images: int) -> None:
     """One process: has the conversation, then measures once for each line that comes, and prints what it found."""
     own = json.loads(keys)
-    folder = native_runtime.lib_dir() if own is not None else Path(os.environ["ST3_STOCK_LIB_DIR"])
-    assert folder
+    folder = measuring.stock_folder() if own is None else native_runtime.built()
     rt = native_runtime.Runtime(folder, st3=own is not None)
     with (
         native_runtime.Model(rt, Path(model_path), own or {}) as model,
@@ -84,22 +75,22 @@ def side(model_path: str, keys: str, positions: int, images: int) -> None:
         for _ in sys.stdin:
             found: dict[str, Any] = {}
             for what, do in work.items():
-                Path("/proc/self/clear_refs").write_text("5")
-                before, begin = status("VmHWM"), time.perf_counter()
+                machine.reset_peak_memory()
+                before, begin = machine.peak_memory(), time.perf_counter()
                 if do() != size:
                     raise SystemExit(f"{what} failed")
-                found[what] = {"ms": 1e3 * (time.perf_counter() - begin), "peak": status("VmHWM") - before}
+                found[what] = {"ms": 1e3 * (time.perf_counter() - begin), "peak": machine.peak_memory() - before}
             print(json.dumps(found), flush=True)
 
 
 def main() -> None:
     """Makes the model, starts the sides, has them measure in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--positions", type=int, default=2000)
-    parser.add_argument("--images", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--budget", type=float, default=0.2)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--positions", type=measuring.count, default=2000)
+    parser.add_argument("--images", type=measuring.count, default=2)
+    parser.add_argument("--rounds", type=measuring.count, default=5)
+    parser.add_argument("--budget", type=measuring.budget, default=0.2)
+    parser.add_argument("--json", type=measuring.result_file)
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
@@ -108,8 +99,8 @@ def main() -> None:
         return
     if args.positions < args.images * (N_IMAGE + 65):
         parser.error(f"{args.images} images do not fit {args.positions} positions")
-    if "ST3_STOCK_LIB_DIR" not in os.environ:
-        parser.error("ST3_STOCK_LIB_DIR names no libraries of stock llama.cpp (scripts/test.sh builds them)")
+    native_runtime.built()
+    measuring.stock_folder()
     sides = {"stock": None, "off": {"st3.preset": "off"}, "st3": {"st3.preset": "st3", "st3.budget": args.budget}}
     found: dict[str, dict[str, Any]] = {name: {} for name in sides}
     with tempfile.TemporaryDirectory() as folder:
@@ -146,13 +137,12 @@ def main() -> None:
     for name, figures in found.items():
         row = [f"{figures['bytes'] / 1e6:.1f}"]
         for what in WHAT:
-            ms = figures[what]["ms"]
-            row.append(f"{statistics.median(ms):.3g} ({min(ms):.3g} to {max(ms):.3g})")
+            row.append(measuring.spread(figures[what]["ms"]))
             row += [f"{max(figures[what]['peak']) / 1e6:.1f}"] if what != "size" else []
         print(f"| {name} | {' | '.join(row)} |")
     if args.json:
-        args.json.write_text(json.dumps({**provenance(), "found": found}, indent=1) + "\n")
+        measuring.write_json(args.json, {**machine.provenance(), "found": found})
 
 
 if __name__ == "__main__":
-    main()
+    measuring.run(main)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+from st3_edge.errors import St3Error
 from st3_edge.native import libraries
 from st3_edge.native.st3 import PieceStruct, native_overrides
 
@@ -28,7 +29,7 @@ KV_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "BF16": 30}
 Value = str | int | float
 
 
-class NativeError(RuntimeError):
+class NativeError(St3Error):
     """A native call failed; the message holds the library's own words."""
 
 
