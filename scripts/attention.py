@@ -1,6 +1,6 @@
 """What each layer of a full model looks at while it reads a question about a picture.
 
-python scripts/attention.py [--smol STATE --model GGUF --mmproj GGUF] [--scenes 30] [--first N] [--out FILE]
+python scripts/attention.py [--smol STATE --model GGUF --mmproj GGUF] [--scenes 60] [--first N] [--out FILE]
 
 Attention is computed in double precision by the reference of the tests (tests/oracle), on pictures as the vision
 encoder gives them; nothing is dropped. For every layer, means over questions:
@@ -20,8 +20,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import defaultdict
-from pathlib import Path
 
+import measuring
 import native_runtime
 import native_vision
 import numpy as np
@@ -31,7 +31,7 @@ from quality_tables import lines, write
 
 from st3_edge.native.machine import provenance
 
-sys.path.append(str(quality.ROOT / "tests"))
+sys.path.append(str(measuring.ROOT / "tests"))
 from oracle.conversation import Image
 from oracle.llama import Decoder
 from oracle.schedule import best
@@ -121,18 +121,18 @@ def main() -> None:
     """Parse the command line, watch, write page and figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     quality.add_subject(parser)
-    parser.add_argument("--scenes", type=int, default=60)
-    parser.add_argument("--first", type=int, default=30_000, help="number of the first scene")
-    parser.add_argument("--out", type=Path, help="default: docs/results, by the model")
+    parser.add_argument("--scenes", type=measuring.count, default=60)
+    parser.add_argument("--first", type=measuring.whole(0, 10**9), default=30_000, help="number of the first scene")
+    parser.add_argument("--out", type=measuring.result_file, help="default: docs/results, by the model")
     args = parser.parse_args()
     subject = quality.chosen(args.model, args.mmproj, args.smol)
     asked, layers = watch(subject, range(args.first, args.first + args.scenes))
     result = {"title": subject.title, "questions": asked, "first": args.first, **provenance(), "layers": layers}
-    out = args.out or quality.ROOT / "docs" / "results" / ("smol-attention" if args.smol else "attention")
+    out = args.out or measuring.ROOT / "docs" / "results" / ("smol-attention" if args.smol else "attention")
     text = page(result)
     write(out, result, text)
     print(text)
 
 
 if __name__ == "__main__":
-    main()
+    measuring.run(main)

@@ -19,17 +19,18 @@ from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import measuring
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from oracle import schedule as reference  # noqa: E402
+sys.path.insert(0, str(measuring.ROOT / "tests"))
+from oracle import schedule as reference
 
-from st3_edge.commands.bench.figures import label  # noqa: E402
+from st3_edge.commands.bench.figures import label
+from st3_edge.files.output import replacing
 
-SHAPES = ROOT / "docs" / "results" / "shapes"  # one file a shape
+SHAPES = measuring.ROOT / "docs" / "results" / "shapes"  # one file a shape
 
 # Okabe and Ito's, which people with any colour vision tell apart; the first is ST³'s.
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
@@ -248,14 +249,17 @@ def main() -> None:
     """Parse the command line and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path, help="default: docs/results/*.json, and the schedule")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "img")
+    parser.add_argument("--out", type=Path, default=measuring.ROOT / "docs" / "img")
     args = parser.parse_args()
     mpl.use("Agg")
     mpl.rcParams.update(STYLE)
     args.out.mkdir(parents=True, exist_ok=True)
     figures: list[tuple[str, Figure]] = []
-    for path in args.results or sorted((ROOT / "docs" / "results").glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+    for path in args.results or sorted((measuring.ROOT / "docs" / "results").glob("*.json")):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise SystemExit(f"{path} is no JSON") from None
         if draw := drawing(result):
             figures.append((path.stem, draw(result)))
         elif args.results:
@@ -266,9 +270,10 @@ def main() -> None:
             figures.append(("shapes", shapes(several)))
     for name, fig in figures:
         target = args.out / f"{name}.svg"
-        fig.savefig(target, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        with replacing(target) as file:
+            fig.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         print(target)
 
 
 if __name__ == "__main__":
-    main()
+    measuring.run(main)

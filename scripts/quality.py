@@ -20,7 +20,6 @@ import argparse
 import hashlib
 import json
 import multiprocessing as mp
-import os
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import measuring
 import native_runtime
 import quality_answers
 from quality_answers import CHUNK, Job, Task
@@ -35,9 +35,8 @@ from quality_grids import GRIDS, Config, Grid
 from quality_subjects import Embedded, Smol, Subject
 from quality_tables import Rows, markdown, table, write
 
-from st3_edge.native.machine import provenance
+from st3_edge.native.machine import provenance, usable_cpus
 
-ROOT = Path(__file__).resolve().parents[1]
 SHORT = (20, (0.3, 0.1))  # scenes of each style, budgets
 
 
@@ -108,15 +107,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_subject(parser)
     parser.add_argument("--grid", choices=GRIDS, default="quality")
-    parser.add_argument("--scenes", type=int, help="of each style; default: the grid's own")
-    parser.add_argument("--first", type=int, default=20_000, help="number of the first scene")
+    parser.add_argument("--scenes", type=measuring.count, help="of each style; default: the grid's own")
+    parser.add_argument("--first", type=measuring.whole(0, 10**9), default=20_000, help="number of the first scene")
     parser.add_argument("--styles", help="with commas between; default: all")
-    parser.add_argument("--budgets", help="with commas between; default: the grid's own")
+    parser.add_argument("--budgets", type=measuring.budgets, help="with commas between; default: the grid's own")
     parser.add_argument("--only", default="", help="only configurations whose name contains one of these, and off")
     parser.add_argument("--short", action="store_true", help="a few scenes, two budgets; writes no page")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="worker processes, one thread each")
+    parser.add_argument("--jobs", type=measuring.count, default=usable_cpus(), help="worker processes, one thread each")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "st3-edge-quality")
-    parser.add_argument("--out", type=Path, help="default: docs/results, by the grid")
+    parser.add_argument("--out", type=measuring.result_file, help="default: docs/results, by the grid")
     args = parser.parse_args()
     folder = native_runtime.built()
     subject = chosen(args.model, args.mmproj, args.smol)
@@ -125,11 +124,13 @@ def main() -> None:
         raise SystemExit(f"no such style: {', '.join(sorted(unknown))}; there are {', '.join(subject.styles)}")
     grid = GRIDS[args.grid]
     n, budgets = SHORT if args.short else (grid.scenes, grid.budgets)
-    budgets = tuple(float(b) for b in args.budgets.split(",")) if args.budgets else budgets
+    budgets = args.budgets or budgets
     numbers = range(args.first, args.first + (args.scenes or n))
     wanted = [w for w in args.only.split(",") if w]
     configs = grid.made(budgets, subject.layers)
     configs = [c for c in configs if not wanted or c.name == "off" or any(w in c.name for w in wanted)]
+    if len(configs) == 1:
+        raise SystemExit(f"the grid {args.grid} has no other configuration than off for {', '.join(wanted) or budgets}")
 
     # answers to other questions, or of other libraries, must not be mixed with these
     text, mmproj = subject.files
@@ -153,7 +154,7 @@ def main() -> None:
     with ProcessPoolExecutor(args.jobs, mp.get_context("spawn"), quality_answers.start_worker, (job,)) as pool:
         for k, (task, rows) in enumerate(pool.map(quality_answers.run, left), 1):
             with path[task.style, task.name].open("a") as f:
-                f.writelines(json.dumps(row) + "\n" for row in rows)
+                f.writelines("\n" + json.dumps(row) for row in rows)  # behind a line that is torn, too
             for row in rows:
                 add(done[task.name], task.style, row)
             seconds = time.monotonic() - begin
@@ -164,10 +165,10 @@ def main() -> None:
     about = {"styles": styles, "first": args.first, "grid": args.grid, **provenance(), "model": text.name}
     page = markdown(results, about, subject)
     if not args.short:
-        out = args.out or ROOT / "docs" / "results" / (f"smol-{args.grid}" if args.smol else args.grid)
+        out = args.out or measuring.ROOT / "docs" / "results" / (f"smol-{args.grid}" if args.smol else args.grid)
         write(out, {**about, "rows": results}, page)
     print(page)
 
 
 if __name__ == "__main__":
-    main()
+    measuring.run(main)

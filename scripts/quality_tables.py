@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+import measuring
 import numpy as np
 from quality_grids import GRIDS, Config
 from quality_subjects import Subject
@@ -145,10 +145,9 @@ def differences_table(rows: list[dict], against: str | None = None) -> list[str]
 
 
 def write(out: Path, figures: dict, page: str) -> None:
-    """The figures as `out`.json and the page as `out`.md; their folder is made where it is not there."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_name(out.name + ".json").write_text(json.dumps(figures, indent=1) + "\n")
-    out.with_name(out.name + ".md").write_text(page)
+    """The figures as `out`.json and the page as `out`.md."""
+    measuring.write_json(out.with_name(out.name + ".json"), figures)
+    measuring.write_text(out.with_name(out.name + ".md"), page)
 
 
 def markdown(rows: list[dict], about: dict, subject: Subject) -> str:

@@ -13,25 +13,23 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing as mp
-import os
 import statistics
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+import measuring
 import numpy as np
 from quality_tables import BOOTSTRAP, f1, interval, write
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "embedded_model")]
-import questions  # noqa: E402
-import scenes  # noqa: E402
+sys.path.append(str(measuring.ROOT / "scripts" / "embedded_model"))
+import questions
+import scenes
 
-from st3_edge import Llava, ST3Config  # noqa: E402
-from st3_edge.native.machine import provenance  # noqa: E402
+from st3_edge import Llava, ST3Config
+from st3_edge.native.machine import provenance, usable_cpus
 
 FIRSTS = ("question", "description")
 MAX_TOKENS = {"question": 10, "description": 130}
@@ -59,7 +57,7 @@ class Asked:
     flops: int
 
 
-def rows(budgets: list[float]) -> list[Row]:
+def rows(budgets: tuple[float, ...]) -> list[Row]:
     """The table's rows, in order."""
     return [Row("off"), *(Row(f"{revisit} @ {b:g}", b, revisit) for b in budgets for revisit in ("never", "turn"))]
 
@@ -77,8 +75,8 @@ def start_worker(table: list[Row], cache: str) -> None:
             _llavas[row.budget] = Llava.demo(config, n_ctx=1024, n_threads=1, image_cache_dir=cache)
 
 
-def talk(index: int) -> tuple[int, dict[tuple[str, str], Asked]] | None:
-    """The conversations about one scene, by first turn and row."""
+def talk(index: int) -> dict[tuple[str, str], Asked] | None:
+    """The conversations about one scene, by first turn and row; None where it has one object."""
     pair = questions.held_out_pair(index)
     if pair is None:
         return None
@@ -115,7 +113,7 @@ def talk(index: int) -> tuple[int, dict[tuple[str, str], Asked]] | None:
                 two["usage"]["prompt_tokens"] - report["reused"],
                 report["flops"]["prefill"],
             )
-    return index, out
+    return out
 
 
 def table(done: list[dict[tuple[str, str], Asked]], names: list[Row], kind: str) -> list[dict[str, Any]]:
@@ -180,12 +178,14 @@ def markdown(tables: dict[str, list[dict[str, Any]]], about: dict[str, Any]) -> 
 def main() -> None:
     """Parse the command line, hold the conversations, write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=400, help="held-out scenes; those with one object are left out")
-    parser.add_argument("--budgets", default="0.5,0.4,0.3")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="worker processes, one thread each")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "revisit")
+    parser.add_argument(
+        "--scenes", type=measuring.count, default=400, help="held-out scenes; those with one object are left out"
+    )
+    parser.add_argument("--budgets", type=measuring.budgets, default="0.5,0.4,0.3")
+    parser.add_argument("--jobs", type=measuring.count, default=usable_cpus(), help="worker processes, one thread each")
+    parser.add_argument("--out", type=measuring.result_file, default=measuring.ROOT / "docs" / "results" / "revisit")
     args = parser.parse_args()
-    names = rows([float(b) for b in args.budgets.split(",")])
+    names = rows(args.budgets)
     done = []
     with (
         tempfile.TemporaryDirectory() as cache,
@@ -196,16 +196,14 @@ def main() -> None:
                 done.append(result)
             print(f"\r{n}/{args.scenes}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    done.sort(key=lambda result: result[0])
-    about = {
-        "scenes": len(done),
-        **provenance(),
-    }
-    tables = {kind: table([asked for _, asked in done], names, kind) for kind in FIRSTS}
+    if not done:
+        raise SystemExit("none of these scenes has two objects")
+    about = {"scenes": len(done), **provenance()}
+    tables = {kind: table(done, names, kind) for kind in FIRSTS}
     page = markdown(tables, about)
     write(args.out, {**about, **tables}, page)
     print(page)
 
 
 if __name__ == "__main__":
-    main()
+    measuring.run(main)

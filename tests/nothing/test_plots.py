@@ -95,7 +95,9 @@ def test_the_results_that_are_there_can_be_drawn(plots, path, tmp_path):
     if draw is None:
         assert path.stem not in ("quality", "anneal", "kv-memory-7b")
         return
-    draw(result).savefig(tmp_path / "plot.svg")
+    figure = draw(result)
+    figure.savefig(tmp_path / "plot.svg")
+    plots.plt.close(figure)
 
 
 def test_the_map_of_the_schedule_has_every_layer_and_token(plots):
