@@ -24,7 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+import measuring  # noqa: E402
+
+from st3_edge.commands.bench.shapes import SHAPES  # noqa: E402
 from st3_edge.native.machine import provenance, usable_cpus  # noqa: E402
 
 PACKAGES = ("numpy", "pytest", "hypothesis", "PIL", "gguf", "jinja2", "platformdirs")  # what the steps import
@@ -155,19 +158,18 @@ def run(step: Step, results: Path) -> dict:
     except OSError as e:
         how, out, err = f"cannot be started: {e.strerror}", b"", b""
     said = (out + err).decode(errors="replace")
-    told = {"how": how, "seconds": round(time.monotonic() - begin, 1), "last": (said.splitlines() or [""])[-1][:200]}
+    result = {"how": how, "seconds": round(time.monotonic() - begin, 1), "last": (said.splitlines() or [""])[-1][:200]}
     with (results / "log.txt").open("a") as log:
         log.write(f"\n== {step.name}: {' '.join(command)}\n{said}\n== {how}\n")
     text = out.decode() if step.prints and how == "ok" else file.read_text() if file.is_file() else ""
     file.unlink(missing_ok=True)
     if text:
-        told |= {"found": json.loads(text), "last": ""}
-    return told
+        result |= {"found": json.loads(text), "last": ""}
+    return result
 
 
-def lines(name: str, told: dict) -> list[str]:
+def lines(name: str, found: dict) -> list[str]:
     """What a step found, for a person."""
-    found = told.get("found", {})
     if name == "bandwidth":
         rows = [f"copy {found['copy_bytes_per_second'] / 1e9:.0f} GB/s"]
         for r in found["results"]:
@@ -200,13 +202,15 @@ def main() -> None:
     parser.add_argument("steps", nargs="*", metavar="STEP", help="these alone, in their order (default: all)")
     parser.add_argument("--libraries", type=Path, help="a folder of libraries that were built for this card")
     parser.add_argument("--results", type=Path, default=ROOT / "build" / "gpu-check")
-    parser.add_argument("--shape", default="llava-1.5-7b")
+    parser.add_argument("--shape", default="llava-1.5-7b", choices=SHAPES)
     args = parser.parse_args()
     known = {step.name: step for step in steps(args.shape)}
     if unknown := [name for name in args.steps if name not in known]:
         raise SystemExit(f"there is no step {unknown[0]}: {', '.join(known)}")
     if not shutil.which("nvidia-smi"):
         raise SystemExit("no NVIDIA card here (no nvidia-smi)")
+    if args.libraries and not args.libraries.is_dir():
+        raise SystemExit(f"there is no folder {args.libraries}")
     args.results.mkdir(parents=True, exist_ok=True)
     log = args.results / "log.txt"
     log.unlink(missing_ok=True)
@@ -217,17 +221,17 @@ def main() -> None:
         "devices": check(),
         **provenance(),
     }
-    told: dict[str, dict] = {}
+    results: dict[str, dict] = {}
     for name in args.steps or known:
-        told[name] = run(known[name], args.results)
-        (args.results / "summary.json").write_text(json.dumps({**about, "steps": told}, indent=1) + "\n")
-        print(f"{name:<20}{told[name]['how']:<24}{told[name]['seconds']:>7.0f} s  {told[name]['last']}", flush=True)
-        for line in lines(name, told[name]) if "found" in told[name] else []:
+        results[name] = result = run(known[name], args.results)
+        measuring.write_json(args.results / "summary.json", {**about, "steps": results})
+        print(f"{name:<20}{result['how']:<24}{result['seconds']:>7.0f} s  {result['last']}", flush=True)
+        for line in lines(name, result["found"]) if "found" in result else []:
             print(f"    {line}", flush=True)
-    failed = [name for name, step in told.items() if step["how"] != "ok"]
+    failed = [name for name, result in results.items() if result["how"] != "ok"]
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)} (see {args.results})")
 
 
 if __name__ == "__main__":
-    main()
+    measuring.run(main)

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 for folder in (ROOT, ROOT / "tests", ROOT / "scripts", ROOT / "scripts" / "embedded_model"):
     sys.path.insert(0, str(folder))
 
+import measuring  # noqa: E402
 import native_runtime  # noqa: E402
 import numpy as np  # noqa: E402
 import questions  # noqa: E402
@@ -127,13 +128,14 @@ def margins(args: argparse.Namespace, both: list[tuple[dict, dict]]) -> list[dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--budget", type=float, default=0.3)
+    parser.add_argument("--images", type=measuring.count, default=200)
+    parser.add_argument("--budget", type=measuring.budget, default=0.3)
     parser.add_argument("--quantized", action="store_true")
-    parser.add_argument("--emulate", choices=build.BACKENDS)
-    parser.add_argument("--cpu", metavar="NAME")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path)
+    beside = parser.add_mutually_exclusive_group()
+    beside.add_argument("--emulate", choices=build.BACKENDS)
+    beside.add_argument("--cpu", metavar="NAME")
+    parser.add_argument("--threads", type=measuring.count, default=2)
+    parser.add_argument("--json", type=measuring.result_file)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--device", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--where", choices=WHERE, help=argparse.SUPPRESS)
@@ -141,6 +143,9 @@ def main() -> None:
     if args.where:
         work(args, args.where)
         return
+    qemu = f"qemu-{platform.machine()}"
+    if args.cpu and not shutil.which(qemu):
+        raise SystemExit(f"--cpu needs {qemu}")
     with tempfile.TemporaryDirectory() as folder:
         args.work = Path(folder)
         (shutil.copy if args.quantized else write_exact)(demo.model_paths()[0], args.work / "model.gguf")
@@ -152,7 +157,7 @@ def main() -> None:
             if args.cpu:
                 command, env = [*command, "--cpu", args.cpu], {}
             if args.cpu and where == "gpu":
-                command, env = [f"qemu-{platform.machine()}", "-cpu", args.cpu, *command], OPENBLAS
+                command, env = [qemu, "-cpu", args.cpu, *command], OPENBLAS
             subprocess.run([*command, "--work", folder, "--where", where], env=os.environ | env, check=True)
         cpu, gpu = (json.loads((args.work / f"{where}.json").read_text()) for where in WHERE)
         both = list(zip(cpu["pictures"], gpu["pictures"], strict=True))
@@ -177,10 +182,10 @@ def main() -> None:
     for d in differing:
         print("picture {picture}: {tokens} of {of} tokens differ at cut {cut}, margin {margin:.1e}".format(**d))
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        measuring.write_json(args.json, result)
     if not args.quantized and result["other"]:
         raise SystemExit("other tokens are kept than rounding can explain")
 
 
 if __name__ == "__main__":
-    main()
+    measuring.run(main)
