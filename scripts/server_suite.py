@@ -1,13 +1,12 @@
-#!/usr/bin/env python3
 """llama.cpp's own tests of llama-server, on the embedded model: what passes on stock must pass on ours.
 
-    python scripts/server_suite.py                                        what stock passes, on ours: two minutes
-    python scripts/server_suite.py --stock build/stock/bin/llama-server   all of it on stock first, recorded
+python scripts/server_suite.py                                        what stock passes, on ours: two minutes
+python scripts/server_suite.py --stock build/stock/bin/llama-server   all of it on stock first, recorded
 
 Runs the suite of the pinned archive on our server with ST3 off and on. A test's model, which it would download, becomes
 the embedded one; many ask for what only their own model says, and fail on stock as well. Those that pass there are in
-tests/server/upstream_suite.txt. Prints one JSON object; exit code 1 where one of them fails twice on ours and
-`OTHERWISE` does not say why. Needs the extra `server`.
+tests/server/upstream_suite.txt. Prints one JSON object; exit code 1 where one of them fails twice on ours. Needs the
+extra `server`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import argparse
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,18 +23,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests" / "server")]
+
+import measuring  # noqa: E402
+from serving import free_port  # noqa: E402
 
 from st3_edge import demo  # noqa: E402
 from st3_edge.commands.serve import command  # noqa: E402
 
 PASSING = ROOT / "tests" / "server" / "upstream_suite.txt"
 LEFT_OUT = ("tool_call", "template", "lora", "speculative", "infill")  # nothing in them passes without their own models
-OTHERWISE: dict[str, dict[str, str]] = {
-    "off": {},
-    "st3": {},
-}  # by side: tests that ours is to answer otherwise, and why
-ST3 = ["--override-kv", "st3.preset=str:st3,st3.budget=float:0.3"]
+SIDES = {"off": [], "st3": ["--override-kv", "st3.preset=str:st3,st3.budget=float:0.3"]}  # options of our server
 
 # Stands in for llama-server: takes the models of the tests out of its words, and puts the embedded one in.
 SHIM = """#!{python}
@@ -61,23 +58,26 @@ def run(suite: Path, server: Path, more: list[str], only: list[str], timeout: in
     """Runs tests of the suite on a server; which of them passed."""
     model, mmproj = map(str, demo.model_paths())
     (suite / "tmp").mkdir(exist_ok=True)  # where they would download to, and put files of their own
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+    with tempfile.TemporaryDirectory() as folder:
         shim, report = Path(folder) / "llama-server", Path(folder) / "report.xml"
         shim.write_text(
             SHIM.format(python=sys.executable, model=model, mmproj=mmproj, server=str(server.resolve()), more=more)
         )
         shim.chmod(0o755)
         (Path(folder) / "wget.py").touch()  # the suite imports it, and nothing is to be downloaded
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
         words = ["-q", "-p", "no:cacheprovider", f"--timeout={timeout}", f"--junitxml={report}", *only]
         nowhere = {
             "HTTP_PROXY": "http://127.0.0.1:9",
             "HTTPS_PROXY": "http://127.0.0.1:9",
             "NO_PROXY": "127.0.0.1,localhost",
         }
-        env = {**os.environ, **nowhere, "LLAMA_SERVER_BIN_PATH": str(shim), "PORT": str(port), "LLAMA_CACHE": folder}
+        env = {
+            **os.environ,
+            **nowhere,
+            "LLAMA_SERVER_BIN_PATH": str(shim),
+            "PORT": str(free_port()),
+            "LLAMA_CACHE": folder,
+        }
         env["PYTHONPATH"] = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
         with (Path(folder) / "log").open("w") as log:
             subprocess.run([sys.executable, "-m", "pytest", *words], cwd=suite, env=env, stdout=log, stderr=log)
@@ -111,9 +111,8 @@ def twice(suite: Path, server: Path, more: list[str], tests: list[str]) -> list[
 
 
 def lost(suite: Path, server: Path, side: str) -> list[str]:
-    """Of the tests that pass on stock, those that do not on ours and should."""
-    tests = [name for name in PASSING.read_text().splitlines() if name not in OTHERWISE[side]]
-    return twice(suite, server, ST3 if side == "st3" else [], tests)
+    """Of the tests that pass on stock, those that do not on ours."""
+    return twice(suite, server, SIDES[side], PASSING.read_text().splitlines())
 
 
 def record(suite: Path, server: Path) -> None:
@@ -121,32 +120,27 @@ def record(suite: Path, server: Path) -> None:
     names = sorted(path.stem.removeprefix("test_") for path in (suite / "unit").glob("test_*.py"))
     results = run(suite, server, [], [f"unit/test_{name}.py" for name in names if name not in LEFT_OUT])
     passed = [name for name, ok in results.items() if ok]
+    if not passed:  # and the list stays
+        raise SystemExit(f"nothing passes on {server}")
     again = run(suite, server, [], passed)
-    PASSING.write_text("".join(f"{name}\n" for name in sorted(passed) if again.get(name, False)))
+    measuring.write_text(PASSING, "".join(f"{name}\n" for name in sorted(passed) if again.get(name, False)))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stock", type=Path, help="llama-server of a build with -DST3_STOCK=ON")
     parser.add_argument("--ours", type=Path, help="ours (default: the package's)")
-    arguments = parser.parse_args()
-    ours = arguments.ours or command.find("llama-server")
+    args = parser.parse_args()
+    ours = args.ours or command.find("llama-server")
+    if missing := [str(path) for path in (ours, args.stock) if path and not path.is_file()]:
+        parser.error(f"no such file: {', '.join(missing)}")
     with unpacked() as suite:
-        if arguments.stock:
-            record(suite, arguments.stock)
-        gone = {side: lost(suite, ours, side) for side in ("off", "st3")}
-    print(
-        json.dumps(
-            {
-                "pass_on_stock": len(PASSING.read_text().splitlines()),
-                "otherwise_on_ours": OTHERWISE,
-                "lost": gone,
-            },
-            indent=2,
-        )
-    )
+        if args.stock:
+            record(suite, args.stock)
+        gone = {side: lost(suite, ours, side) for side in SIDES}
+    print(json.dumps({"pass_on_stock": len(PASSING.read_text().splitlines()), "lost": gone}, indent=2))
     return 1 if any(gone.values()) else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    measuring.run(main)
