@@ -22,6 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 LIBRARIES = ("libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1")
 STARTS = ("Scrt1.o", "crt1.o")
+MADE = {"usr", "cxx", "own", "done"}  # in FOLDER; the last by wheel.sh
 SINCE_2_30 = ("COND_CLOCKWAIT", "MUTEX_CLOCKLOCK", "RWLOCK_CLOCKLOCK")
 
 
@@ -117,7 +118,13 @@ def cxx_library(root: Path, machine: str) -> None:
 
 
 def main() -> None:
+    if len(sys.argv) != 4 or not re.fullmatch(r"2\.\d+", sys.argv[3]):
+        raise SystemExit("usage: python scripts/old_glibc.py FOLDER MACHINE VERSION")
     root, machine, version = Path(sys.argv[1]).resolve(), sys.argv[2], sys.argv[3]
+    if root.exists() and not {path.name for path in root.iterdir()} <= MADE:  # what is there is removed
+        raise SystemExit(f"{root} holds other files than this script makes")
+    if not shutil.which(gcc(machine)):
+        raise SystemExit(f"no {gcc(machine)} found")
     zig = Path(run(sys.executable, "-c", "import ziglang; print(ziglang.__path__[0])").strip())
     shutil.rmtree(root, ignore_errors=True)
     headers(root, zig, machine, version)

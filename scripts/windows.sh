@@ -7,6 +7,7 @@ set -eu
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
 command -v wine >/dev/null || die "no Wine found (Debian: apt install wine wine64)"
+command -v x86_64-w64-mingw32-g++-posix >/dev/null || die "no MinGW-w64 found (Debian: apt install g++-mingw-w64-x86-64-posix)"
 
 instructions="-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON"
 build() {
