@@ -9,8 +9,10 @@ import base64
 import html
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -79,8 +81,8 @@ def svg(text: str, picture: Path) -> str:
 
 
 def main() -> None:
-    import tempfile
-
+    if not shutil.which("tmux"):
+        raise SystemExit("no tmux found, the terminal that is drawn")
     picture = demo.scenes()[0].picture
     with tempfile.TemporaryDirectory() as folder:
         text = conversation(picture, Path(folder))

@@ -1,10 +1,10 @@
 """Tries random inputs on the package: JSON schemas, messages, pictures, headers of model files.
 
-    python scripts/fuzz_inputs.py schemas --minutes 20 --seed 1
+python scripts/fuzz_inputs.py schemas --minutes 20 --seed 1
 
 For each, all that must hold is checked (tests/inputs/check_*.py): it is refused in one line of our own, or all of it is
 used; nothing crashes (native code runs in children), and nothing takes longer than 10 s. Prints the seed, and how many
-inputs were tried; the first one that fails is printed and ends the run with exit code 1.
+inputs were tried. The first of a kind that fails is printed and is the last of that kind; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ KINDS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="+", choices=KINDS)
     parser.add_argument("--minutes", type=float, default=1.0, help="for each kind (default 1)")
     parser.add_argument("--seed", type=int, default=20241220)
-    arguments = parser.parse_args()
+    args = parser.parse_args()
+    if args.minutes <= 0:
+        parser.error("--minutes is above 0")
     failed = 0
-    for kind in arguments.kinds:
-        print(f"{kind}: seed {arguments.seed}", flush=True)
+    for kind in args.kinds:
+        print(f"{kind}: seed {args.seed}", flush=True)
         started = time.perf_counter()
         try:
-            tried = KINDS[kind](random.Random(arguments.seed), 60 * arguments.minutes)
+            tried = KINDS[kind](random.Random(args.seed), 60 * args.minutes)
         except AssertionError as e:
             print(f"{kind}: FAILED: {e}\n{e.__cause__ or ''}", flush=True)
             failed = 1

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """How large our part of llama.cpp is: lines by file in native/, lines that patches add, public functions.
 
 python scripts/house.py [COMMIT ...]    (HEAD; of several commits a column each)
@@ -9,12 +8,17 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 WHERE = ("src/models/", "src/", "ggml/", "")  # llama.cpp's folders, the first that fits
 
 
 def git(*words: str) -> str:
-    return subprocess.run(["git", *words], check=True, capture_output=True, text=True).stdout
+    done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr.strip())
+    return done.stdout
 
 
 def house(commit: str) -> dict[str, int]:

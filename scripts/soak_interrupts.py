@@ -1,6 +1,6 @@
 """Ctrl-C at random moments of loading, prefill, decoding and saving, and loads that succeed or fail, again and again.
 
-    python scripts/soak_interrupts.py --interrupts 1000 --loads 200
+python scripts/soak_interrupts.py --interrupts 1000 --loads 200
 
 Each interrupt must reach the caller as KeyboardInterrupt, and the next answer must be that of a conversation which was
 never interrupted. Resident memory must stay within 2 % over the loads that were closed, and over those that failed.
@@ -16,7 +16,6 @@ import gc
 import json
 import os
 import random
-import shutil
 import signal
 import statistics
 import sys
@@ -26,6 +25,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import measuring
 
 from st3_edge import Llava, ST3Config, St3Error, demo
 
@@ -230,20 +231,20 @@ def failing(work: Path) -> list[Callable[[], None]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Interrupts and loads, again and again.")
-    parser.add_argument("--interrupts", type=int, default=1000)
-    parser.add_argument("--loads", type=int, default=200)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--interrupts", type=measuring.whole(0, 10**6), default=1000)
+    parser.add_argument("--loads", type=measuring.whole(0, 10**6), default=200)
     parser.add_argument("--seed", type=int, default=1)
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     ignored: list[str] = []
     sys.unraisablehook = lambda what: ignored.append(f"{what.exc_value!r} in {what.object!r}")
 
-    work = Path(tempfile.mkdtemp())
-    try:
-        found: dict[str, Any] = {"seed": arguments.seed}
-        soak = Soak(arguments.seed, work, ST3Config(anneal="linear", anneal_tokens=8))
-        while sum(soak.counts.values()) < arguments.interrupts:
+    found: dict[str, Any] = {"seed": args.seed}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        soak = Soak(args.seed, work, ST3Config(anneal="linear", anneal_tokens=8))
+        while sum(soak.counts.values()) < args.interrupts:
             soak.interrupt()
         soak.close()
         found["interrupts"] = soak.counts
@@ -253,16 +254,14 @@ def main() -> int:
                 "median": statistics.median(soak.waited),
                 "most": max(soak.waited),
             }
-        if arguments.loads:
+        if args.loads:
             fails = failing(work)
-            found["loads_and_closes"] = flat(lambda _: soak.load().close(), arguments.loads)
-            found["failed_loads"] = flat(lambda i: fails[i % len(fails)](), arguments.loads)
-    finally:
-        shutil.rmtree(work)
+            found["loads_and_closes"] = flat(lambda _: soak.load().close(), args.loads)
+            found["failed_loads"] = flat(lambda i: fails[i % len(fails)](), args.loads)
     print(json.dumps(found, indent=2))
     growths = [found[name]["growth"] for name in ("loads_and_closes", "failed_loads") if name in found]
     return int(bool(soak.lost or soak.wrong or ignored or any(growth > SPREAD for growth in growths)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    measuring.run(main)
