@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.append(str(SCRIPTS))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 import bench_busy
 import measuring
 
@@ -70,6 +69,6 @@ def test_a_fair_share_is_of_the_first_builds_idle_time():
 def test_a_folder_with_other_files_is_not_removed(tmp_path):
     # broken if a slip of the hand took a folder away
     (tmp_path / "mine").touch()
-    command = [sys.executable, SCRIPTS / "old_glibc.py", tmp_path, "x86_64", "2.28"]
+    command = [sys.executable, measuring.ROOT / "scripts" / "old_glibc.py", tmp_path, "x86_64", "2.28"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "holds other files" in done.stderr and (tmp_path / "mine").exists()
