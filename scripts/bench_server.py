@@ -13,7 +13,8 @@ four  llama-server -np 4, pictures and texts mixed, all at once: milliseconds un
 
 Compare stock's time by st3's with the first token's of `st3-edge bench`; in `cli` and `four` some tokens of answers are
 in it, too. Answers are greedy; "same" counts those that are stock's in the same round, which pruning may change and
-`off` must not. Cases that are not run stay in OUT as they were.
+`off` must not. Without stock among --sides the first of them is in its place. Cases that are not run stay in OUT as they
+were.
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ def main() -> None:
                     found[case][side]["ms"].append(ms)
                     found[case][side]["answers"].append(answers)
                     print(f"{case} {side}: {ms:.0f} ms", file=sys.stderr)
-    first = args.sides[0]
+    first = "stock" if "stock" in args.sides else args.sides[0]
     print(f"| | side | ms | {first} / side (rounds) | same answers |")
     print("|---|---|---|---|---|")
     for case, sides in found.items():

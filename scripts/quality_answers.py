@@ -136,9 +136,7 @@ _worker: tuple[native_runtime.Runtime, Job] | None = None
 def start_worker(job: Job) -> None:
     """Load the libraries once a process."""
     global _worker
-    folder = native_runtime.lib_dir()
-    assert folder is not None
-    _worker = native_runtime.Runtime(folder), job
+    _worker = native_runtime.Runtime(native_runtime.built()), job
 
 
 @functools.lru_cache(maxsize=1)
