@@ -6,8 +6,8 @@ python scripts/bench_busy.py NAME=FOLDER[,VARIABLE=VALUE...] ... [--shape llava-
 FOLDER holds the libraries of a build, VARIABLE is set in its process. Each side prefills a prompt and decodes an
 answer, in turn; without --shape it is the embedded model and a picture. Before that --busy endless loops are started.
 They are of the same session as the sides, since Linux shares a CPU among sessions first. "By fair" is the time by what
-a fair share of the CPUs would take: the first side's with the fewest loops, times the threads and loops that share a CPU
-(at least 1), by as many as shared it there.
+a fair share of the CPUs would take: the first side's with the fewest loops, times the threads and loops to a CPU (at
+least 1), by their number there.
 """
 
 from __future__ import annotations

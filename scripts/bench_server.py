@@ -13,8 +13,8 @@ four  llama-server -np 4, pictures and texts mixed, all at once: milliseconds un
 
 Compare stock's time by st3's with the first token's of `st3-edge bench`; in `cli` and `four` some tokens of answers are
 in it, too. Answers are greedy; "same" counts those that are stock's in the same round, which pruning may change and
-`off` must not. Without stock among --sides the first of them is in its place. Cases that are not run stay in OUT as they
-were.
+`off` must not. Without stock among --sides the first of them is in its place. Cases that are not run stay in OUT
+as they were.
 """
 
 from __future__ import annotations
