@@ -68,13 +68,18 @@ def prompt(model: native_runtime.Model, visual: int, text: int, seed: int = 1) -
     return [words[:before], image, words[before:]]
 
 
+def decode(ctx: native_runtime.Context, rows: list[int] | np.ndarray, at: int) -> None:
+    """llama_decode. Raises SystemExit where it fails: what is measured then would be something else."""
+    if ctx.decode(rows, at):
+        raise SystemExit(f"decode failed: {''.join(ctx.rt.log)}")
+
+
 def prefill(ctx: native_runtime.Context, pieces: list, stock: bool) -> int:
     """The prompt, as each side takes it; returns its length."""
     at = 0
     for piece in pieces if stock else ():
         rows = piece.embd if isinstance(piece, native_runtime.Image) else piece
-        if ctx.decode(rows, at):
-            raise SystemExit("prefill failed")
+        decode(ctx, rows, at)
         at += len(rows)
     if not stock and ctx.prefill(pieces):
         raise SystemExit(f"prefill failed: {ctx.rt.last_error()}")
@@ -107,17 +112,16 @@ def work(args: argparse.Namespace) -> dict:
                 out[name] = {"n_ctx": n_ctx, "cells": rt.told[1], "created": now(ctx)}
                 if name != "work":
                     continue
-                ctx.decode(said[:1], prefill(ctx, pieces, stock))
+                decode(ctx, said[:1], prefill(ctx, pieces, stock))
                 ctx.clear()
-                ctx.decode(said[:1], 0)
+                decode(ctx, said[:1], 0)
                 ctx.clear()
                 out["work"]["cleared"] = now(ctx)
                 at = prefill(ctx, pieces, stock)
                 ctx.logits()
                 out["work"]["answer"] = [now(ctx)]  # before its first token, and after each
                 for t, token in enumerate(said):
-                    if ctx.decode([token], at + t):
-                        raise SystemExit("decode failed")
+                    decode(ctx, [token], at + t)
                     ctx.logits()
                     out["work"]["answer"].append(now(ctx))
                 if not stock:

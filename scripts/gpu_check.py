@@ -13,10 +13,12 @@ weights take 4 GB of disk. Writes summary.json, anew after each step, and log.tx
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -151,10 +153,19 @@ def run(step: Step, results: Path) -> dict:
     file.unlink(missing_ok=True)
     command = step.command + (["--json", str(file)] if step.out else [])
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=step.limit, check=False)
-        how, out, err = "ok" if done.returncode == 0 else f"failed ({done.returncode})", done.stdout, done.stderr
-    except subprocess.TimeoutExpired as e:
-        how, out, err = f"took longer than {step.limit} s", e.stdout or b"", e.stderr or b""
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
+        try:
+            out, err = process.communicate(timeout=step.limit)
+            how = "ok" if process.returncode == 0 else f"failed ({process.returncode})"
+        except subprocess.TimeoutExpired:
+            how = f"took longer than {step.limit} s"
+        finally:  # what it started must not take the card from the next step
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        if process.returncode is None:
+            out, err = process.communicate()
     except OSError as e:
         how, out, err = f"cannot be started: {e.strerror}", b"", b""
     said = (out + err).decode(errors="replace")

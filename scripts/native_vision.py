@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes as C
 import importlib
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from native_runtime import Context, Image, Model, NativeError, lasting
+
+from st3_edge.native import log
 
 
 class Vision:
@@ -21,7 +22,7 @@ class Vision:
         self.m, self.n_embd = mtmd, model.n_embd_inp
         params = mtmd.mtmd_context_params_default()
         params.use_gpu, params.print_timings, params.warmup, params.n_threads = False, False, False, threads
-        if "st3_edge.native.log" not in sys.modules:
+        if not log.is_ours():
             quiet = lasting(model.rt.llama.llama_log_callback(lambda level, text, data: None))
             mtmd.mtmd_log_set(quiet, None)
             mtmd.mtmd_helper_log_set(quiet, None)

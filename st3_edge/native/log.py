@@ -110,6 +110,11 @@ class _Callback:
 _callback: _Callback | None = None
 
 
+def is_ours() -> bool:
+    """Whether lines have come here since the first `route`: before it mtmd's go to standard error."""
+    return _callback is not None
+
+
 def _install() -> None:
     """Puts our callback before whichever is set now, unless that is ours."""
     global _callback
