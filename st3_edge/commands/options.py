@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -81,11 +81,10 @@ def add_model(parser: argparse.ArgumentParser, n_gpu_layers: int = -1) -> argpar
     return group
 
 
-def add_schedule(parser: argparse.ArgumentParser, *, budget: bool = True) -> argparse._ArgumentGroup:
-    """The fields of ST3Config that commands offer, less budget and keep with budget=False; `config` reads them.
-    Returns the group of the first ones."""
+def add_schedule(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:
+    """The fields of ST3Config that commands offer, `without` of "budget" and "keep"; `config` reads them."""
     first = parser.add_argument_group("pruning")
-    if budget:
+    if "budget" not in without:
         first.add_argument(
             "--budget",
             type=float,
@@ -99,7 +98,7 @@ def add_schedule(parser: argparse.ArgumentParser, *, budget: bool = True) -> arg
         help=f"{', '.join(PRESETS)} (default: the model file's, or st3; off: nothing is dropped)",
     )
     st3 = parser.add_argument_group("advanced: the schedule in detail (default: the preset's)")
-    if budget:
+    if "keep" not in without:
         st3.add_argument(
             "--keep",
             type=float,
@@ -144,7 +143,6 @@ def add_schedule(parser: argparse.ArgumentParser, *, budget: bool = True) -> arg
         help=f"{' or '.join(VISION_TYPES)} (auto: the vision encoder computes in the type that the CPU is fastest in; "
         "file: in that of its file, as stock)",
     )
-    return first
 
 
 def add_shared(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

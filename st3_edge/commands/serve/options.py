@@ -106,10 +106,7 @@ def parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     where = made.add_argument_group("address")
     where.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on (default 127.0.0.1)")
     where.add_argument("--port", type=int, default=8080, metavar="N", help="port; 0: a free one (default 8080)")
-    st3 = options.add_schedule(made, budget=False)  # less --keep, which is llama-server's too
-    st3.add_argument(
-        "--budget", type=float, metavar="B", help="mean share of visual tokens kept over the layers, above 0 to 1"
-    )
+    options.add_schedule(made, without=("keep",))  # which is llama-server's too
     return made
 
 

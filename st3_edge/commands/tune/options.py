@@ -51,4 +51,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--work", metavar="DIR", help="where measurements are kept (default: st3-edge/tune in the user's cache)"
     )
     options.add_context(options.add_model(parser))
-    options.add_schedule(parser, budget=False)
+    options.add_schedule(parser, without=("budget", "keep"))
