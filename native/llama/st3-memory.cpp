@@ -223,7 +223,7 @@ void st3_memory::add_work(
     }
 }
 
-// Which rows are the announced image's: of every sequence as many as are still to come.
+// Which tokens are the announced image's: of every sequence as many as are still to come.
 void st3_memory::find_images(std::vector<st3_work> & works, const std::vector<llama_ubatch> & ubatches) const {
     const auto & announced = waits.announced;
 
@@ -237,7 +237,7 @@ void st3_memory::find_images(std::vector<st3_work> & works, const std::vector<ll
                 if (n < announced.left) {
                     auto & part = works[u].image[seq_id];
                     part.begins |= n == 0 && announced.begins();
-                    part.rows.push_back(i);
+                    part.places.push_back(st3_place::of(ubatches[u], i));
                     most = std::max(most, ++n);
                 }
             }
@@ -311,7 +311,7 @@ void st3_memory::finish(
     if (plan) {
         commit(*plan, slots, work);
     } else if (ubatch.embd) {
-        add_images(ubatch, work);
+        add_images(work);
     }
     take_account(ubatch, work, plan);
     if (out) {
@@ -336,15 +336,11 @@ static std::vector<st3_place> places_of(const llama_ubatch & ubatch, uint32_t ro
 }
 
 // Embeddings that are announced as an image.
-void st3_memory::add_images(const llama_ubatch & ubatch, const st3_work & work) {
+void st3_memory::add_images(const st3_work & work) {
     for (const auto & [seq_id, part] : work.image) {
-        std::vector<st3_place> places;
-        for (const uint32_t row : part.rows) {
-            places.push_back(st3_place::of(ubatch, row));
-        }
         const auto & list            = images.of(seq_id);
         const bool   more            = !part.begins && !list.empty() && !list.back().pruned;
-        auto &       image           = images.add(seq_id, places, more);
+        auto &       image           = images.add(seq_id, part.places, more);
         std::tie(image.nx, image.ny) = waits.announced.grid(image.places);
     }
     waits.announced.left = work.image_left;

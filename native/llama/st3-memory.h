@@ -29,8 +29,8 @@ struct st3_work {
 
     // Tokens of the announced image.
     struct part_t {
-        bool                  begins = false;
-        std::vector<uint32_t> rows;  // of the ubatch
+        bool                   begins = false;
+        std::vector<st3_place> places;
     };
 
     std::map<llama_seq_id, part_t> image;
@@ -194,7 +194,7 @@ class st3_memory : public llama_memory_i {
     bool fit(const std::vector<llama_ubatch> & ubatches, const st3_plan * plan);
 
     void find_images(std::vector<st3_work> & works, const std::vector<llama_ubatch> & ubatches) const;
-    void add_images(const llama_ubatch & ubatch, const st3_work & work);
+    void add_images(const st3_work & work);
     void take_account(const llama_ubatch & ubatch, const st3_work & work, const st3_plan * plan);
     void commit(const st3_plan & plan, const std::vector<llama_kv_cache::slot_info> & slots, st3_work & work);
     void collect(std::vector<st3_record> records, ggml_tensor * out, ggml_backend_sched_t sched);

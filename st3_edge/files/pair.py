@@ -93,9 +93,14 @@ def projector(mmproj: gguf.Header) -> str:
     return next((kind for kind in kinds if kind), LLAVA)
 
 
+def projector_of(mmproj: str) -> str:
+    """`projector` of a file. Raises ModelError."""
+    return projector(gguf.read_header(mmproj, "mmproj"))
+
+
 def is_llava(mmproj: str) -> bool:
     """Whether a vision half is LLaVA's, which was trained with a new line behind each picture. Raises ModelError."""
-    return projector(gguf.read_header(mmproj, "mmproj")) == LLAVA
+    return projector_of(mmproj) == LLAVA
 
 
 def check_adapter(path: str, model: gguf.Header) -> None:

@@ -151,3 +151,10 @@ def rewritten_mmproj(files: tuple[str, str], tmp_path_factory: pytest.TempPathFa
 def foreign_mmproj(rewritten_mmproj: Callable[..., str]) -> str:
     """The embedded vision half with a projector that is 32 wide: another model's."""
     return rewritten_mmproj(change=lambda name, data: data[:32] if name.startswith("mm.2.") else data)
+
+
+@pytest.fixture(scope="session")
+def tiled(rewritten_mmproj: Callable[..., str]) -> str:
+    """The embedded vision half as one of LLaVA-1.6's, which cuts larger pictures into tiles."""
+    sizes = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
+    return rewritten_mmproj({"clip.vision.image_grid_pinpoints": [336 * n for size in sizes for n in size]})

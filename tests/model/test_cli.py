@@ -287,6 +287,34 @@ def test_what_goes_wrong_in_a_chat_is_told_and_the_chat_goes_on(environment, pic
         assert said in error
 
 
+def kept(environment, model: str, mmproj: str, *pictures: str) -> list[list[str]]:
+    """What `/kept` says after a question about pictures and `/clear`: for each picture the lines of its map, and what
+    it held."""
+    said = "What color is the star?\n/clear\n/kept\n"
+    options = ("-m", model, "--mmproj", mmproj, "--n-ctx", "8192")
+    done = chat({**environment, "PYTHONIOENCODING": "utf-8"}, said, *options, *pictures)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.partition("(begun anew)\n")[2].splitlines()
+    assert lines[-1].startswith("(the brighter")
+    ends = [i for i, line in enumerate(lines) if line.startswith("picture ")]
+    return [lines[a + 1 : b + 1] for a, b in zip([-1, *ends], ends, strict=False)]
+
+
+def test_a_chat_shows_what_was_kept(environment, files, tiled, picture: str, tmp_path: Path) -> None:
+    # broken if a map were of another picture, of the conversation now, or tiles were pictures of their own
+    wide = tmp_path / "wide.png"
+    Image.open(picture).resize((1100, 330)).save(wide)
+    maps = kept(environment, *files, picture, str(wide))
+    assert [len(lines) for lines in maps] == [25, 25]
+    for *lines, told in maps:
+        n, first, held = (int(n) for n in re.findall(r"(\d+)(?: visual| in)", told))
+        assert (n, first) == (576, 576) and 200 < held < 300
+        assert "".join(lines).count("█") == 2 * held
+    (of_tiles,) = kept(environment, files[0], tiled, str(wide))
+    assert "of 2304 visual tokens" in of_tiles[-1]  # the whole, and three tiles
+    assert len(of_tiles) == 24 + 12 + 1  # of the tiles in a row, four patches are a square of the map
+
+
 def test_output_that_cannot_be_written_is_told_in_one_line(environment, picture):
     # broken by a traceback of OSError: a full disk is no bug of ours
     for arguments in (("ask", picture, QUESTION, "--max-tokens", "3"), ("chat", picture), ("doctor",), ("--version",)):

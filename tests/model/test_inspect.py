@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +26,6 @@ def seen_again(llava: Llava, pixels: np.ndarray) -> np.ndarray:
     """The visual tokens of a square that the encoder takes as it is."""
     assert pixels.shape == (SIDE, SIDE, 3)
     return llava.visual_tokens(RGB(SIDE, SIDE, np.ascontiguousarray(pixels).tobytes()))
-
-
-@pytest.fixture(scope="module")
-def tiled(rewritten_mmproj) -> str:
-    """The embedded vision half as one of LLaVA-1.6's, which cuts larger pictures into tiles."""
-    sizes = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
-    return rewritten_mmproj({"clip.vision.image_grid_pinpoints": [SIDE * n for size in sizes for n in size]})
 
 
 def test_a_view_is_what_the_encoder_sees(llava):
@@ -219,37 +210,3 @@ def test_what_cannot_be_is_refused_before_the_model_and_nothing_is_lost(command,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own.png", "taken.png"]
     assert run(command, picture, CAPTION, "-o", str(taken), "--force").returncode == 0
     assert Image.open(taken).format == "PNG"
-
-
-def kept(environment, model: str, mmproj: str, *pictures: str) -> list[list[str]]:
-    """What `/kept` says after a question about pictures and `/clear`: for each picture the lines of its map, and what
-    it held."""
-    command = [sys.executable, "-m", "st3_edge", "chat", "--threads", "1", "--max-tokens", "3", "--mmproj", mmproj]
-    done = subprocess.run(
-        [*command, "-m", model, "--n-ctx", "8192", *pictures],
-        input="What color is the star?\n/clear\n/kept\n",
-        capture_output=True,
-        text=True,
-        env={**environment, "PYTHONIOENCODING": "utf-8"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stderr.partition("(begun anew)\n")[2].splitlines()
-    assert lines[-1].startswith("(the brighter")
-    ends = [i for i, line in enumerate(lines) if line.startswith("picture ")]
-    return [lines[a + 1 : b + 1] for a, b in zip([-1, *ends], ends, strict=False)]
-
-
-def test_a_chat_shows_what_was_kept(environment, files, tiled, picture: str, tmp_path: Path) -> None:
-    # broken if a map were of another picture, of the conversation now, or tiles were pictures of their own
-    wide = tmp_path / "wide.png"
-    Image.open(picture).resize((1100, 330)).save(wide)
-    maps = kept(environment, *files, picture, str(wide))
-    assert [len(lines) for lines in maps] == [25, 25]
-    for *lines, told in maps:
-        n, first, held = (int(n) for n in re.findall(r"(\d+)(?: visual| in)", told))
-        assert (n, first) == (576, 576) and 200 < held < 300
-        assert "".join(lines).count("█") == 2 * held
-    (of_tiles,) = kept(environment, files[0], tiled, str(wide))
-    assert "of 2304 visual tokens" in of_tiles[-1]  # the whole, and three tiles
-    assert len(of_tiles) == 24 + 12 + 1  # of the tiles in a row, four patches are a square of the map

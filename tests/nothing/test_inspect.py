@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from st3_edge import ImageError
+from st3_edge.commands.chat import terminal
 from st3_edge.commands.inspect import figure, output, page
 from st3_edge.commands.inspect.patches import views
 from st3_edge.commands.inspect.seen import see
@@ -98,6 +99,16 @@ def test_a_patch_is_where_its_pixels_are():
     (view,) = views(RGB(2 * SIDE, SIDE, pixels.tobytes()), [Tile(pixels, 2 * GRID**2)], "any")
     lit = view.pixels.reshape(GRID, PATCH, 2 * GRID, PATCH, 3).any(axis=(1, 3, 4))
     assert view.tokens[lit].tolist() == [2 * 2 * GRID + 5] and view.patch == PATCH
+
+
+def test_the_layers_that_held_a_patch_are_counted():
+    # broken if what had left were shown as held, or a stage of one layer counted as one of many
+    left = [[-1] * 16, [-1, 0] * 8, [-1, 3] * 8]
+    for of_stages, share, row in ((left, 1 / 8, "██  ██  "), (left[::-1], 5 / 8, "██▒▒██▒▒")):
+        got = seen(of_stages, pieces="12345", cuts=[0, 2], per_layer=[16] * 8)  # stages of 1, 2 and 5 layers
+        shares = got.shares(got.n_steps - 1)
+        assert shares.tolist() == [1, share] * 8
+        assert terminal.shaded(shares.reshape(4, 4), " ░▒▓█", 80) == [row] * 4
 
 
 @settings(max_examples=60)

@@ -87,7 +87,6 @@ def make_jobs(console: Console, arguments: argparse.Namespace, tell: Tell) -> tu
         check_pair(model, mmproj)
         for part in choose.files(model)[1:]:
             gguf.read_header(part)
-    if not arguments.shape:
         found.say(console)
     if remark:
         console.note(remark)

@@ -12,8 +12,7 @@ from typing import Any
 
 from ...config import ST3Config
 from ...errors import ConfigError, ContextError, ImageError, OutputError, St3Error, one_line
-from ...files import gguf
-from ...files.pair import projector
+from ...files.pair import projector_of
 from ...llava import Llava
 from ...prompts import images
 from ...prompts.messages import parts_of
@@ -95,7 +94,7 @@ class Chat:
         self._chosen = self._config = config or ST3Config()  # as the chat began, and in use
         self._load = load
         self._messages: list[dict[str, Any]] = []
-        self._seen: list[Any] = []  # the pictures that the last answer is about
+        self._asked_about: list[Any] = []  # the pictures that the last answer is about
         self.system = ""
         self._is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self._script = False  # lines come from no terminal
@@ -262,9 +261,9 @@ class Chat:
         if not report or not trace or not trace.images:
             self._console.note("(no answer about a picture yet)")
             return
-        llava, pictures = self._llava, [images.load(picture) for picture in self._seen]
-        kind = projector(gguf.read_header(llava.mmproj_path, "mmproj"))
-        seen = see("", self._seen, pictures, llava.tiles, report, llava.model_path, kind)
+        llava, pictures = self._llava, [images.load(picture) for picture in self._asked_about]
+        kind = projector_of(llava.mmproj_path)
+        seen = see("", self._asked_about, pictures, llava.tiles, report, llava.model_path, kind)
         held, shares = seen.held(seen.n_steps - 1), seen.shares(seen.n_steps - 1)
         for number, picture in enumerate(seen.pictures, 1):
             for view in picture.views:
@@ -352,7 +351,7 @@ class Chat:
         messages = [*self._system(), *self._messages, question]
         pictures = [part["image"] for message in messages for part in _pictures_of(message)]
         for chunk in self._llava.create_chat_completion(messages, stream=True, trace=True, **how):
-            self._seen = pictures
+            self._asked_about = pictures
             yield chunk["choices"][0]["delta"].get("content", "")
 
     def _system(self) -> list[dict[str, Any]]:

@@ -6,9 +6,8 @@ import argparse
 import os
 from typing import Any
 
-from ...files import gguf
 from ...files.output import check_output
-from ...files.pair import projector
+from ...files.pair import projector_of
 from ...prompts import images
 from .. import loading, options, which
 from ..console import Console, run
@@ -49,7 +48,7 @@ def _inspect(console: Console, arguments: argparse.Namespace) -> int:
         console.say()
         report = llava.last_report
         assert report is not None
-        kind = projector(gguf.read_header(llava.mmproj_path, "mmproj"))
+        kind = projector_of(llava.mmproj_path)
         seen = see(question, sources, pictures, llava.tiles, report, llava.model_path, kind)
     if note := options.cut(report, options.answer(arguments), llava.n_ctx):
         console.note(note)
