@@ -210,6 +210,12 @@ bool st3_kv::resize(uint32_t n) {
     GGML_ASSERT(!get_has_shift());
 
     const uint32_t old = get_size();
+
+    std::vector<llama_kv_cells> tables;  // first, as what is thrown here leaves all as it was
+    for (const auto & cells : v_cells) {
+        tables.emplace_back().resize(n);
+        tables.back().set(0, cells.cp(0, std::min(n, old)));
+    }
     for (size_t i = 0; i < layers.size(); ++i) {
         if (!resize_layer(i, n)) {
             LLAMA_LOG_ERROR("%s: no memory for %u KV cells in layer %d\n", __func__, n, layer_id(i));
@@ -223,11 +229,7 @@ bool st3_kv::resize(uint32_t n) {
     malloc_trim(0);  // tensors of many sizes come and go: else what they left would stay resident
 #endif
 
-    for (auto & cells : v_cells) {
-        const llama_kv_cells kept = cells.cp(0, std::min(n, old));
-        cells.resize(n);
-        cells.set(0, kept);
-    }
+    std::move(tables.begin(), tables.end(), v_cells.begin());
     rewind();
     return true;
 }

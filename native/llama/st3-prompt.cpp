@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <set>
 #include <tuple>
 
@@ -33,24 +34,42 @@ uint32_t st3_prompt::n_before(llama_pos p) const {
     return (uint32_t) (it - pos.begin());
 }
 
+// Memory for n more.
+template <typename T> static void make_room(std::vector<T> & list, size_t n) {
+    if (list.capacity() - list.size() < n) {
+        list.reserve(std::max(list.size() + n, 2 * list.size()));
+    }
+}
+
+void st3_prompt::add_tokens(const std::vector<llama_token> & ids, const std::vector<st3_pos> & at) {
+    make_room(tokens, ids.size());
+    make_room(pos, at.size());
+    tokens.insert(tokens.end(), ids.begin(), ids.end());
+    pos.insert(pos.end(), at.begin(), at.end());
+}
+
 void st3_prompt::add_image(
         const st3_announced & image, const float * rows, const std::vector<st3_pos> & at, uint32_t n_embd,
         bool causal) {
-    if (image.begins()) {
-        images.push_back({ n_rows(), 0, 0, 0, causal });
-        keep = keep && image.keep;
-    }
-    tokens.insert(tokens.end(), at.size(), LLAMA_TOKEN_NULL);
-    pos.insert(pos.end(), at.begin(), at.end());
-    embd.insert(embd.end(), rows, rows + at.size() * n_embd);
-
-    auto & span = images.back();
+    st3_span span = image.begins() ? st3_span{ n_rows(), 0, 0, 0, causal } : images.back();
     span.n += (uint32_t) at.size();
+
     std::vector<st3_place> places;
-    for (uint32_t i = span.row; i < n_rows(); ++i) {
-        places.push_back(st3_place::of(pos[i]));
-    }
+    const auto             place = [](const st3_pos & p) { return st3_place::of(p); };
+    std::transform(pos.begin() + span.row, pos.end(), std::back_inserter(places), place);
+    std::transform(at.begin(), at.end(), std::back_inserter(places), place);
     std::tie(span.nx, span.ny) = image.grid(places);
+
+    make_room(images, 1);
+    make_room(embd, at.size() * n_embd);
+    add_tokens(std::vector<llama_token>(at.size(), LLAMA_TOKEN_NULL), at);  // from here on nothing throws
+    embd.insert(embd.end(), rows, rows + at.size() * n_embd);
+    if (image.begins()) {
+        images.push_back(span);
+        keep = keep && image.keep;
+    } else {
+        images.back() = span;
+    }
 }
 
 st3_prompt st3_prompt::part(uint32_t begin, uint32_t end) const {

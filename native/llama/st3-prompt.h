@@ -59,10 +59,8 @@ struct st3_prompt {
 
     bool ends_in_image() const { return !images.empty() && images.back().row + images.back().n == n_rows(); }
 
-    void add_token(llama_token token, const st3_pos & at) {
-        tokens.push_back(token);
-        pos.push_back(at);
-    }
+    // Where they throw std::bad_alloc, nothing was added.
+    void add_tokens(const std::vector<llama_token> & ids, const std::vector<st3_pos> & at);
     // Tokens of an image, embd F32 [at.size()][n_embd].
     void add_image(
             const st3_announced & image, const float * embd, const std::vector<st3_pos> & at, uint32_t n_embd,

@@ -1,16 +1,11 @@
 #include "st3-wait.h"
 
-#include "llama-context.h"
 #include "llama-impl.h"
-#include "llama-model.h"
 #include "st3-embed.h"
-#include "st3-memory.h"
+#include "st3-seam.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <exception>
-#include <new>
 #include <numeric>
 #include <string>
 #include <utility>
@@ -45,43 +40,6 @@ template <typename F> static int caught(F && fn) {
         return -2;
     }
 }
-
-class st3_seam {
-  public:
-    st3_seam(llama_context & ctx, st3_memory & mem) : ctx(ctx), mem(mem), n_batch(ctx.cparams.n_batch) {}
-
-    int decode(const llama_batch_ext & in);
-    int decode_between(llama_seq_id seq_id);
-
-  private:
-    // A sequence's rows in a batch, none of which belongs to another as well.
-    struct share_t {
-        std::vector<size_t> rows;
-        bool                output = false;
-    };
-
-    using shares_t = std::map<llama_seq_id, share_t>;
-
-    int decode_image(const llama_batch_ext & in, llama_seq_id seq_id);
-    int decode_text(const llama_batch_ext & in, const shares_t & shares);
-    int decode_all(llama_seq_id seq_id);
-    int ask(const llama_batch_ext & in, llama_seq_id seq_id, const share_t & share);
-    int decode_waiting(llama_seq_id seq_id, uint32_t n_rows);
-
-    void add_tokens(st3_prompt & prompt, const llama_batch_ext & in, const share_t & share) const;
-    void hold(const llama_batch_ext & in, llama_seq_id seq_id, const share_t & share);
-    bool fits(llama_seq_id seq_id, uint32_t n) const;
-
-    bool valid(const llama_batch_ext & in) { return ctx.balloc->init(in, ctx.model.vocab, ctx.cparams.embeddings); }
-
-    void renumber(const std::vector<size_t> & rows, size_t first);
-    void take_outputs(const std::vector<size_t> & rows, size_t first, std::map<size_t, std::vector<float>> & to);
-    void put_outputs(const std::map<size_t, std::vector<float>> & outputs);
-
-    llama_context & ctx;
-    st3_memory &    mem;
-    const uint32_t  n_batch;
-};
 
 int llama_context::decode(const llama_batch_ext & batch) {
     auto * mem = dynamic_cast<st3_memory *>(memory.get());
@@ -212,11 +170,11 @@ int st3_seam::decode_image(const llama_batch_ext & in, llama_seq_id seq_id) {
             LLAMA_LOG_WARN("%s: failed to find a memory slot for an image of %u tokens\n", __func__, n);
             return 1;
         }
-        share_t share;
-        share.rows.resize(n);
-        hold(in, seq_id, share);
-        mem.waits.pictures[seq_id] = mem.waits.announced.picture;
-        ctx.n_outputs              = 0;  // as after any batch without outputs
+        auto & picture = mem.waits.pictures[seq_id];
+        auto   came    = mem.waits.announced.picture;
+        hold(in, seq_id, {});
+        picture       = std::move(came);
+        ctx.n_outputs = 0;  // as after any batch without outputs
         return 0;
     }
     if (!why.empty()) {
@@ -279,50 +237,52 @@ int st3_seam::decode_text(const llama_batch_ext & in, const shares_t & shares) {
 
     std::map<size_t, std::vector<float>> outputs;  // by row of the batch
 
-    int res = 0;
-    for (size_t i = 0; i < asks.size() && res == 0; ++i) {
-        const auto & share = shares.at(asks[i]);
-        const auto   n     = (size_t) mem.waits.of(asks[i])->n_rows();
+    // what waits or is computed by then is taken back where a later part fails
+    std::vector<llama_seq_id> done;
+    done.reserve(shares.size());
 
-        if ((res = ask(in, asks[i], share)) != 0) {
-            asks.resize(i);
-        } else if (gather) {
-            take_outputs(share.rows, n, outputs);
-        } else {
-            renumber(share.rows, n);
+    const int res = caught([&] {
+        for (const auto seq_id : holds) {
+            hold(in, seq_id, shares.at(seq_id));
+            done.push_back(seq_id);
         }
-    }
-    if (res == 0 && !rest.empty()) {
-        std::sort(rest.begin(), rest.end());
+        const auto computed = [&](const std::vector<size_t> & rows, size_t first) {
+            gather ? take_outputs(rows, first, outputs) : renumber(rows, first);
+        };
+        for (const auto seq_id : asks) {
+            const auto & share = shares.at(seq_id);
+            const auto   n     = (size_t) mem.waits.of(seq_id)->n_rows();
+            if (const int code = ask(in, seq_id, share)) {
+                return code;
+            }
+            done.push_back(seq_id);
+            computed(share.rows, n);
+        }
         if (rest.size() == in.tokens.size()) {
             return ctx.decode_now(in);
         }
-        llama_batch_ext others(&ctx);
-        for (const size_t i : rest) {
-            others.tokens.push_back(in.tokens[i]);
+        if (!rest.empty()) {
+            std::sort(rest.begin(), rest.end());
+            llama_batch_ext others(&ctx);
+            for (const size_t i : rest) {
+                others.tokens.push_back(in.tokens[i]);
+            }
+            if (const int code = ctx.decode_now(others)) {
+                return code;
+            }
+            computed(rest, 0);
         }
-        res = caught([&] { return ctx.decode_now(others); });
-        if (res == 0 && gather) {
-            take_outputs(rest, 0, outputs);
-        } else if (res == 0) {
-            renumber(rest, 0);
+        if (gather) {
+            put_outputs(outputs);
+        } else if (asks.empty() && rest.empty()) {
+            ctx.n_outputs = 0;
         }
+        return 0;
+    });
+    for (size_t i = 0; res != 0 && i < done.size(); ++i) {
+        mem.seq_rm(done[i], in.tokens[shares.at(done[i]).rows[0]].pos[0], -1);
     }
-    if (res != 0) {
-        for (const auto seq_id : asks) {  // their images wait again
-            mem.seq_rm(seq_id, in.tokens[shares.at(seq_id).rows[0]].pos[0], -1);
-        }
-        return res;
-    }
-    for (const auto seq_id : holds) {
-        hold(in, seq_id, shares.at(seq_id));
-    }
-    if (gather) {
-        put_outputs(outputs);
-    } else if (asks.empty() && rest.empty()) {
-        ctx.n_outputs = 0;
-    }
-    return 0;
+    return res;
 }
 
 // The image and the text that wait in a sequence, and its question, become one batch.
@@ -331,7 +291,12 @@ int st3_seam::ask(const llama_batch_ext & in, llama_seq_id seq_id, const share_t
     auto &     prompt = node.mapped();
     const auto n_held = prompt.n_rows();
 
+    std::shared_ptr<st3_prompt> kept;
+
     const int res = caught([&] {
+        auto & asked = mem.waits.asked[seq_id];
+        asked.reserve(asked.size() + 1);
+        kept = std::make_shared<st3_prompt>();
         add_tokens(prompt, in, share);
         auto batch = st3_make_batch(ctx, *ctx.loras, prompt, seq_id, true);
         for (size_t i = 0; i < share.rows.size(); ++i) {
@@ -357,31 +322,43 @@ int st3_seam::ask(const llama_batch_ext & in, llama_seq_id seq_id, const share_t
         ctx.backend_buf_exp_size[i] = ggml_backend_sched_get_buffer_size(ctx.sched.get(), ctx.backend_ptrs[i]);
     }
     if (prompt.keep) {
-        mem.waits.asked[seq_id].push_back(std::make_shared<const st3_prompt>(std::move(prompt)));
+        *kept = std::move(prompt);
+        mem.waits.asked[seq_id].push_back(std::move(kept));
     }
     return 0;
 }
 
 void st3_seam::add_tokens(st3_prompt & prompt, const llama_batch_ext & in, const share_t & share) const {
+    std::vector<llama_token> ids;
+    std::vector<st3_pos>     pos;
     for (const size_t i : share.rows) {
         const auto & row = in.tokens[i];
-        prompt.add_token(row.id, st3_text_pos(row.pos[0], ctx.model.hparams.n_pos_per_embd()));
+        ids.push_back(row.id);
+        pos.push_back(st3_text_pos(row.pos[0], ctx.model.hparams.n_pos_per_embd()));
     }
+    prompt.add_tokens(ids, pos);
 }
 
-// Adds a share to what waits in its sequence: text, or a part of the announced image.
+// Adds a share to what waits in its sequence: text, or a part of the announced image. Where it throws, nothing was added.
 void st3_seam::hold(const llama_batch_ext & in, llama_seq_id seq_id, const share_t & share) {
-    auto & prompt = mem.waits.waiting[seq_id];
+    const auto it = mem.waits.waiting.find(seq_id);
+    st3_prompt first;
+    auto &     prompt = it == mem.waits.waiting.end() ? first : it->second;
     if (in.n_embd == 0) {
         add_tokens(prompt, in, share);
-        return;
+    } else {
+        std::vector<st3_pos> pos;
+        for (const auto & row : in.tokens) {
+            pos.push_back(row.pos);
+        }
+        prompt.add_image(mem.waits.announced, in.embd.data(), pos, (uint32_t) in.n_embd, ctx.cparams.causal_attn);
     }
-    std::vector<st3_pos> pos;
-    for (const auto & row : in.tokens) {
-        pos.push_back(row.pos);
+    if (it == mem.waits.waiting.end()) {
+        mem.waits.waiting.emplace(seq_id, std::move(first));
     }
-    prompt.add_image(mem.waits.announced, in.embd.data(), pos, (uint32_t) in.n_embd, ctx.cparams.causal_attn);
-    mem.waits.announced.left -= (uint32_t) pos.size();
+    if (in.n_embd > 0) {
+        mem.waits.announced.left -= (uint32_t) in.tokens.size();
+    }
 }
 
 // Whether n rows more of a sequence will find cells.
@@ -417,13 +394,15 @@ int st3_seam::decode_between(llama_seq_id seq_id) {
 
 // The first n_rows that wait, as they came: text as tokens, each image by itself.
 int st3_seam::decode_waiting(llama_seq_id seq_id, uint32_t n_rows) {
-    auto         node   = mem.waits.waiting.extract(seq_id);
-    const auto & prompt = node.mapped();
-
     const auto announced = mem.waits.announced;  // the caller's
     const bool causal    = ctx.cparams.causal_attn;
 
+    auto         node   = mem.waits.waiting.extract(seq_id);
+    const auto & prompt = node.mapped();
+    st3_prompt   after;  // what of it waits on
+
     const int res           = caught([&] {
+        after = prompt.part(n_rows, prompt.n_rows());
         for (uint32_t i = 0, end = 0; i < n_rows; i = end) {
             end                     = n_rows;
             ctx.cparams.causal_attn = true;
@@ -454,46 +433,9 @@ int st3_seam::decode_waiting(llama_seq_id seq_id, uint32_t n_rows) {
     if (res != 0) {
         mem.seq_rm(seq_id, prompt.p0(), -1);
         mem.waits.waiting.insert(std::move(node));
-    } else if (n_rows < prompt.n_rows()) {
-        mem.waits.waiting[seq_id] = prompt.part(n_rows, prompt.n_rows());
+    } else if (after.n_rows() > 0) {
+        node.mapped() = std::move(after);
+        mem.waits.waiting.insert(std::move(node));
     }
     return res;
-}
-
-//
-// outputs of a batch that was computed in several
-//
-
-// Outputs of row first + i of what was computed are those of rows[i] of the batch.
-void st3_seam::renumber(const std::vector<size_t> & rows, size_t first) {
-    std::vector<int32_t> ids(ctx.output_ids.size(), -1);
-    for (size_t i = 0; i < rows.size(); ++i) {
-        ids[rows[i]] = ctx.output_ids[first + i];
-    }
-    ctx.output_ids = std::move(ids);
-}
-
-// Copies them, by row of the batch, before the next compute takes their place.
-void st3_seam::take_outputs(const std::vector<size_t> & rows, size_t first, std::map<size_t, std::vector<float>> & to) {
-    const size_t n_vocab = ctx.model.vocab.n_tokens();
-
-    ctx.synchronize();
-    ctx.output_reorder();
-    for (size_t i = 0; i < rows.size(); ++i) {
-        if (const int32_t id = ctx.output_ids[first + i]; id >= 0) {
-            const float * data = ctx.logits.data + id * n_vocab;
-            to[rows[i]].assign(data, data + n_vocab);
-        }
-    }
-}
-
-void st3_seam::put_outputs(const std::map<size_t, std::vector<float>> & outputs) {
-    if (ctx.output_reserve((int32_t) outputs.size()) < outputs.size()) {
-        throw std::bad_alloc();
-    }
-    float * data = ctx.logits.data;
-    for (const auto & [row, logits] : outputs) {
-        ctx.output_ids[row] = (int32_t) ctx.n_outputs++;
-        data                = std::copy(logits.begin(), logits.end(), data);
-    }
 }

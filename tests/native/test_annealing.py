@@ -271,12 +271,14 @@ def test_aborted_steps_change_nothing_in_the_end(model, ctx) -> None:
             assert calm.decode([token], N_PROMPT + i) == 0
             want.append((held(calm), calm.logits()))
     assert ctx.prefill(native(prompt())) == 0
+    aborted = 0
     for i, token in enumerate(tokens):
         for after in (0, 3, 30):
             calls = iter(range(10**9))
             ctx.abort_when(lambda calls=calls, after=after: next(calls) >= after)
             if ctx.decode([token], N_PROMPT + i) == 0:
                 break
+            aborted += 1
             assert ctx.positions() == (0, N_PROMPT + i - 1)
         else:
             ctx.abort_when(None)
@@ -284,6 +286,7 @@ def test_aborted_steps_change_nothing_in_the_end(model, ctx) -> None:
         ctx.abort_when(None)
         assert held(ctx) == want[i][0]
         assert oracle.nmse(ctx.logits(), want[i][1]) < 1e-6  # cells lie elsewhere
+    assert aborted >= len(tokens) or cases.ON_DEVICE  # which may not ask
 
 
 def test_refused_steps_change_nothing(model, ctx) -> None:

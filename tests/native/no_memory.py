@@ -1,0 +1,83 @@
+"""Each allocation of a call that fails, one after the other, as JSON: run by test_no_memory.
+
+python no_memory.py LIB_DIR MODEL.gguf LIBRARY, with LIBRARY, made of no_memory.cpp, in LD_PRELOAD as well.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from native_runtime import Context, Model, Runtime
+
+KEYS = {"st3.preset": "st3", "st3.keep": 0.5, "st3.start": 1, "st3.stride": 2}
+WAYS = {
+    "an image": [[1, 5], "image", list(range(20, 40))],
+    "tiles, and text between": ["tile", "tile", [7, 8], [9], "image", [11]],
+    "more than a batch": [list(range(20, 90)), "image", list(range(30, 90))],
+}
+
+
+def main() -> None:
+    """Prints, for each of WAYS, how many allocations failed in each call, and whether all came to the same bits."""
+    lib, gguf, library = sys.argv[1:]
+    rt = Runtime(Path(lib))
+    failing = C.CDLL(library)
+    fail_after, decode = failing.fail_after, failing.decode_caught
+    fail_after.argtypes, fail_after.restype = [C.c_long], C.c_long
+    decode.argtypes = [C.c_void_p, C.c_void_p, rt.llama.llama_batch]
+    of_llama = C.cast(rt.llama._lib.llama_decode, C.c_void_p)
+    rt.llama.llama_decode = lambda ctx, batch: decode(of_llama, ctx, batch)
+    rng = np.random.default_rng(3)
+    out = {}
+    with Model(rt, Path(gguf), KEYS) as model:
+        rows = [rng.standard_normal((64, model.n_embd)).astype(np.float32) for _ in range(8)]
+        for name, pieces in WAYS.items():
+            calm, _ = told(model, pieces, rows, lambda call, _: (call(), 0))
+            got, failed = told(model, pieces, rows, lambda call, state: with_failures(call, state, fail_after))
+            out[name] = {"failed": failed, "same": bool(np.array_equal(got, calm))}
+    print(json.dumps(out))
+
+
+def told(model: Model, pieces: list, rows: list[np.ndarray], how: Callable) -> tuple[np.ndarray, list[int]]:
+    """The logits behind pieces that are given one by one, and how often each failed before."""
+    with Context(model, n_ctx=512, n_ubatch=144) as ctx:
+        at, failed = 0, []
+        for i, piece in enumerate(pieces):
+            if isinstance(piece, str):
+                ctx.announce(64, 8, 8, "p" if piece == "tile" else "")
+                piece = rows[i]
+            outputs = "last" if i == len(pieces) - 1 else "none"
+
+            def call(piece=piece, at=at, outputs=outputs) -> int:
+                return ctx.decode(piece, at, outputs)
+
+            code, times = how(call, lambda: (ctx.positions()[1], ctx.report(0)["waiting"]))
+            assert code == 0, (i, code)
+            failed.append(times)
+            at += len(piece)
+            assert ctx.positions()[1] == at - 1
+        return ctx.logits(), failed
+
+
+def with_failures(call: Callable[[], int], state: Callable, fail_after: Callable[[int], int]) -> tuple[int, int]:
+    """Lets the first allocation of a call fail, then of the same call again the second, and so on until none does."""
+    before = state()
+    for n in range(10**6):
+        fail_after(n)
+        code = call()
+        if fail_after(-1) >= 0:
+            return code, n
+        assert code == -2 or code == 0, code
+        if code == 0:  # what failed was caught on the way
+            return code, n
+        assert state() == before, (n, state(), before)
+    raise AssertionError("it never came to its end")
+
+
+if __name__ == "__main__":
+    main()
