@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..config import Override
@@ -35,12 +35,18 @@ def check(source: str | os.PathLike[str], target: str | os.PathLike[str], *, for
 
 
 def copy(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], changes: Mapping[str, Override], *, force: bool
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    changes: Mapping[str, Override],
+    *,
+    force: bool,
+    tell: Callable[[float], None] = lambda share: None,
 ) -> None:
     """Writes the GGUF file `source` to `target` with the values in `changes` in place of its own.
 
     Text becomes a string, a whole number a u32, a real one an f64. What exists is replaced with `force` only, and only
-    once the new file is whole. Raises ModelError or OutputError, as `check` does and where writing fails.
+    once the new file is whole. `tell` hears what share of the source was copied, 0 to 1, now and then; where it raises,
+    nothing is written. Raises ModelError or OutputError, as `check` does and where writing fails.
     """
     header = check(source, target, force=force)
     alignment = int(header.metadata.get("general.alignment", 32))
@@ -59,7 +65,10 @@ def copy(
             new.write(old.read(end - begin))
             new.write(bytes(aligned(new.tell(), alignment) - new.tell()))
             old.seek(header.data)
-            shutil.copyfileobj(old, new, _BLOCK)
+            size = Path(source).stat().st_size
+            while block := old.read(_BLOCK):
+                tell(old.tell() / size)
+                new.write(block)
     except OSError as e:
         raise OutputError(f"output {str(target)!r} cannot be written: {one_line(e.strerror or e)}") from e
 

@@ -14,6 +14,8 @@ from typing import BinaryIO
 
 from ..errors import OutputError, one_line
 
+PART = "." + "[0-9a-f]" * 16 + ".part"  # what `replacing` calls a file until it is whole
+
 
 def check_output(target: Path, inputs: Iterable[str | os.PathLike[str]], *, force: bool) -> None:
     """Whether `target` can be written; to be asked before what takes long, too. `inputs`: files that are read.

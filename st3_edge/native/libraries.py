@@ -67,7 +67,7 @@ def upstream() -> dict[str, str]:
     try:
         pin: dict[str, str] = json.loads(path.read_text())
     except (OSError, ValueError) as e:
-        raise LibraryError(f"{path} cannot be read: {one_line(e)}: build the package (pip install .)") from e
+        raise LibraryError(f"{path} cannot be read: {one_line(e)}: build the package ({_install()})") from e
     return pin
 
 
@@ -75,7 +75,13 @@ def check_present() -> None:
     """Raises LibraryError where a library is missing. Nothing is loaded."""
     for name in ("llama", "mtmd"):
         if not path_of(name).is_file():
-            raise LibraryError(f"{path_of(name)} is missing: build the package (pip install .) or set ST3_LIB_DIR")
+            raise LibraryError(f"{path_of(name)} is missing: build the package ({_install()}) or set ST3_LIB_DIR")
+
+
+def _install() -> str:
+    """The command that builds the package. In its sources Python finds them before an installed package."""
+    sources = (Path(__file__).resolve().parents[2] / "CMakeLists.txt").is_file()
+    return "in its sources: pip install -e ." if sources else "pip install ."
 
 
 def load() -> Bindings:

@@ -6,17 +6,19 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from ..files.output import replacing
+from ..files.output import PART, replacing
 from ..native.st3 import Visual
 from .conversation import Image
 
 _DIGITS = 64  # of SHA-256
 _SUFFIX = ".st3.npz"  # in a folder that is given, other programs' files may lie
+_ABANDONED_S = 3600.0  # no picture takes so long to write
 
 
 class Encodings:
@@ -57,6 +59,10 @@ class Encodings:
 
     def _trim(self) -> None:
         found = []
+        for part in self._folder.glob(PART):  # what a process left that ended as it wrote
+            with contextlib.suppress(OSError):
+                if time.time() - part.stat().st_mtime > _ABANDONED_S:
+                    part.unlink()
         for path in self._folder.glob("[0-9a-f]" * _DIGITS + _SUFFIX):
             with contextlib.suppress(OSError):  # another process may have removed it
                 stat = path.stat()

@@ -13,7 +13,7 @@ for package in ("torch", "transformers", "safetensors"):
 
 from PIL import Image as Pictures  # noqa: E402
 
-from families.files import MEDIA, write_pair  # noqa: E402
+from families.files import MEDIA, check_same, top, write_pair  # noqa: E402
 from st3_edge import ContextError, Llava, ModelError, ST3Config  # noqa: E402
 from st3_edge.commands.inspect.patches import views  # noqa: E402
 from st3_edge.files import gguf  # noqa: E402
@@ -69,18 +69,12 @@ def test_a_conversation_goes_on_where_it_was(files, name: str) -> None:
         assert llava.last_report.reused > llava.last_report.visual_tokens.given / 2
         ctx, held = llava._session.llama.ctx, llava._session.conversation
         assert st3.n_positions(ctx) == held.n_positions
-        logits = np.array(top(llava, *more))
+        logits = top(llava, *more)
         llava.reset()
         assert answer(llava, *more) == went_on
         assert llava.last_report.reused == 0
         llava.reset()
-        np.testing.assert_allclose(np.array(top(llava, *more)), logits, rtol=1e-2, atol=2e-2)
-
-
-def top(llava: Llava, *messages: dict) -> list[float]:
-    """The largest logits after a prompt."""
-    trace = llava.create_chat_completion(messages, temperature=0, max_tokens=1, trace=True)["st3"]
-    return [value for _, value in trace["first_logits_top"]]
+        check_same(top(llava, *more), logits)
 
 
 @families

@@ -19,9 +19,9 @@ from test_off_is_stock import run  # noqa: E402
 
 from families import recipes  # noqa: E402
 from families.convert import Converter  # noqa: E402
-from families.files import NOT_PRUNED, write_pair  # noqa: E402
+from families.files import NOT_PRUNED, check_same, top, write_pair  # noqa: E402
 from families.others import OTHERS  # noqa: E402
-from families.test_llava import CONFIG, answer, top, turn  # noqa: E402
+from families.test_llava import CONFIG, answer, turn  # noqa: E402
 from families.test_text import KEYS  # noqa: E402
 from st3_edge import Llava  # noqa: E402
 from st3_edge.files import gguf_copy  # noqa: E402
@@ -75,9 +75,9 @@ def test_a_conversation_goes_on(converter, tmp_path: Path, name: str) -> None:
         assert llava.last_report.mode == "off"
         assert "is not among those that can be pruned" in llava.last_report.reason
         more = (first, turn("assistant", said), turn("user", "And here?", pictures[1], "Say it."))
-        logits = np.array(top(llava, *more))
+        logits = top(llava, *more)
         llava.save_state(tmp_path / "kept.st3")
         llava.reset()
-        np.testing.assert_allclose(np.array(top(llava, *more)), logits, rtol=1e-2, atol=2e-2)
+        check_same(top(llava, *more), logits)
         llava.load_state(tmp_path / "kept.st3")
-        np.testing.assert_allclose(np.array(top(llava, *more)), logits, rtol=1e-2, atol=2e-2)
+        check_same(top(llava, *more), logits)

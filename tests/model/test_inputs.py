@@ -24,4 +24,4 @@ def test_files_with_changed_headers_are_refused_or_answer():
     print("seed", SEED)
     tried = check_headers.run(random.Random(SEED), math.inf, most=64)
     print(tried)
-    assert tried["refused"] > 0
+    assert tried["refused"] > 0 and tried["answered"] > 5

@@ -122,13 +122,15 @@ def test_what_a_handler_raises_reaches_the_caller(load, picture):
 
 def test_a_handler_may_use_the_llava_that_it_interrupts(load, picture):
     # broken by a lock that the interrupted call of the same thread has: a hang
-    before = signal.signal(signal.SIGALRM, lambda *_: llava.reset())
+    handled = []
+    before = signal.signal(signal.SIGALRM, lambda *_: handled.append(llava.reset()))
     try:
         with load() as llava:
             signal.setitimer(signal.ITIMER_REAL, 0.05)
             with contextlib.suppress(St3Error):  # another call began
                 llava.ask(picture, "Describe the image.", max_tokens=64)
             signal.setitimer(signal.ITIMER_REAL, 0)
+            assert len(handled) == 1, "the answer was there before the signal"
             assert llava.ask(picture, QUESTION, temperature=0, max_tokens=4)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

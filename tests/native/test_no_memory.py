@@ -18,9 +18,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.no_device
 @pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD is the dynamic linker's of Linux")
-@pytest.mark.skipif(
-    "asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizers have an operator new of their own"
-)
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizers have an operator new")
 def test_nothing_that_waits_is_lost(random_gguf, tmp_path: Path) -> None:
     """Breaks if a call that failed for want of memory added or lost rows, ended the process, or changed an answer."""
     compiler = os.environ.get("CXX") or shutil.which("c++")

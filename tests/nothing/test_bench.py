@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -243,6 +244,21 @@ def test_what_cannot_be_measured_is_told_in_one_line(libraries, arguments, says,
     assert done.stderr.splitlines()[-1].startswith("st3-edge: error: ") and says in done.stderr
     before = [line for line in done.stderr.splitlines()[:-1] if not line.startswith("(no model chosen")]
     assert all(line.endswith(" ...") for line in before)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another event there")
+def test_ctrl_c_ends_a_download(libraries):
+    # broken if gigabytes went on coming until it was pressed again
+    code = (
+        "import sys, time; from st3_edge import cli; from st3_edge.commands import which\n"
+        "which.find = lambda *_: print('loading', flush=True) or time.sleep(50)\n"
+        "sys.exit(cli.main(['bench', '--against', 'off', '--hf', 'a/b']))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ST3_LIB_DIR": libraries}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"loading\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
 
 
 def test_without_stock_pruning_off_is_compared_with(tmp_path, monkeypatch):

@@ -201,18 +201,30 @@ def test_where_pictures_alone_fill_the_context_the_oldest_goes(talk, tmp_path):
     assert [len(m["content"]) for m in model.asked[-1]] == [4]
 
 
-def test_a_question_that_is_too_long_by_itself_is_an_error(talk):
-    # broken if it were asked for ever
+def test_a_question_that_is_too_long_by_itself_is_an_error_and_nothing_is_forgotten(talk, tmp_path):
+    # broken if it were asked for ever, or the conversation were gone because of it
     console = talk(Narrow(0), "a?")
     assert console.err.count("st3-edge: error: the prompt is too long") == 1
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4), "red").save(path)
+    model = Narrow(4)
+    console = talk(model, f"/image {path}", "a?", f"/image {path}", f"{path} {path} {path} {path} b?", "/save f", "c?")
+    assert len(model.kept) == 2 and model.kept[0]["content"][0]["type"] == "image"
+    assert "forgotten" not in console.err.partition("error")[0]
+    assert [part["type"] for part in model.asked[-1][-1]["content"]].count("image") == 2
 
 
-def test_after_an_answer_that_filled_the_context_there_is_room_again(talk):
+def test_after_an_answer_that_filled_the_context_there_is_room_again(talk, tmp_path):
     # broken if the next answer were cut after a word
     model = Model()
     model.last_report = SimpleNamespace(finish_reason="length", n_generated=8)
-    talk(model, "a?", "b?", "c?")
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4), "red").save(path)
+    console = talk(model, f"{path} a?", "b?", "c?")
     assert [len(messages) for messages in model.asked] == [1, 1, 1]
+    assert console.err.count("their pictures kept") == 3
+    for messages in model.asked:  # broken if the pictures went, though it was said that they were kept
+        assert [part["type"] for part in messages[0]["content"]] == ["image", "text"]
 
 
 @pytest.mark.parametrize("written", ["'{}'", '"{}"', "{}"])
@@ -234,6 +246,30 @@ def test_a_picture_and_its_question_in_one_line(talk, tmp_path):
     assert kinds == [["image", "text"], ["image", "text"]]
     assert model.asked[0][0]["content"][1]["text"] == "What is it?"
     assert console.err.count("error: there is no picture") == 1
+
+
+def test_the_pictures_of_a_line_that_failed_do_not_come_twice(talk, tmp_path):
+    # broken if they stayed for the next question unsaid: the corrected line would show each of them twice
+    paths = [tmp_path / name for name in ("a.png", "b.png", "broken.png")]
+    for path in paths[:2]:
+        Image.new("RGB", (4, 4), "red").save(path)
+    paths[2].write_bytes(b"no picture")
+
+    def fails():
+        raise PromptError("too long")
+        yield
+
+    model = Model(fails)
+    chat = Chat(Console(), model, [], {"max_tokens": 9})
+    chat.do(f"compare {paths[0]} {paths[2]}")
+    chat.do(f"/image {paths[1]}")
+    chat.do(f"compare {paths[0]}")
+    model.words = ("fine",)
+    chat.do(f"compare {paths[0]}")
+    assert "name its pictures again" in chat._console.err
+    shown = [[p["image"] for p in messages[-1]["content"] if p["type"] == "image"] for messages in model.asked]
+    assert shown == [[images.data_url(str(paths[1])), images.data_url(str(paths[0]))]] * 2
+    assert chat.pictures == []
 
 
 def test_retry_gives_another_answer_in_the_place_of_the_last(talk):

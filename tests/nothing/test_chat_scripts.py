@@ -99,4 +99,7 @@ def test_a_history_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
     assert isinstance(history, history_module.FileHistory)
     history.filename = str(tmp_path)  # a folder: neither read nor written
     history.store_string("a?")
+    history.filename = str(tmp_path / "history")
+    history.store_string("caf\udce9.png")  # a name that is no text
+    history.filename = str(tmp_path)
     assert list(history.load_history_strings()) == []

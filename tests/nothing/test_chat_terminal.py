@@ -92,6 +92,15 @@ def test_a_file_behind_a_command(text, name):
     assert paths.one(text) == name
 
 
+def test_lines_stay_where_a_picture_is_among_them(tmp_path, monkeypatch):
+    # broken if a table or a poem became one line because a picture was named with it
+    Image.new("RGB", (4, 4)).save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    for text in ("photo.png\nis it:\n  a  b\n\n  c", "is it:\n  a  b\nphoto.png\n\n  c"):
+        found, rest = paths.split(text)
+        assert found == ["photo.png"] and rest == "is it:\n  a  b\n\n  c"
+
+
 @pytest.mark.parametrize(
     "line", ["what is a.jpg?", "is b.png right", "It's 5 o'clock", 'he said "hi"', "a \\ b", "  x "]
 )

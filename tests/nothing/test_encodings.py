@@ -57,6 +57,17 @@ def test_only_its_owner_can_read_it(tmp_path: Path, exists: bool) -> None:
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
+def test_what_an_ended_process_left_half_written_goes(tmp_path: Path) -> None:
+    """Breaks if it stayed for ever beside the folder's limit, or a file that is being written went."""
+    old, new, other = tmp_path / f".{'0' * 16}.part", tmp_path / f".{'1' * 16}.part", tmp_path / ".film.part"
+    for path in (old, new, other):
+        path.touch()
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    Encodings(tmp_path, "x", WIDTH, 2**20).put(image(1), visual(4, 1))
+    assert not old.exists() and new.exists() and other.exists()
+
+
 def test_no_file_of_the_users_is_removed(tmp_path: Path) -> None:
     """Breaks if what lies in the folder already is taken for an encoded picture."""
     theirs = [tmp_path / name for name in ("data.npz", f"{'0' * 64}.npz", "x.st3.npz")]

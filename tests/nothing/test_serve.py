@@ -54,6 +54,28 @@ def test_what_serving_needs_is_set_unless_it_is_said():
     assert VICUNA not in command.flags(parse("--chat-template", "x"), ST3Config(), header, model, mmproj)
 
 
+def test_llama_servers_own_variables_are_as_good_as_its_options(monkeypatch):
+    # broken if what a container sets were replaced by a default that nobody asked for
+    model, mmproj = map(str, demo.model_paths())
+    header = check_pair(model, mmproj)
+    header.metadata.pop("tokenizer.chat_template")
+    for name, value in {
+        "HOST": "0.0.0.0",
+        "PORT": "81",
+        "BATCH": "9",
+        "CORS_ORIGINS": "*",
+        "CHAT_TEMPLATE": "x",
+    }.items():
+        monkeypatch.setenv(f"LLAMA_ARG_{name}", value)
+    arguments = parse()
+    assert (arguments.ours.host, arguments.ours.port, arguments.routes) == ("0.0.0.0", 81, False)
+    made = command.flags(arguments, ST3Config(), header, model, mmproj)
+    assert made[:2] == ["--host", "0.0.0.0"]
+    assert not {"--batch-size", "--cors-origins", "--chat-template"} & {*made}
+    monkeypatch.setenv("LLAMA_ARG_MODELS_DIR", "/x")
+    assert parse().routes
+
+
 def test_the_config_files_settings_reach_the_server(tmp_path, monkeypatch):
     # broken if one of them were dropped in silence
     monkeypatch.setenv("ST3_CONFIG", str(tmp_path / "config.toml"))

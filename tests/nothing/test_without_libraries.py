@@ -16,6 +16,7 @@ from st3_edge.errors import LibraryError
 from st3_edge.native import libraries
 
 ROOT = Path(__file__).parents[2]
+LLAMA, MTMD = (libraries.path_of(name).name for name in ("llama", "mtmd"))
 COMMANDS = ("demo", "ask", "inspect", "chat", "serve", "models", "bench", "tune", "doctor")
 
 
@@ -55,12 +56,12 @@ def test_importing_loads_no_library(tmp_path):
 
 def test_missing_libraries_are_told_in_one_line(tmp_path, picture):
     # broken by a traceback, or by the bindings' own libraries being taken instead
-    one_line_error(command("ask", picture, "What?", lib_dir=tmp_path), 1, "libst3-llama.so is missing")
+    one_line_error(command("ask", picture, "What?", lib_dir=tmp_path), 1, f"{LLAMA} is missing")
 
 
 def test_libraries_that_do_not_load_are_told_in_one_line(tmp_path, picture):
     # broken by a traceback of ctypes'
-    for name in ("libst3-llama.so", "libst3-mtmd.so"):
+    for name in (LLAMA, MTMD):
         (tmp_path / name).write_bytes(b"not a library")
     one_line_error(command("ask", picture, "What?", lib_dir=tmp_path), 1, "cannot be loaded")
 
@@ -69,16 +70,16 @@ def test_doctor_tells_what_is_missing(tmp_path):
     # broken if doctor itself needed what it looks for
     done = command("doctor", lib_dir=tmp_path)
     assert done.returncode == 1
-    assert "libst3-llama.so is missing" in done.stdout
+    assert f"{LLAMA} is missing" in done.stdout
     assert done.stderr == ""
     found = json.loads(command("doctor", "--json", lib_dir=tmp_path).stdout)
-    assert any("libst3-llama.so is missing" in problem for problem in found["problems"])
+    assert any(f"{LLAMA} is missing" in problem for problem in found["problems"])
 
 
 @pytest.mark.parametrize("name", ["SIGILL", "SIGSEGV"])
 def test_doctor_survives_a_crash_and_names_it(tmp_path, name):
     # broken if the libraries were loaded into doctor's own process, or if it said "all is well"
-    for library in ("libst3-llama.so", "libst3-mtmd.so"):
+    for library in (LLAMA, MTMD):
         (tmp_path / library).write_bytes(b"")
     bindings = tmp_path / "bindings"
     bindings.mkdir()
@@ -187,7 +188,7 @@ def test_a_bad_picture_is_told_before_anything_is_loaded(tmp_path):
 @pytest.mark.parametrize("question", ["", "  ", "\n"])
 def test_a_picture_without_words_is_a_question(tmp_path, picture, question):
     # broken if the text were asked for: the model describes what it sees
-    one_line_error(command("ask", picture, question, lib_dir=tmp_path), 1, "libst3-llama.so is missing")
+    one_line_error(command("ask", picture, question, lib_dir=tmp_path), 1, f"{LLAMA} is missing")
 
 
 def test_options_may_stand_between_the_pictures_and_the_question(tmp_path):
@@ -246,7 +247,7 @@ def test_words_behind_two_dashes_are_no_options(tmp_path, picture, words):
     # broken if a question could not begin with a dash
     model = str(demo.model_paths()[0])
     words = [{"P": picture, "M": model}.get(word, word) for word in words]
-    one_line_error(command("ask", *words, lib_dir=tmp_path), 1, "libst3-llama.so is missing")
+    one_line_error(command("ask", *words, lib_dir=tmp_path), 1, f"{LLAMA} is missing")
 
 
 @pytest.mark.parametrize(("words", "code", "says"), [(["ask", "-", "q"], 1, "is empty"), (["chat"], 1, "is missing")])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...native import machine
-from .. import doctor
+from .. import doctor, which
 from ..console import INTERRUPTED, Console, run
 from . import figures, prepare
 from .shapes import SEED, TYPES
@@ -37,13 +37,15 @@ _SCHEDULE = (
 
 def main(console: Console, arguments: argparse.Namespace) -> int:
     """Measures and prints; returns the exit code. Ctrl-C ends the measurement and prints what there is."""
-    bench = _Bench(console, arguments)
+    chosen = prepare.check(arguments)
+    found = None if arguments.shape else run(console, lambda: which.find(console, arguments))
+    bench = _Bench(console, arguments, chosen, found)
     finished = run(console, bench.measure, bench.stop)
-    found = bench.found()
+    result = bench.result()
     if arguments.json:
-        console.say(json.dumps(found))
+        console.say(json.dumps(result))
     else:
-        for line in _describe(found):
+        for line in _describe(result):
             console.say(line)
     return 0 if finished else INTERRUPTED
 
@@ -51,8 +53,11 @@ def main(console: Console, arguments: argparse.Namespace) -> int:
 class _Bench:
     """One measurement, and what there is of it so far."""
 
-    def __init__(self, console: Console, arguments: argparse.Namespace) -> None:
+    def __init__(
+        self, console: Console, arguments: argparse.Namespace, chosen: prepare.Chosen, found: which.Model | None
+    ) -> None:
         self._console, self._arguments = console, arguments
+        self._chosen, self._found = chosen, found
         self._load = machine.load()
         self._stopped = self._together = False
         self._jobs: tuple[Job, Job] | None = None
@@ -63,7 +68,7 @@ class _Bench:
         """Makes all pairs; returns False where it was stopped. Raises St3Error's kinds."""
         arguments = self._arguments
         try:
-            self._jobs = stock, st3 = prepare.make_jobs(self._console, arguments, self._tell)
+            self._jobs = stock, st3 = prepare.make_jobs(self._console, arguments, self._chosen, self._found, self._tell)
             self._together = prepare.fit_together(st3)
             if not self._together:
                 self._console.note("memory holds one side at a time: models are loaded anew for every run")
@@ -90,7 +95,7 @@ class _Bench:
             raise Stopped
         self._console.stage(stage, share)
 
-    def found(self) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         """Machine, setup, all runs and their summary, as plain values."""
         runs = [{name: figures.metrics(raw) for name, raw in pair.items()} for pair in self._pairs]
         return {

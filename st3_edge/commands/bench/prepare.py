@@ -6,9 +6,10 @@ import argparse
 import itertools
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from ... import demo
-from ...config import Override
+from ...config import Override, ST3Config
 from ...errors import ConfigError, LibraryError, ModelError, PromptError
 from ...files import choose, gguf
 from ...files.output import cache_folder
@@ -46,9 +47,17 @@ def find_stock(against: str | None, given: str | None) -> tuple[Path | None, str
     return None, f"no stock llama.cpp here, so ST3 is compared with pruning off. For stock, {how}"
 
 
-def make_jobs(console: Console, arguments: argparse.Namespace, tell: Tell) -> tuple[Job, Job]:
-    """Stock's and ST³'s; random weights are written where they are missing. Sets `arguments.against` to what is
-    compared with, and says so where that was not asked for. Raises St3Error's kinds."""
+class Chosen(NamedTuple):
+    """What a command line asks for. stock, remark: of `find_stock`."""
+
+    config: ST3Config
+    stock: Path | None
+    remark: str | None
+
+
+def check(arguments: argparse.Namespace) -> Chosen:
+    """What is asked for, with all that can be wrong before a download. Sets `arguments.against` to what is compared
+    with. Raises St3Error's kinds."""
     config = options.config(arguments)
     libraries.check_present()
     stock, remark = find_stock(arguments.against, arguments.stock)
@@ -62,14 +71,6 @@ def make_jobs(console: Console, arguments: argparse.Namespace, tell: Tell) -> tu
                 f"--type {arguments.type} does not divide the rows of {arguments.shape}: take "
                 + " or ".join(shape.types)
             )
-        visual, text, question = arguments.visual or shape.n_visual, arguments.text or TEXT, None
-        folder = arguments.cache_dir or cache_folder()
-        model, mmproj, pictures = str(random_text(arguments.shape, arguments.type or TYPES[0], folder, tell)), None, []
-        columns = shape.grid_of(visual)[0]
-        if visual % CLIP_L_336.n_visual == 0 and shape.arch == "llama":  # others are of no vision encoder that we write
-            mmproj = str(random_vision(shape.n_embd, folder, tell))
-            shipped = itertools.cycle(str(scene.picture) for scene in demo.scenes())
-            pictures = list(itertools.islice(shipped, visual // CLIP_L_336.n_visual))
     else:
         for name in ("visual", "text", "type", "cache_dir"):
             if getattr(arguments, name):
@@ -79,8 +80,27 @@ def make_jobs(console: Console, arguments: argparse.Namespace, tell: Tell) -> tu
         if arguments.question is not None and not arguments.question.strip():
             raise PromptError("the question is empty")
         for picture in arguments.image or ():
-            images.load(picture)  # before a download
-        found = which.find(console, arguments)
+            images.load(picture)
+    return Chosen(config, stock, remark)
+
+
+def make_jobs(
+    console: Console, arguments: argparse.Namespace, chosen: Chosen, found: which.Model | None, tell: Tell
+) -> tuple[Job, Job]:
+    """Stock's and ST³'s; without a model (`found`) random weights are written where they are missing. Says what is
+    compared with where that was not asked for. Raises St3Error's kinds."""
+    stock = chosen.stock
+    if found is None:
+        shape = SHAPES[arguments.shape]
+        visual, text, question = arguments.visual or shape.n_visual, arguments.text or TEXT, None
+        folder = arguments.cache_dir or cache_folder()
+        model, mmproj, pictures = str(random_text(arguments.shape, arguments.type or TYPES[0], folder, tell)), None, []
+        columns = shape.grid_of(visual)[0]
+        if visual % CLIP_L_336.n_visual == 0 and shape.arch == "llama":  # others are of no vision encoder that we write
+            mmproj = str(random_vision(shape.n_embd, folder, tell))
+            shipped = itertools.cycle(str(scene.picture) for scene in demo.scenes())
+            pictures = list(itertools.islice(shipped, visual // CLIP_L_336.n_visual))
+    else:
         model, mmproj = found.model, found.mmproj
         pictures = arguments.image or [str(demo.scenes()[0].picture)]
         visual, columns, text, question = 0, 0, 0, arguments.question or QUESTION
@@ -88,9 +108,9 @@ def make_jobs(console: Console, arguments: argparse.Namespace, tell: Tell) -> tu
         for part in choose.files(model)[1:]:
             gguf.read_header(part)
         found.say(console)
-    if remark:
-        console.note(remark)
-    keys = config.overrides(gguf.read_header(model).schedule)
+    if chosen.remark:
+        console.note(chosen.remark)
+    keys = chosen.config.overrides(gguf.read_header(model).schedule)
     # Our own libraries would take the schedule that the file carries; stock's know of none.
     no_keys: dict[str, Override] = {} if stock else {"st3.preset": "off"}
 

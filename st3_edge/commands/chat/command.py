@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -175,28 +175,30 @@ class Chat:
             if Path(first).is_dir():
                 raise ImageError(f"{first!r} is a folder, not a picture")
             raise ConfigError(f"there is no command {first!r}{suggestion(first, does)} (/help lists them)")
-        for path in found:
-            self._show(images.data_url(path))
+        shown = [images.data_url(path) for path in found]  # all of them, or none
         if question:
-            self._ask(question)
-        elif found:
-            self._console.note("(shown with the next question)")
+            for picture in shown:
+                self._draw(picture)
+            self._ask(question, shown)
+        elif shown:
+            self._attach(shown)
 
     def _help(self, _: str) -> None:
         self._console.note(_HELP)
 
     def _image(self, rest: str) -> None:
-        for path in [images.data_url(path) for path in paths.unquoted(rest)]:
-            self._show(path)
-        self._console.note("(shown with the next question)")
+        self._attach([images.data_url(path) for path in paths.unquoted(rest)])
 
     def _paste(self, _: str) -> None:
-        for picture in _of_clipboard():
-            self._show(picture)
+        self._attach(_of_clipboard())
+
+    def _attach(self, pictures: list[str]) -> None:
+        self.pictures += pictures
+        for picture in pictures:
+            self._draw(picture)
         self._console.note("(shown with the next question)")
 
-    def _show(self, picture: str) -> None:
-        self.pictures.append(picture)
+    def _draw(self, picture: str) -> None:
         if self._is_terminal and (drawn := terminal.picture(terminal.thumbnail(picture))):
             self._console.say(drawn, end="")
 
@@ -305,26 +307,42 @@ class Chat:
         self.pictures.clear()
         self._console.note("(begun anew)")
 
-    def _ask(self, text: str) -> None:
-        own = len(self.pictures)
-        while True:
-            question = {"role": "user", "content": [*map(_part, self.pictures), {"type": "text", "text": text}]}
-            try:
-                if self._answer_to(question, self._options):
-                    self.pictures.clear()
-                return
-            except ContextError:
-                if not self._forget(own):
-                    raise
+    def _ask(self, text: str, shown: list[str]) -> None:
+        """Asks about the pictures that wait, and those that are `shown` with this question. Where nothing is answered,
+        the conversation stays as it was, and only the former go on waiting."""
+        before = [*self._messages], [*self.pictures]
+        pictures, notes, answered = [*self.pictures, *shown], list[str](), False
+        own = len(pictures)
+        try:
+            while True:
+                question = {"role": "user", "content": [*map(_part, pictures), {"type": "text", "text": text}]}
+                self.pictures = []
+                try:
+                    answered = self._answer_to(question, self._options, notes)
+                    return
+                except ContextError:
+                    self.pictures = pictures
+                    if not (note := self._forget(own)):
+                        raise
+                    pictures = self.pictures
+                    notes.append(note)
+        finally:
+            if not answered:
+                self._messages, self.pictures = before
+                if shown:
+                    self._console.note("(not answered: name its pictures again with the next question)")
 
-    def _answer_to(self, question: dict[str, Any], how: dict[str, Any]) -> bool:
-        """Streams an answer and adds both to the conversation; False where nothing was said."""
+    def _answer_to(self, question: dict[str, Any], how: dict[str, Any], notes: Iterable[str] = ()) -> bool:
+        """Streams an answer, behind `notes`, and adds both to the conversation; False where nothing was said."""
         said: list[str] = []
         stopped = False
         wrap = terminal.Wrap(lambda text: self._console.say(text, end="")) if self._is_terminal else None
         try:
             with self._console.ticking():
                 for piece in self._pieces(question, how):
+                    if piece and not any(said):
+                        for note in notes:
+                            self._console.note(note)
                     said.append(piece)
                     if wrap:
                         wrap.push(piece)
@@ -343,23 +361,24 @@ class Chat:
         if report and not stopped and (note := options.cut(report, how, self._llava.n_ctx)):
             self._console.note(note)
             if any(said) and options.is_full(report, how):
-                self.pictures.clear()
-                self._forget(0)  # or the next answer would be as short
+                self._console.note(self._forget(0))  # or the next answer would be as short
         return any(said)
 
     def _pieces(self, question: dict[str, Any], how: dict[str, Any]) -> Any:
         messages = [*self._system(), *self._messages, question]
         pictures = [part["image"] for message in messages for part in _pictures_of(message)]
+        before = self._llava.last_report
         for chunk in self._llava.create_chat_completion(messages, stream=True, trace=True, **how):
-            self._asked_about = pictures
+            if self._llava.last_report is not before:  # the prompt was read
+                self._asked_about = pictures
             yield chunk["choices"][0]["delta"].get("content", "")
 
     def _system(self) -> list[dict[str, Any]]:
         return [{"role": "system", "content": self.system}] if self.system else []
 
-    def _forget(self, own: int) -> bool:
+    def _forget(self, own: int) -> str:
         """Makes room in the context: the older half of the questions goes, less their pictures; where there is none,
-        the oldest picture that is not one of the `own` last. False where nothing can go."""
+        the oldest picture that is not one of the `own` last. Returns what to tell; "" where nothing can go."""
         n = len(self._messages) // 2
         if n:
             gone = -(-n // 2)
@@ -369,16 +388,15 @@ class Chat:
                 first = self._messages[0]
                 self._messages[0] = {**first, "content": [*pictures, *parts_of(first)]}
             else:
-                self.pictures[:0] = [part["image"] for part in pictures]
+                self.pictures = [*(part["image"] for part in pictures), *self.pictures]
             what = "the oldest question is" if gone == 1 else f"the {gone} oldest questions are"
             more = "forgotten, and their pictures kept" if pictures else "forgotten"
         elif len(self.pictures) > own:
-            del self.pictures[0]
+            self.pictures = self.pictures[1:]
             what, more = "the oldest picture is", "forgotten"
         else:
-            return False
-        self._console.note(f"(the context of {self._llava.n_ctx} tokens is full: {what} {more}; /clear begins anew)")
-        return True
+            return ""
+        return f"(the context of {self._llava.n_ctx} tokens is full: {what} {more}; /clear begins anew)"
 
 
 def _part(source: str) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def _history() -> Any:
                 return []
 
         def store_string(self, string: str) -> None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, UnicodeError):  # the latter of a file's name that is no text
                 super().store_string(string)
 
     if not os.environ.get("ST3_NO_HISTORY"):

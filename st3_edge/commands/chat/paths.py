@@ -25,19 +25,28 @@ _WINDOWS = re.compile(r"""["']?([A-Za-z]:\\.*?)["']?""", re.DOTALL)
 _BEFORE, _MARKS, _BEHIND = "([“‘", "?!.,:;", "?!.,:;)]}”’\"'"
 
 
-def split(line: str) -> tuple[list[str], str]:
-    """The pictures of a line, in order, and its other words.
+def split(text: str) -> tuple[list[str], str]:
+    """The pictures of what was typed, in order, and its other words, line by line.
 
     A picture is a URL, or a path with the suffix of a picture, that is there or can be nothing else than a path: it has
-    a slash in it, or the line holds nothing but names of pictures. Raises ImageError for a path that is not there.
+    a slash in it, or nothing but names of pictures was typed. Raises ImageError for a path that is not there.
     """
-    whole = _path(line.strip())
+    whole = _path(text.strip())
     if whole and _is_file(whole):  # a name with spaces that nobody quoted
         return [whole], ""
+    alone = all(_NAME.fullmatch(_bare(word[0])) for word in _WORD.finditer(text))
+    found, kept = list[str](), list[str]()
+    for line in text.split("\n"):
+        of_line, rest = _split_line(line, alone)
+        found += of_line
+        if rest or not of_line:
+            kept.append(rest)
+    return found, "\n".join(kept).strip()
+
+
+def _split_line(line: str, alone: bool) -> tuple[list[str], str]:
     found, rest, last = [], "", 0
-    words = list(_WORD.finditer(line))
-    alone = all(_NAME.fullmatch(_bare(word[0])) for word in words)
-    for word in words:
+    for word in _WORD.finditer(line):
         if word.start() < last:  # a part of the picture before
             continue
         end, path, marks = _picture(line, word, alone)
@@ -47,7 +56,7 @@ def split(line: str) -> tuple[list[str], str]:
             rest += before.rstrip() + marks if before.strip() else before
             last = end
     if not found:
-        return [], line.strip()
+        return [], line
     return found, " ".join((rest + line[last:]).split())
 
 

@@ -24,6 +24,14 @@ from .options import Arguments, place
 
 # A prompt is pruned between the layers where it fits one logical batch: this holds a picture of LLaVA-1.6.
 _BATCH = 4096
+# What says how llama-server writes a conversation.
+_TEMPLATE = (
+    "--chat-template",
+    "--chat-template-file",
+    "--no-jinja",
+    "LLAMA_ARG_CHAT_TEMPLATE",
+    "LLAMA_ARG_CHAT_TEMPLATE_FILE",
+)
 
 
 def main(console: Console, arguments: Arguments) -> NoReturn:
@@ -88,12 +96,12 @@ def flags(
         if header:
             check_adapter(path, header)
         given += ["--lora", path] if strength == 1 else ["--lora-scaled", f"{path}:{strength:g}"]
-    if not arguments.has("-b", "--batch-size"):
+    if not arguments.has("-b", "--batch-size", "LLAMA_ARG_BATCH"):
         given += ["--batch-size", str(_BATCH)]
-    if not arguments.has("--cors-origins"):
+    if not arguments.has("--cors-origins", "LLAMA_ARG_CORS_ORIGINS"):
         given += ["--cors-origins", "localhost"]
     template = header is not None and "tokenizer.chat_template" in header.metadata
-    if header and not template and not arguments.has("--chat-template", "--chat-template-file", "--no-jinja"):
+    if header and not template and not arguments.has(*_TEMPLATE):
         given += ["--chat-template", VICUNA]
     return given
 
@@ -114,7 +122,7 @@ def hints(arguments: Arguments, words: list[str], port: int) -> str:
     ours = arguments.ours
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(ours.host, f"[{ours.host}]" if ":" in ours.host else ours.host)
     url = f"http://{host}:{port}"
-    secret = arguments.has("--api-key", "--api-key-file") or "LLAMA_API_KEY" in os.environ
+    secret = arguments.has("--api-key", "--api-key-file", "LLAMA_API_KEY", "LLAMA_ARG_API_KEY_FILE")
     again = ["st3-edge", "serve", *([] if ours.model or ours.hf else words), *_again(arguments.words)]
     return (
         f"{url}/      the web page, once the model is loaded\n"

@@ -23,8 +23,17 @@ EPILOG = (
 
 _CLOSE = 0.8  # of difflib's ratio
 
-# llama-server's options that say which models it serves: there is none for us to choose then.
-_ROUTER = ("--models-dir", "--models-preset", "--model-url", "-mu", "--docker-repo", "-dr")
+# What says which models llama-server serves: there is none for us to choose then.
+_ROUTER = (
+    "--models-dir",
+    "--models-preset",
+    "--model-url",
+    "-mu",
+    "--docker-repo",
+    "-dr",
+    "LLAMA_ARG_MODELS_DIR",
+    "LLAMA_ARG_MODELS_PRESET",
+)
 # Those that name other files than the pair that we choose: llama-server would download over that pair, or not use them.
 _MODEL, _HALF = "-m or --hf names the model", "--mmproj names the file"
 _ELSEWHERE = {
@@ -50,18 +59,18 @@ class Arguments:
     words: list[str]
 
     def has(self, *names: str) -> bool:
-        """Whether llama-server gets one of these options."""
-        return any(word.partition("=")[0] in names for word in self.theirs)
+        """Whether llama-server gets one of these options, or variables of its environment."""
+        return any(word.partition("=")[0] in names for word in self.theirs) or any(name in os.environ for name in names)
 
     @property
     def routes(self) -> bool:
-        """Whether llama-server's own options say which models there are."""
+        """Whether llama-server's own options or environment say which models there are."""
         return self.has(*_ROUTER)
 
     def check_files(self) -> None:
         """Raises ConfigError where llama-server would take other files than the pair that we choose."""
         for name, instead in _ELSEWHERE.items():
-            if not self.routes and (self.has(name) or name in os.environ):
+            if not self.routes and self.has(name):
                 raise ConfigError(f"{name} names other files than those that are served: {instead}")
 
     def check_names(self, their_help: Callable[[], str]) -> None:
@@ -104,8 +113,10 @@ def parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     model.add_argument("--threads", type=int, metavar="N", help="CPU threads (llama-server's -t)")
     model.add_argument("--n-gpu-layers", type=_layers, metavar="N", help="layers on the GPU (llama-server's -ngl)")
     where = made.add_argument_group("address")
-    where.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on (default 127.0.0.1)")
-    where.add_argument("--port", type=int, default=8080, metavar="N", help="port; 0: a free one (default 8080)")
+    host = os.environ.get("LLAMA_ARG_HOST") or "127.0.0.1"
+    port = os.environ.get("LLAMA_ARG_PORT") or 8080
+    where.add_argument("--host", default=host, metavar="H", help=f"address to listen on (default {host})")
+    where.add_argument("--port", type=int, default=port, metavar="N", help=f"port; 0: a free one (default {port})")
     options.add_schedule(made, without=("keep",))  # which is llama-server's too
     return made
 

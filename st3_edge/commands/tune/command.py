@@ -139,8 +139,16 @@ def _find(console: Console, arguments: argparse.Namespace, task: Task, stage: Ca
     overrides = space.overrides(best.candidate) if best else {}
     output = task.output if best and not interrupted else None
     if output:
-        console.stage("writing the model")
-        gguf_copy.copy(task.model, output, overrides, force=arguments.force)
+        try:
+            gguf_copy.copy(
+                task.model,
+                output,
+                overrides,
+                force=arguments.force,
+                tell=lambda share: stage("writing the model", share),
+            )
+        except Interrupted:
+            interrupted, output = True, None
     return Found(evaluator.results, best, overrides, interrupted, output)
 
 
