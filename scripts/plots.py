@@ -111,7 +111,9 @@ def shapes(results: list[dict]) -> Figure:
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     ax.set_xlabel("times as good as stock llama.cpp (1: the same)")
-    ax.set_title(f"Random weights, cuts at every eighth, budget 0.30, {results[0]['machine'].get('processor')}")
+    schedules = {(s["preset"], round(s["budget"], 2)) for s in (result["setup"]["schedule"] for result in results)}
+    which = "; ".join(f"preset {preset}, budget {budget:.2f}" for preset, budget in sorted(schedules))
+    ax.set_title(f"Random weights; {which}; {results[0]['machine'].get('processor')}")
     fig.legend(loc="outside lower center", ncols=4)
     return fig
 
