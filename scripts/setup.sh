@@ -30,7 +30,7 @@ fi
 mkdir -p build # where logs go before CMake makes it
 # CMake keeps an option until another value is given, also one that failed: other words than the last time begin anew.
 if [ "$(cat build/cmake_args 2>/dev/null)" != "${CMAKE_ARGS:-}" ]; then
-    rm -f build/py3-*/CMakeCache.txt build/stock/CMakeCache.txt
+    rm -f build/py3-*/CMakeCache.txt build/stock/CMakeCache.txt build/upstream-tests/CMakeCache.txt
     echo "${CMAKE_ARGS:-}" >build/cmake_args
 fi
 export PIP_DISABLE_PIP_VERSION_CHECK=1

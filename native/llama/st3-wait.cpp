@@ -237,15 +237,10 @@ int st3_seam::decode_text(const llama_batch_ext & in, const shares_t & shares) {
 
     std::map<size_t, std::vector<float>> outputs;  // by row of the batch
 
-    // what waits or is computed by then is taken back where a later part fails
-    std::vector<llama_seq_id> done;
-    done.reserve(shares.size());
+    std::vector<llama_seq_id> done;  // is taken back where a later part fails
+    done.reserve(in.tokens.size());  // of which each adds one at most
 
     const int res = caught([&] {
-        for (const auto seq_id : holds) {
-            hold(in, seq_id, shares.at(seq_id));
-            done.push_back(seq_id);
-        }
         const auto computed = [&](const std::vector<size_t> & rows, size_t first) {
             gather ? take_outputs(rows, first, outputs) : renumber(rows, first);
         };
@@ -267,10 +262,20 @@ int st3_seam::decode_text(const llama_batch_ext & in, const shares_t & shares) {
             for (const size_t i : rest) {
                 others.tokens.push_back(in.tokens[i]);
             }
-            if (const int code = ctx.decode_now(others)) {
+            const int code = caught([&] { return ctx.decode_now(others); });
+            if (code == 0 || code == -2) {  // what is thrown leaves its rows there, too
+                for (const size_t i : rest) {
+                    done.push_back(*in.tokens[i].seq_ids.begin());
+                }
+            }
+            if (code != 0) {
                 return code;
             }
             computed(rest, 0);
+        }
+        for (const auto seq_id : holds) {
+            hold(in, seq_id, shares.at(seq_id));
+            done.push_back(seq_id);
         }
         if (gather) {
             put_outputs(outputs);
@@ -287,6 +292,9 @@ int st3_seam::decode_text(const llama_batch_ext & in, const shares_t & shares) {
 
 // The image and the text that wait in a sequence, and its question, become one batch.
 int st3_seam::ask(const llama_batch_ext & in, llama_seq_id seq_id, const share_t & share) {
+    auto & asked = mem.waits.asked[seq_id];
+    asked.reserve(asked.size() + 1);
+
     auto       node   = mem.waits.waiting.extract(seq_id);
     auto &     prompt = node.mapped();
     const auto n_held = prompt.n_rows();
@@ -294,8 +302,6 @@ int st3_seam::ask(const llama_batch_ext & in, llama_seq_id seq_id, const share_t
     std::shared_ptr<st3_prompt> kept;
 
     const int res = caught([&] {
-        auto & asked = mem.waits.asked[seq_id];
-        asked.reserve(asked.size() + 1);
         kept = std::make_shared<st3_prompt>();
         add_tokens(prompt, in, share);
         auto batch = st3_make_batch(ctx, *ctx.loras, prompt, seq_id, true);
@@ -323,7 +329,7 @@ int st3_seam::ask(const llama_batch_ext & in, llama_seq_id seq_id, const share_t
     }
     if (prompt.keep) {
         *kept = std::move(prompt);
-        mem.waits.asked[seq_id].push_back(std::move(kept));
+        asked.push_back(std::move(kept));
     }
     return 0;
 }
@@ -396,6 +402,7 @@ int st3_seam::decode_between(llama_seq_id seq_id) {
 int st3_seam::decode_waiting(llama_seq_id seq_id, uint32_t n_rows) {
     const auto announced = mem.waits.announced;  // the caller's
     const bool causal    = ctx.cparams.causal_attn;
+    mem.waits.asked.try_emplace(seq_id);  // or seq_rm, which must not fail, would
 
     auto         node   = mem.waits.waiting.extract(seq_id);
     const auto & prompt = node.mapped();

@@ -40,7 +40,29 @@ def main() -> None:
             calm, _ = told(model, pieces, rows, lambda call, _: (call(), 0))
             got, failed = told(model, pieces, rows, lambda call, state: with_failures(call, state, fail_after))
             out[name] = {"failed": failed, "same": bool(np.array_equal(got, calm))}
+        calm, _ = beside(model, rows, lambda call, _: (call(), 0))
+        got, failed = beside(model, rows, lambda call, state: with_failures(call, state, fail_after))
+        out["one asks, one waits, one has no picture"] = {"failed": failed, "same": bool(np.array_equal(got, calm))}
     print(json.dumps(out))
+
+
+def beside(model: Model, rows: list[np.ndarray], how: Callable) -> tuple[np.ndarray, list[int]]:
+    """The logits of three sequences behind one batch of them all, and how often that failed before."""
+    with Context(model, n_ctx=512 * 3, n_ubatch=144, n_seq=3) as ctx:
+        for seq in (0, 1):
+            ctx.announce(64, 8, 8)
+            assert ctx.decode(rows[seq], 0, "none", seq) == 0
+        assert ctx.decode([1, 5], 0, "last", 2) == 0
+        batch = [(7 + i, 64 + i, [0]) for i in range(9)] + [(30 + i, 64 + i, [1]) for i in range(5)] + [(9, 2, [2])]
+
+        def state() -> list:
+            return [(ctx.positions(seq)[1], ctx.report(seq)["waiting"]) for seq in (0, 1, 2)]
+
+        code, failed = how(lambda: ctx.decode_rows(batch, [8, 14]), state)
+        assert code == 0 and [at for at, _ in state()] == [72, 68, 2], (code, state())
+        found = [ctx.logits(8), ctx.logits(14)]
+        assert ctx.decode([11], 69, "last", 1) == 0
+        return np.stack([*found, ctx.logits()]), [failed]
 
 
 def told(model: Model, pieces: list, rows: list[np.ndarray], how: Callable) -> tuple[np.ndarray, list[int]]:

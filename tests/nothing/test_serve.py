@@ -73,7 +73,9 @@ def test_llama_servers_own_variables_are_as_good_as_its_options(monkeypatch):
     assert made[:2] == ["--host", "0.0.0.0"]
     assert not {"--batch-size", "--cors-origins", "--chat-template"} & {*made}
     monkeypatch.setenv("LLAMA_ARG_MODELS_DIR", "/x")
-    assert parse().routes
+    assert parse().routes and not parse("-m", "a").routes  # which is typed
+    monkeypatch.setenv("LLAMA_ARG_MODELS_DIR", "")
+    assert not parse().routes
 
 
 def test_the_config_files_settings_reach_the_server(tmp_path, monkeypatch):

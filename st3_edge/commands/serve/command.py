@@ -29,6 +29,8 @@ _TEMPLATE = (
     "--chat-template",
     "--chat-template-file",
     "--no-jinja",
+    "LLAMA_ARG_NO_JINJA",
+    "LLAMA_ARG_JINJA",
     "LLAMA_ARG_CHAT_TEMPLATE",
     "LLAMA_ARG_CHAT_TEMPLATE_FILE",
 )

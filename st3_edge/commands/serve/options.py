@@ -31,9 +31,8 @@ _ROUTER = (
     "-mu",
     "--docker-repo",
     "-dr",
-    "LLAMA_ARG_MODELS_DIR",
-    "LLAMA_ARG_MODELS_PRESET",
 )
+_ROUTER_VARIABLES = ("LLAMA_ARG_MODELS_DIR", "LLAMA_ARG_MODELS_PRESET")  # where no model is named
 # Those that name other files than the pair that we choose: llama-server would download over that pair, or not use them.
 _MODEL, _HALF = "-m or --hf names the model", "--mmproj names the file"
 _ELSEWHERE = {
@@ -60,12 +59,12 @@ class Arguments:
 
     def has(self, *names: str) -> bool:
         """Whether llama-server gets one of these options, or variables of its environment."""
-        return any(word.partition("=")[0] in names for word in self.theirs) or any(name in os.environ for name in names)
+        return any(word.partition("=")[0] in names for word in self.theirs) or any(map(os.environ.get, names))
 
     @property
     def routes(self) -> bool:
         """Whether llama-server's own options or environment say which models there are."""
-        return self.has(*_ROUTER)
+        return self.has(*_ROUTER) or (not (self.ours.model or self.ours.hf) and self.has(*_ROUTER_VARIABLES))
 
     def check_files(self) -> None:
         """Raises ConfigError where llama-server would take other files than the pair that we choose."""
@@ -115,8 +114,8 @@ def parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     where = made.add_argument_group("address")
     host = os.environ.get("LLAMA_ARG_HOST") or "127.0.0.1"
     port = os.environ.get("LLAMA_ARG_PORT") or 8080
-    where.add_argument("--host", default=host, metavar="H", help=f"address to listen on (default {host})")
-    where.add_argument("--port", type=int, default=port, metavar="N", help=f"port; 0: a free one (default {port})")
+    where.add_argument("--host", default=host, metavar="H", help="address to listen on (default %(default)s)")
+    where.add_argument("--port", type=int, default=port, metavar="N", help="port; 0: a free one (default %(default)s)")
     options.add_schedule(made, without=("keep",))  # which is llama-server's too
     return made
 
