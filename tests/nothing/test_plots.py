@@ -24,9 +24,10 @@ def plots():
 
 def bench() -> dict:
     row = {"stock": [9.0, 8.0, 10.0], "st3": [4.0, 4.0, 5.0], "ideal": 2.5, "share": 0.88, "gain_share": None}
+    schedule = {"preset": "st3", "budget": 0.5005}
     return {
         "machine": {"processor": "P"},
-        "setup": {"shape": "s", "type": "Q4_0", "visual": 6, "text": 4, "generate": 2, "schedule": {"preset": "st3"}},
+        "setup": {"shape": "s", "type": "Q4_0", "visual": 6, "text": 4, "generate": 2, "schedule": schedule},
         "pairs": [{}, {}, {}],
         "summary": {
             "prefill_ms": {**row, "ratio": 2.2, "ratio_pairs": [2.0, 2.2, 2.4]},
@@ -59,6 +60,7 @@ def test_shapes_stand_in_the_order_given_with_their_own_ratios(plots):
     bars = sorted(ax.patches, key=lambda bar: bar.get_y())
     assert [bar.get_width() for bar in bars] == [1.0, 1.1, 1.2, 2.0, 2.1, 2.2]
     assert [label.get_text().split()[0] for label in ax.get_yticklabels()] == ["s1", "s2"]
+    assert ax.get_title() == "Random weights; preset st3, budget 0.50; P"
 
 
 def test_points_are_the_shares_right_and_bars_the_intervals(plots):
