@@ -1,8 +1,10 @@
 """What all tests need."""
 
 import os
+import shutil
 import signal
-from collections.abc import Generator, Iterator
+import subprocess
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,22 @@ def upstream() -> Path:
     from emulator import build  # found by the folders that need it
 
     return build.upstream_tree()
+
+
+@pytest.fixture(scope="session")
+def to_preload(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """Compiles a source into a library for LD_PRELOAD. That there is no compiler is a failure."""
+
+    def compiled(source: Path) -> Path:
+        variable, name = ("CC", "cc") if source.suffix == ".c" else ("CXX", "c++")
+        compiler = os.environ.get(variable) or shutil.which(name)
+        assert compiler, f"no {name}"
+        library = tmp_path_factory.mktemp(source.stem) / f"{source.stem}.so"
+        flags = ["-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+        subprocess.run([*compiler.split(), *flags, source, "-o", library, "-ldl"], check=True, timeout=120)
+        return library
+
+    return compiled
 
 
 @pytest.fixture(scope="session")

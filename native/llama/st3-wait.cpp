@@ -294,15 +294,13 @@ int st3_seam::decode_text(const llama_batch_ext & in, const shares_t & shares) {
 int st3_seam::ask(const llama_batch_ext & in, llama_seq_id seq_id, const share_t & share) {
     auto & asked = mem.waits.asked[seq_id];
     asked.reserve(asked.size() + 1);
+    const auto kept = std::make_shared<st3_prompt>();
 
     auto       node   = mem.waits.waiting.extract(seq_id);
     auto &     prompt = node.mapped();
     const auto n_held = prompt.n_rows();
 
-    std::shared_ptr<st3_prompt> kept;
-
     const int res = caught([&] {
-        kept = std::make_shared<st3_prompt>();
         add_tokens(prompt, in, share);
         auto batch = st3_make_batch(ctx, *ctx.loras, prompt, seq_id, true);
         for (size_t i = 0; i < share.rows.size(); ++i) {
@@ -329,7 +327,7 @@ int st3_seam::ask(const llama_batch_ext & in, llama_seq_id seq_id, const share_t
     }
     if (prompt.keep) {
         *kept = std::move(prompt);
-        asked.push_back(std::move(kept));
+        asked.push_back(kept);
     }
     return 0;
 }

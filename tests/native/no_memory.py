@@ -6,6 +6,7 @@ python no_memory.py LIB_DIR MODEL.gguf LIBRARY, with LIBRARY, made of no_memory.
 from __future__ import annotations
 
 import ctypes as C
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -36,13 +37,12 @@ def main() -> None:
     out = {}
     with Model(rt, Path(gguf), KEYS) as model:
         rows = [rng.standard_normal((64, model.n_embd)).astype(np.float32) for _ in range(8)]
-        for name, pieces in WAYS.items():
-            calm, _ = told(model, pieces, rows, lambda call, _: (call(), 0))
-            got, failed = told(model, pieces, rows, lambda call, state: with_failures(call, state, fail_after))
+        ways = {name: functools.partial(told, model, pieces, rows) for name, pieces in WAYS.items()}
+        ways["one asks, one waits, one has no picture"] = functools.partial(beside, model, rows)
+        for name, way in ways.items():
+            calm, _ = way(lambda call, _: (call(), 0))
+            got, failed = way(lambda call, state: with_failures(call, state, fail_after))
             out[name] = {"failed": failed, "same": bool(np.array_equal(got, calm))}
-        calm, _ = beside(model, rows, lambda call, _: (call(), 0))
-        got, failed = beside(model, rows, lambda call, state: with_failures(call, state, fail_after))
-        out["one asks, one waits, one has no picture"] = {"failed": failed, "same": bool(np.array_equal(got, calm))}
     print(json.dumps(out))
 
 

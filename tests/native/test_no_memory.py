@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import cases
@@ -19,13 +19,9 @@ HERE = Path(__file__).parent
 @pytest.mark.no_device
 @pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD is the dynamic linker's of Linux")
 @pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizers have an operator new")
-def test_nothing_that_waits_is_lost(random_gguf, tmp_path: Path) -> None:
+def test_nothing_that_waits_is_lost(random_gguf, to_preload: Callable[[Path], Path]) -> None:
     """Breaks if a call that failed for want of memory added or lost rows, ended the process, or changed an answer."""
-    compiler = os.environ.get("CXX") or shutil.which("c++")
-    assert compiler, "no C++ compiler"
-    library, model = tmp_path / "no_memory.so", random_gguf(cases.SHAPES["gqa-32"])
-    flags = ["-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
-    subprocess.run([*compiler.split(), *flags, HERE / "no_memory.cpp", "-o", library], check=True, timeout=120)
+    library, model = to_preload(HERE / "no_memory.cpp"), random_gguf(cases.SHAPES["gqa-32"])
     done = subprocess.run(
         [sys.executable, HERE / "no_memory.py", str(lib_dir()), str(model), str(library)],
         env={**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join(sys.path)},

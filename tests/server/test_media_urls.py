@@ -3,11 +3,10 @@
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -71,13 +70,10 @@ def port(ear: socket.socket, scenes) -> Iterator[int]:
 
 
 @pytest.fixture(scope="module")
-def fetching(port: int, start_server: Start, tmp_path_factory: pytest.TempPathFactory) -> Server:
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if not compiler or not sys.platform.startswith("linux"):
+def fetching(port: int, start_server: Start, to_preload: Callable[[Path], Path]) -> Server:
+    if not shutil.which(os.environ.get("CC", "cc")) or not sys.platform.startswith("linux"):
         pytest.skip("needs Linux and a C compiler")
-    library = tmp_path_factory.mktemp("address") / "public_address.so"
-    source = Path(__file__).with_name("public_address.c")
-    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library, "-ldl"], check=True)
+    library = to_preload(Path(__file__).with_name("public_address.c"))
     return start_server("-np", "1", "--media-urls", env={"LD_PRELOAD": str(library)})
 
 

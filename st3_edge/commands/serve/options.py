@@ -24,14 +24,7 @@ EPILOG = (
 _CLOSE = 0.8  # of difflib's ratio
 
 # What says which models llama-server serves: there is none for us to choose then.
-_ROUTER = (
-    "--models-dir",
-    "--models-preset",
-    "--model-url",
-    "-mu",
-    "--docker-repo",
-    "-dr",
-)
+_ROUTER = ("--models-dir", "--models-preset", "--model-url", "-mu", "--docker-repo", "-dr")
 _ROUTER_VARIABLES = ("LLAMA_ARG_MODELS_DIR", "LLAMA_ARG_MODELS_PRESET")  # where no model is named
 # Those that name other files than the pair that we choose: llama-server would download over that pair, or not use them.
 _MODEL, _HALF = "-m or --hf names the model", "--mmproj names the file"
